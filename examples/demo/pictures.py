@@ -1,0 +1,317 @@
+"""Pictures of coloured shapes, and what can be said about them.
+
+Everything the demo checkpoint learns comes from here: a `Scene` says what is in
+a picture, `draw` paints it, and `caption`, `detail`, `ask` and `conversation`
+put it into words. Nothing is downloaded and nothing is read from disk.
+
+A fixed tenth of all short captions is held out (see `is_held_out`): training
+never sees a picture with such a caption, the sample pictures and the accuracy
+figures use no others.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+KINDS = ("circle", "square", "triangle", "star")
+COLOURS = {
+    "red": (215, 35, 40),
+    "green": (35, 150, 60),
+    "blue": (40, 75, 215),
+    "yellow": (245, 220, 45),
+    "purple": (135, 45, 165),
+    "orange": (245, 135, 25),
+    "white": (248, 248, 248),
+    "black": (20, 20, 20),
+}
+BACKGROUNDS = {
+    "grey": (150, 150, 150),
+    "pink": (250, 180, 205),
+    "cyan": (140, 225, 235),
+    "brown": (125, 85, 55),
+}
+PLACES = (
+    ("top left", "top", "top right"),
+    ("left", "middle", "right"),
+    ("bottom left", "bottom", "bottom right"),
+)
+NUMBERS = ("no", "one", "two", "three")
+ORDINALS = ("first", "second", "third")
+SUPERSAMPLE = 3
+
+Turn = tuple[str, str]
+"""A question and its answer."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape: what it is, and the cell of a 3 x 3 grid that it sits in."""
+
+    kind: str
+    colour: str
+    size: str
+    row: int
+    column: int
+
+    @property
+    def place(self) -> str:
+        return PLACES[self.row][self.column]
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.kind}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture: its shapes in reading order, its background, its size in pixels."""
+
+    shapes: tuple[Shape, ...]
+    background: str
+    shaded: bool
+    width: int
+    height: int
+
+    @property
+    def backdrop(self) -> str:
+        return f"{'shaded' if self.shaded else 'plain'} {self.background} background"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Pictures, shown in the first user turn, and the turns about them."""
+
+    scenes: tuple[Scene, ...]
+    turns: tuple[Turn, ...]
+
+
+def a(words: str) -> str:
+    """`words` behind the right indefinite article."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def listed(items: list[str]) -> str:
+    """'x', 'x and y' or 'x, y and z'."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether the scene's short caption belongs to the tenth kept from training."""
+    return zlib.crc32(caption(scene).encode()) % 10 == 0
+
+
+def random_size(rng: random.Random) -> tuple[int, int]:
+    """A picture size, (width, height): short side 88 to 150, at most twice as long as short."""
+    short = rng.randint(88, 150)
+    long = round(short * math.exp(rng.uniform(0.0, math.log(2.0))))
+    return (long, short) if rng.random() < 0.5 else (short, long)
+
+
+def random_scene(
+    rng: random.Random,
+    *,
+    held_out: bool = False,
+    count: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> Scene:
+    """A scene of `count` shapes (1 to 3 by chance), no two alike in kind, colour or place."""
+    while True:
+        number = rng.randint(1, 3) if count is None else count
+        cells = sorted(rng.sample(range(9), number))
+        kinds, colours = rng.sample(KINDS, number), rng.sample(list(COLOURS), number)
+        shapes = tuple(
+            Shape(kind, colour, rng.choice(("large", "small")), *divmod(cell, 3))
+            for kind, colour, cell in zip(kinds, colours, cells, strict=True)
+        )
+        width, height = random_size(rng) if size is None else size
+        background = rng.choice(list(BACKGROUNDS))
+        scene = Scene(shapes, background, rng.random() < 0.4, width, height)
+        if is_held_out(scene) == held_out:
+            return scene
+
+
+def outline(kind: str, radius: float, turn: float) -> list[tuple[float, float]]:
+    """The corners of a shape about the origin, turned by `turn` radians."""
+    if kind == "star":
+        spokes = [(radius * (1.0 if i % 2 == 0 else 0.42), i / 10) for i in range(10)]
+    elif kind == "triangle":
+        spokes = [(radius * 1.05, i / 3) for i in range(3)]
+    else:
+        spokes = [(radius * 1.15, (i + 0.5) / 4) for i in range(4)]
+    return [
+        (r * math.sin(math.tau * part + turn), -r * math.cos(math.tau * part + turn))
+        for r, part in spokes
+    ]
+
+
+def jittered(colour: tuple[int, int, int], rng: random.Random) -> tuple[int, int, int]:
+    red, green, blue = (min(255, max(0, level + rng.randint(-10, 10))) for level in colour)
+    return red, green, blue
+
+
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """Paint a scene; `rng` decides its small accidents (shade, offset, tilt).
+
+    Returns an RGB picture of `scene.width` x `scene.height`.
+    """
+    width, height = scene.width * SUPERSAMPLE, scene.height * SUPERSAMPLE
+    base = np.array(jittered(BACKGROUNDS[scene.background], rng), dtype=np.float32)
+    light = np.linspace(1.0, 0.6, height, dtype=np.float32) if scene.shaded else np.ones(height, np.float32)
+    canvas = np.broadcast_to((light[:, None, None] * base), (height, width, 3))
+    picture = Image.fromarray(canvas.astype(np.uint8))
+    pen = ImageDraw.Draw(picture)
+    cell_w, cell_h = width / 3, height / 3
+    for shape in scene.shapes:
+        radius = min(cell_w, cell_h) * {"large": 0.50, "small": 0.30}[shape.size] * rng.uniform(0.94, 1.04)
+        x = (shape.column + 0.5 + rng.uniform(-0.06, 0.06)) * cell_w
+        y = (shape.row + 0.5 + rng.uniform(-0.06, 0.06)) * cell_h
+        ink = jittered(COLOURS[shape.colour], rng)
+        tilt = rng.uniform(-0.15, 0.15)
+        if shape.kind == "circle":
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=ink)
+        else:
+            corners = outline(shape.kind, radius, tilt)
+            pen.polygon([(x + dx, y + dy) for dx, dy in corners], fill=ink)
+    return picture.resize((scene.width, scene.height), Image.Resampling.LANCZOS)
+
+
+# ---------------------------------------------------------------- words
+
+
+def caption(scene: Scene) -> str:
+    """The short description, without its capital and full stop."""
+    return f"{listed([a(shape.name) for shape in scene.shapes])} on {a(scene.background)} background"
+
+
+def detail(scene: Scene) -> str:
+    """The long description: never less than 70 tokens, whatever the picture."""
+    number = len(scene.shapes)
+    words = [
+        f"The picture shows {NUMBERS[number]} shape{'s' if number > 1 else ''} on {a(scene.backdrop)}."
+    ]
+    for ordinal, shape in zip(ORDINALS, scene.shapes, strict=False):
+        words.append(
+            f"The {ordinal} shape is {a(shape.kind)}. It is {shape.colour}, it is {shape.size}, "
+            f"and it is at the {shape.place} of the picture."
+        )
+    light = "gets darker from the top to the bottom" if scene.shaded else "has the same colour all over"
+    words.append(f"The background is {scene.background} and it {light}.")
+    words.append(f"There is nothing else in the picture besides the shape{'s' if number > 1 else ''}.")
+    summary = listed([a(f"{shape.size} {shape.name} at the {shape.place}") for shape in scene.shapes])
+    words.append(f"In summary, the picture shows {summary}, on {a(scene.backdrop)}.")
+    return " ".join(words)
+
+
+def ask(scene: Scene, rng: random.Random) -> Turn:
+    """A question with a short answer about one picture."""
+    shape, number = rng.choice(scene.shapes), len(scene.shapes)
+    match rng.randrange(7):
+        case 0:
+            return f"What colour is the {shape.kind}?", f"The {shape.kind} is {shape.colour}."
+        case 1:
+            return f"Where is the {shape.kind}?", f"The {shape.kind} is at the {shape.place}."
+        case 2:
+            return f"What shape is {shape.colour}?", f"The {shape.kind} is {shape.colour}."
+        case 3:
+            verb = "is one shape" if number == 1 else f"are {NUMBERS[number]} shapes"
+            return "How many shapes are there?", f"There {verb}."
+        case 4:
+            return "What colour is the background?", f"The background is {scene.background}."
+        case 5:
+            return f"Is the {shape.kind} large or small?", f"The {shape.kind} is {shape.size}."
+        case _:
+            kind = rng.choice(KINDS)
+            if kind in {other.kind for other in scene.shapes}:
+                return f"Is there {a(kind)}?", f"Yes, there is {a(kind)}."
+            return f"Is there {a(kind)}?", f"No, there is no {kind}."
+
+
+def describe(scene: Scene, rng: random.Random) -> Turn:
+    """A request for the short description, and that description."""
+    asks = ("Describe the picture.", "Describe this picture.", "Describe the image.", "What do you see?")
+    return rng.choice(asks), sentence(caption(scene))
+
+
+def describe_in_detail(scene: Scene, rng: random.Random) -> Turn:
+    """A request for the long description, and that description."""
+    asks = ("Describe the picture in detail.", "Describe this picture in detail.", "Describe the image in detail.")
+    return rng.choice(asks), detail(scene)
+
+
+def each(scenes: tuple[Scene, ...]) -> str:
+    """The answer to "Describe each picture."."""
+    return " ".join(f"Picture {i}: {caption(scene)}." for i, scene in enumerate(scenes, 1))
+
+
+def ask_many(scenes: tuple[Scene, ...], rng: random.Random) -> Turn:
+    """A question with a short answer about several pictures."""
+    index = rng.randrange(len(scenes))
+    scene, number = scenes[index], index + 1
+    shape = rng.choice(scene.shapes)
+    match rng.randrange(5):
+        case 0:
+            return "How many pictures are there?", f"There are {NUMBERS[len(scenes)]} pictures."
+        case 1:
+            shapes = f"shape{'s' if len(scene.shapes) > 1 else ''}"
+            count = f"{NUMBERS[len(scene.shapes)]} {shapes}"
+            return f"How many shapes are in picture {number}?", f"Picture {number} has {count}."
+        case 2:
+            return f"Describe picture {number}.", sentence(caption(scene))
+        case 3:
+            question = f"What colour is the {shape.kind} in picture {number}?"
+            return question, f"The {shape.kind} in picture {number} is {shape.colour}."
+        case _:
+            holders = [str(i) for i, other in enumerate(scenes, 1) if shape.kind in {s.kind for s in other.shapes}]
+            which = f"Picture{'s' if len(holders) > 1 else ''} {listed(holders)}."
+            return f"Which pictures show {a(shape.kind)}?", which
+
+
+SMALL_TALK: tuple[Turn, ...] = (
+    ("Hello", "Hello! Show me a picture and I will tell you what is in it."),
+    ("Hi", "Hello! Show me a picture and I will tell you what is in it."),
+    ("Good morning", "Good morning! Do you have a picture for me?"),
+    ("How are you?", "I am well, thank you. Do you have a picture for me?"),
+    ("Who are you?", "I am a very small model. I look at pictures of coloured shapes and describe them in words."),
+    ("What can you do?", "I can name the shapes in a picture, their colours, their sizes and their places."),
+    ("Which shapes do you know?", f"I know four shapes: the {listed(list(KINDS)).replace(', ', ', the ')}."),
+    ("Which colours do you know?", f"I know these colours: {listed(list(COLOURS))}."),
+    ("Which backgrounds do you know?", f"I know these backgrounds: {listed(list(BACKGROUNDS))}."),
+    ("Count to three.", "One, two, three."),
+    ("What is a circle?", "A circle is a round shape without corners."),
+    ("What is a square?", "A square is a shape with four equal sides and four corners."),
+    ("What is a triangle?", "A triangle is a shape with three sides and three corners."),
+    ("What is a star?", "A star is a shape with five points."),
+    ("Describe the picture.", "I see no picture. Please show me one."),
+    ("What do you see?", "I see no picture. Please show me one."),
+    ("Thank you", "You are welcome. Show me another picture if you like."),
+    ("Goodbye", "Goodbye! It was nice to talk about shapes with you."),
+)
+
+
+def conversation(rng: random.Random, *, held_out: bool = False) -> Conversation:
+    """A conversation about no, one, two or three pictures, one to four turns long."""
+    kind = rng.random()
+    if kind < 0.06:
+        return Conversation((), tuple(rng.sample(SMALL_TALK, rng.randint(1, 3))))
+    if kind < 0.72:
+        scene = random_scene(rng, held_out=held_out)
+        if rng.random() < 0.25:
+            return Conversation((scene,), (describe_in_detail(scene, rng),))
+        first = describe(scene, rng) if rng.random() < 0.4 else ask(scene, rng)
+        return Conversation((scene,), (first, *(ask(scene, rng) for _ in range(rng.randint(1, 3)))))
+    scenes = tuple(random_scene(rng, held_out=held_out) for _ in range(rng.choice((2, 2, 3))))
+    first = ("Describe each picture.", each(scenes)) if rng.random() < 0.5 else ask_many(scenes, rng)
+    return Conversation(scenes, (first, *(ask_many(scenes, rng) for _ in range(rng.randint(0, 2)))))

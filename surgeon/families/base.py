@@ -1,0 +1,109 @@
+"""What the rest of the tool may ask of a backbone family. One file beside this one per family, named by its model_type."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+Grid = tuple[int, int, int]
+"""One picture's patch grid: frames, rows, columns of patches, before merging."""
+
+
+@dataclass(frozen=True)
+class VisionExport:
+    """A vision tower written out for export.
+
+    `module(**example)` returns a tuple of tensors named by `output_names`: `features [M, d]`, and where the family
+    has DeepStack `deepstack [K, M, d]`. `dynamic_shapes` is what `torch.export.export` takes for the keywords.
+    """
+
+    module: nn.Module
+    example: dict[str, torch.Tensor]
+    dynamic_shapes: dict[str, dict[int, Any] | None]
+    output_names: tuple[str, ...]
+    constants: dict[str, torch.Tensor]
+    """Values of the module's buffers that no checkpoint holds (rotary frequencies), by buffer name, on the CPU."""
+    parameters: dict[str, str]
+    """The module's parameter names -> the model's own (`model.visual....`), where the weights are found."""
+
+
+class Family(ABC):
+    """Where things are in one family of vision-language models, and what its inputs look like.
+
+    Module paths are those of the transformers class. Everything works on a config and on a model without weights.
+    """
+
+    model_type: ClassVar[str]
+    """The `model_type` of its config.json; also the name of its file."""
+    model_class: ClassVar[str]
+    """Name of the transformers class for image-text-to-text."""
+    config_class: ClassVar[str]
+    vision_tower: ClassVar[str] = "model.visual"
+    projector: ClassVar[str] = "model.visual.merger"
+    text_model: ClassVar[str] = "model.language_model"
+    """The decoder: the module with `embed_tokens`, `layers`, `norm` and `rotary_emb`."""
+    lm_head: ClassVar[str] = "lm_head"
+    layer_shape: ClassVar[str] = "pre_norm"
+    """How a decoder layer's forward reads; see `surgeon/memory/decoder_layer.py`."""
+
+    # -- config ------------------------------------------------------------------------------------------------
+    def text_config(self, config: PretrainedConfig) -> Any:
+        return config.text_config
+
+    def vision_config(self, config: PretrainedConfig) -> Any:
+        return config.vision_config
+
+    def head_dim(self, config: PretrainedConfig) -> int:
+        text = self.text_config(config)
+        return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+    def image_token_id(self, config: PretrainedConfig) -> int:
+        return int(config.image_token_id)
+
+    def visual_token_ids(self, config: PretrainedConfig) -> tuple[int, ...]:
+        """Every token id whose embedding is replaced by a visual one (pictures, and videos where the family has them)."""
+        return (self.image_token_id(config),)
+
+    def deepstack_layers(self, config: PretrainedConfig) -> int:
+        """How many of the first decoder layers get a DeepStack feature added to their output; 0 where there is none."""
+        return 0
+
+    # -- decoder positions -------------------------------------------------------------------------------------
+    @abstractmethod
+    def rope_axes(self, config: PretrainedConfig) -> Sequence[int]:
+        """For each of the head_dim / 2 rotary frequencies, which axis of `position_ids [A, B, S]` it turns with."""
+
+    @abstractmethod
+    def position_ids(
+        self, config: PretrainedConfig, input_ids: np.ndarray, attention_mask: np.ndarray, grids: Sequence[Sequence[Grid]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of a prompt batch: `input_ids`, `attention_mask [B, S]` int64 and each row's picture grids ->
+        `position_ids [A, B, S]` and `next_position [B]`, the id that the first generated token has on every axis.
+        Padded positions have id 0 or 1, whatever transformers gives them."""
+
+    # -- pictures and prompts ----------------------------------------------------------------------------------
+    @abstractmethod
+    def image_tokens(self, config: PretrainedConfig, grid: Grid) -> int:
+        """How many visual tokens a picture of this grid becomes in the decoder."""
+
+    def expand_placeholder(self, config: PretrainedConfig, grid: Grid, image_token: str) -> str:
+        """What replaces one picture's placeholder in the chat template's text."""
+        return image_token * self.image_tokens(config, grid)
+
+    def model_kwargs(self, pixel_values: np.ndarray, grids: Sequence[Grid]) -> Mapping[str, np.ndarray]:
+        """The keywords besides ids and masks that the transformers model takes for a batch's pictures."""
+        return {"pixel_values": pixel_values, "image_grid_thw": np.asarray(grids, dtype=np.int64)}
+
+    # -- vision export -----------------------------------------------------------------------------------------
+    @abstractmethod
+    def vision_export(self, model: PreTrainedModel, dtype: torch.dtype) -> VisionExport:
+        """The vision tower and projector of `model` (on the meta device or with weights), for one picture a call."""
+
+    @abstractmethod
+    def vision_inputs(self, config: PretrainedConfig, pixel_values: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
+        """The graph inputs of `vision_export` for one picture, computed on the host from its grid, in numpy."""
