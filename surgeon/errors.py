@@ -2,7 +2,10 @@
 
 
 class SurgeonError(Exception):
-    """A mistake in what was asked for or given, told in one line. The command line prints it and exits with 2."""
+    """A mistake in what was asked for or given, told in one line. The command line prints it and exits with
+    `exit_code`."""
+
+    exit_code = 2
 
 
 class CheckpointError(SurgeonError):

@@ -301,17 +301,74 @@ SMALL_TALK: tuple[Turn, ...] = (
 )
 
 
-def conversation(rng: random.Random, *, held_out: bool = False) -> Conversation:
-    """A conversation about no, one, two or three pictures, one to four turns long."""
+def conversation(rng: random.Random, *, easy: bool = False) -> Conversation:
+    """A conversation to learn from: one to four turns about none to three pictures.
+
+    An easy one is always about one picture of one or two shapes.
+    """
+    if easy:
+        scene = random_scene(rng, count=rng.randint(1, 2))
+        return Conversation((scene,), (describe(scene, rng), *(ask(scene, rng) for _ in range(2))))
     kind = rng.random()
     if kind < 0.06:
         return Conversation((), tuple(rng.sample(SMALL_TALK, rng.randint(1, 3))))
     if kind < 0.72:
-        scene = random_scene(rng, held_out=held_out)
+        scene = random_scene(rng)
         if rng.random() < 0.25:
             return Conversation((scene,), (describe_in_detail(scene, rng),))
         first = describe(scene, rng) if rng.random() < 0.4 else ask(scene, rng)
         return Conversation((scene,), (first, *(ask(scene, rng) for _ in range(rng.randint(1, 3)))))
-    scenes = tuple(random_scene(rng, held_out=held_out) for _ in range(rng.choice((2, 2, 3))))
+    scenes = tuple(random_scene(rng) for _ in range(rng.choice((2, 2, 3))))
     first = ("Describe each picture.", each(scenes)) if rng.random() < 0.5 else ask_many(scenes, rng)
     return Conversation(scenes, (first, *(ask_many(scenes, rng) for _ in range(rng.randint(0, 2)))))
+
+
+def exam(name: str, rng: random.Random) -> Conversation:
+    """A held-out conversation of one turn: "short", "question", "detail" or "each"."""
+    scenes = tuple(random_scene(rng, held_out=True) for _ in range(2 if name == "each" else 1))
+    match name:
+        case "short":
+            turn = describe(scenes[0], rng)
+        case "question":
+            turn = ask(scenes[0], rng)
+        case "detail":
+            turn = describe_in_detail(scenes[0], rng)
+        case _:
+            turn = ("Describe each picture.", each(scenes))
+    return Conversation(scenes, (turn,))
+
+
+# ---------------------------------------------------------------- samples
+
+
+def samples() -> tuple[tuple[Scene, ...], tuple[str, ...]]:
+    """The sample pictures, all held out, and their file names."""
+    plan = ((1, (221, 147)), (2, (131, 203)), (3, (109, 97)), (2, (310, 173)), (3, (190, 205)))
+    scenes, names = [], []
+    for number, (count, size) in enumerate(plan):
+        scene = random_scene(random.Random(f"sample {number}"), held_out=True, count=count, size=size)
+        scenes.append(scene)
+        names.append("-".join(f"{shape.colour}-{shape.kind}" for shape in scene.shapes) + ".png")
+    return tuple(scenes), tuple(names)
+
+
+def sample_prompts(scenes: tuple[Scene, ...]) -> list[tuple[tuple[int, ...], str, str]]:
+    """What the sample pictures are asked: (numbers of the pictures shown, prompt, answer)."""
+    prompts: list[tuple[tuple[int, ...], str, str]] = []
+    for number, scene in enumerate(scenes):
+        prompts.append(((number,), "Describe the picture.", sentence(caption(scene))))
+    for number, scene in enumerate(scenes[:2]):
+        prompts.append(((number,), "Describe the picture in detail.", detail(scene)))
+    two, three = scenes[1], scenes[2]
+    prompts += [
+        ((0,), f"What colour is the {scenes[0].shapes[0].kind}?", f"The {scenes[0].shapes[0].kind} is {scenes[0].shapes[0].colour}."),
+        ((1,), f"Where is the {two.shapes[1].kind}?", f"The {two.shapes[1].kind} is at the {two.shapes[1].place}."),
+        ((2,), "How many shapes are there?", "There are three shapes."),
+        ((3,), "What colour is the background?", f"The background is {scenes[3].background}."),
+    ]
+    for shown in ((0, 1), (3, 2), (1, 0, 3), (4, 3, 0)):
+        prompts.append((shown, "Describe each picture.", each(tuple(scenes[i] for i in shown))))
+    prompts.append(((0, 2), "How many shapes are in picture 2?", "Picture 2 has three shapes."))
+    prompts.append(((0, 3, 4), "Describe picture 3.", sentence(caption(scenes[4]))))
+    prompts += [((), question, answer) for question, answer in (SMALL_TALK[0], SMALL_TALK[4])]
+    return prompts

@@ -48,6 +48,8 @@ class Family(ABC):
     text_model: ClassVar[str] = "model.language_model"
     """The decoder: the module with `embed_tokens`, `layers`, `norm` and `rotary_emb`."""
     lm_head: ClassVar[str] = "lm_head"
+    visual_token_keys: ClassVar[tuple[str, ...]] = ("image_token_id",)
+    """The config keys that hold the ids of tokens whose embedding is replaced by a visual one."""
     layer_shape: ClassVar[str] = "pre_norm"
     """How a decoder layer's forward reads; see `surgeon/memory/decoder_layer.py`."""
 
@@ -67,7 +69,7 @@ class Family(ABC):
 
     def visual_token_ids(self, config: PretrainedConfig) -> tuple[int, ...]:
         """Every token id whose embedding is replaced by a visual one (pictures, and videos where the family has them)."""
-        return (self.image_token_id(config),)
+        return tuple(int(getattr(config, key)) for key in self.visual_token_keys)
 
     def deepstack_layers(self, config: PretrainedConfig) -> int:
         """How many of the first decoder layers get a DeepStack feature added to their output; 0 where there is none."""

@@ -1,0 +1,1 @@
+"""Backends: what a (patched) checkpoint is turned into so that it runs elsewhere."""

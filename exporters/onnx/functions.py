@@ -1,0 +1,121 @@
+"""Grafts as functions of the project's ONNX domain: one node per graft, carrying its definition in standard operators.
+
+A backend that knows the function runs a kernel in its place; any other inlines the definition. Each is the ONNX form
+of a plain torch definition in `surgeon/memory`, and must agree with it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript import FLOAT, INT32, script, values
+from torch import Tensor
+
+from surgeon.memory.graft import Graft
+from surgeon.memory.pvm import PersistentVisualMemory as PVM
+from surgeon.memory.pvm import persistent_visual_memory as pvm_definition
+
+OPSET = 24
+DOMAIN = "surgeon"
+op: Any = values.Opset("", OPSET)
+_domain = values.Opset(DOMAIN, 1)
+
+
+@script(_domain, default_opset=op)
+def PersistentVisualMemory(  # noqa: N802 - the name of the ONNX function
+    hidden_states,
+    keys,
+    values,
+    memory_mask,
+    visual_token_mask,
+    text_proj,
+    input_norm,
+    q_proj,
+    q_norm,
+    o_proj,
+    post_attention_norm,
+    gate_proj,
+    up_proj,
+    down_proj,
+    output_proj,
+    alpha,
+    eps: float,
+):
+    """`surgeon.memory.pvm.persistent_visual_memory`: arguments, shapes and result are those documented there."""
+    query = op.Gemm(op.Flatten(hidden_states, axis=2), text_proj, transB=1)
+    query = op.RMSNormalization(query, input_norm, axis=-1, epsilon=eps)
+    query = op.Gemm(query, q_proj, transB=1)
+    heads = op.Concat(op.Shape(hidden_states, start=0, end=2), op.Constant(value_ints=[-1]), op.Shape(q_norm), axis=0)
+    query = op.RMSNormalization(op.Reshape(query, heads), q_norm, axis=-1, epsilon=eps)
+    query = op.Transpose(query, perm=[0, 2, 1, 3])
+
+    # A row without pictures attends to its padding, and the result is dropped below: no NaN from an empty softmax.
+    count = op.ReduceSum(op.Cast(memory_mask, to=INT32.dtype), op.Constant(value_ints=[1]), keepdims=1)
+    has_memory = op.Cast(count, to=9)
+    seen = op.Reshape(op.Or(memory_mask, op.Not(has_memory)), op.Constant(value_ints=[0, 1, 1, -1]))
+    one = op.Constant(value_ints=[1])
+    seen = op.Expand(seen, op.Concat(one, one, op.Shape(hidden_states, start=1, end=2), one, axis=0))
+    retrieved = op.Attention(query, keys, values, seen)
+    retrieved = op.Gemm(op.Flatten(op.Transpose(retrieved, perm=[0, 2, 1, 3]), axis=2), o_proj, transB=1)
+
+    normed = op.RMSNormalization(retrieved, post_attention_norm, axis=-1, epsilon=eps)
+    gate = op.Gemm(normed, gate_proj, transB=1)
+    mlp = op.Mul(op.Mul(gate, op.Sigmoid(gate)), op.Gemm(normed, up_proj, transB=1))
+    retrieved = op.Add(retrieved, op.Gemm(mlp, down_proj, transB=1))
+
+    # The last norm has no weight of its own: alpha, repeated, is its scale.
+    injection = op.Gemm(retrieved, output_proj, transB=1)
+    scale = op.Expand(alpha, op.Shape(hidden_states, start=2, end=3))
+    injection = op.RMSNormalization(injection, scale, axis=-1, epsilon=eps)
+    injection = op.Reshape(injection, op.Shape(hidden_states))
+    gets_memory = op.Reshape(op.And(has_memory, op.Not(visual_token_mask)), op.Constant(value_ints=[0, 0, 1]))
+    return op.Where(gets_memory, injection, op.CastLike(op.Constant(value_float=0.0), injection))
+
+
+@torch.library.custom_op("surgeon::persistent_visual_memory", mutates_args=())
+def persistent_visual_memory(
+    hidden_states: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    memory_mask: Tensor,
+    visual_token_mask: Tensor,
+    text_proj: Tensor,
+    input_norm: Tensor,
+    q_proj: Tensor,
+    q_norm: Tensor,
+    o_proj: Tensor,
+    post_attention_norm: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    output_proj: Tensor,
+    alpha: Tensor,
+    eps: float,
+) -> Tensor:
+    """The plain definition as one operator, so that it is one node in a traced graph."""
+    return pvm_definition(
+        hidden_states, keys, values, memory_mask, visual_token_mask, text_proj, input_norm, q_proj, q_norm, o_proj,
+        post_attention_norm, gate_proj, up_proj, down_proj, output_proj, alpha, eps,
+    )  # fmt: skip
+
+
+@persistent_visual_memory.register_fake
+def _(hidden_states: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(hidden_states)
+
+
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """Torch operator -> the ONNX function that it becomes."""
+    return {torch.ops.surgeon.persistent_visual_memory.default: PersistentVisualMemory}
+
+
+def call(
+    graft: Graft, hidden_states: Tensor, keys: Tensor, values: Tensor, memory_mask: Tensor, visual_token_mask: Tensor
+) -> Tensor:
+    """`graft(...)` as its one operator; a graft that has none is traced into standard operators."""
+    if isinstance(graft, PVM):
+        return torch.ops.surgeon.persistent_visual_memory(
+            hidden_states, keys, values, memory_mask, visual_token_mask, *graft.weights(), graft.eps
+        )
+    output: Tensor = graft(hidden_states, keys, values, memory_mask, visual_token_mask)
+    return output

@@ -1,0 +1,23 @@
+"""Checkpoints on disk: read lazily, shared without copying, written whole or not at all."""
+
+from surgeon.checkpoint.headers import SAFETENSORS_DTYPES, TORCH_DTYPES, TensorInfo, read_header, read_metadata
+from surgeon.checkpoint.publish import check_target, staged, staged_file
+from surgeon.checkpoint.reader import Checkpoint
+from surgeon.checkpoint.share import Shared, share_file
+from surgeon.checkpoint.writer import PlannedTensor, write_safetensors
+
+__all__ = [
+    "SAFETENSORS_DTYPES",
+    "TORCH_DTYPES",
+    "Checkpoint",
+    "PlannedTensor",
+    "Shared",
+    "TensorInfo",
+    "check_target",
+    "read_header",
+    "read_metadata",
+    "share_file",
+    "staged",
+    "staged_file",
+    "write_safetensors",
+]

@@ -1,0 +1,127 @@
+"""What the Qwen-VL families share: token ids, multimodal positions, and the skeleton of the exported vision tower."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from surgeon import ops
+from surgeon.errors import InputError
+from surgeon.families import _qwen_host as host
+from surgeon.families.base import Family, Grid, VisionExport
+
+
+class QwenVLFamily(Family):
+    """Qwen-VL: three position axes (time, height, width), patches merged in square blocks, one placeholder a picture."""
+
+    def visual_token_ids(self, config: PretrainedConfig) -> tuple[int, ...]:
+        return (int(config.image_token_id), int(config.video_token_id))
+
+    def position_ids(
+        self, config: PretrainedConfig, input_ids: np.ndarray, attention_mask: np.ndarray, grids: Sequence[Sequence[Grid]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Raises InputError where a row's image tokens and grids do not match, or where it has video tokens."""
+        if len(grids) != len(input_ids):
+            raise InputError(f"picture grids for {len(grids)} row(s) were given, the batch has {len(input_ids)}")
+        merge = self.vision_config(config).spatial_merge_size
+        position_ids = np.zeros((3, *input_ids.shape), dtype=np.int64)
+        next_position = np.zeros(len(input_ids), dtype=np.int64)
+        for row, ids in enumerate(input_ids):
+            present = attention_mask[row].astype(bool)
+            if not present.any():
+                raise InputError(f"prompt row {row} has no tokens")
+            if (ids[present] == config.video_token_id).any():
+                raise InputError(f"prompt row {row} has video tokens: video is not supported yet, use pictures")
+            positions = host.mrope_row(ids[present] == config.image_token_id, grids[row], merge, row)
+            position_ids[:, row, present] = positions
+            next_position[row] = positions.max() + 1
+        return position_ids, next_position
+
+    def image_tokens(self, config: PretrainedConfig, grid: Grid) -> int:
+        return int(np.prod(grid)) // self.vision_config(config).spatial_merge_size ** 2
+
+    def rotary_frequencies(self, config: PretrainedConfig) -> Tensor:
+        """The vision tower's rotary frequencies of one axis, fp32 [head_dim / 4], on the CPU; no checkpoint holds them."""
+        vision = self.vision_config(config)
+        theta = (getattr(vision, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
+        axis = vision.hidden_size // vision.num_heads // 2
+        steps = torch.arange(0, axis, 2, dtype=torch.float, device="cpu") / axis
+        return 1.0 / (theta**steps)
+
+    def vision_model(self, model: PreTrainedModel, dtype: torch.dtype) -> Any:
+        """The vision tower of `model`. Raises ValueError where the model is not of the dtype the graph is to have."""
+        visual = model.get_submodule(self.vision_tower)
+        found = next(visual.parameters()).dtype
+        if found != dtype:
+            raise ValueError(f"the vision tower is of {found}, the graph is to be of {dtype}: make the model in {dtype}")
+        return visual
+
+    def finish_export(
+        self,
+        model: PreTrainedModel,
+        module: "QwenVision",
+        dtype: torch.dtype,
+        inputs: dict[str, np.ndarray],
+        dynamic: dict[str, Any],
+        outputs: tuple[str, ...],
+    ) -> VisionExport:
+        """`module` as a VisionExport, with `inputs` (numpy) as the example and `dynamic` naming each input's first size."""
+        tower = self.vision_tower
+        names = {id(p): f"{tower}.{name}" for name, p in model.get_submodule(tower).named_parameters()}
+        names[id(module.patch_weight)] = f"{tower}.patch_embed.proj.weight"
+        parameters = {name: names[id(p)] for name, p in module.named_parameters()}
+        device = module.patch_weight.device
+        example = {name: torch.from_numpy(value).to(device) for name, value in inputs.items()}
+        example["pixel_values"] = example["pixel_values"].to(dtype)
+        return VisionExport(
+            module=module,
+            example=example,
+            dynamic_shapes={name: {0: size} for name, size in dynamic.items()},
+            output_names=outputs,
+            constants={"inv_freq": self.rotary_frequencies(model.config)},
+            parameters=parameters,
+        )
+
+    def example_inputs(self, config: PretrainedConfig) -> dict[str, np.ndarray]:
+        """`vision_inputs` of an empty picture that is large enough to have no size of 1."""
+        vision = self.vision_config(config)
+        height, width = (n * vision.spatial_merge_size for n in (6, 7))
+        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return self.vision_inputs(config, np.zeros((height * width, patch), dtype=np.float32), (1, height, width))
+
+
+class QwenVision(nn.Module):
+    """The parts of a Qwen-VL vision tower that its generations share, over the modules and parameters of `visual`."""
+
+    inv_freq: Tensor
+
+    def __init__(self, visual: Any, inv_freq: Tensor) -> None:
+        super().__init__()
+        weight = visual.patch_embed.proj.weight
+        # one picture's patches are the convolution's whole windows: a Gemm over the same bytes
+        self.patch_weight = nn.Parameter(weight.detach().flatten(1), requires_grad=False)
+        self.patch_bias = visual.patch_embed.proj.bias
+        self.blocks = visual.blocks
+        self.merger = visual.merger
+        self.merge_unit = visual.config.spatial_merge_size**2
+        self.num_heads = visual.config.num_heads
+        self.scale = float((visual.config.hidden_size // self.num_heads) ** -0.5)
+        self.register_buffer("inv_freq", inv_freq.to(weight.device), persistent=False)
+
+    def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin fp32 [1, N, head_dim / 2], rows' angles before columns'. position_ids int64 [N, 2]."""
+        angles = (position_ids[..., None].float() * self.inv_freq).flatten(1)[None]
+        return angles.cos(), angles.sin()
+
+    def qkv(self, attn: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, rotated in fp32, and values, each [1, N, d]. x [N, d]."""
+        q, k, v = (t[None] for t in ops.split3(attn.qkv(x)))
+        q = ops.rope_packed(q.float(), cos, sin, self.num_heads).to(x.dtype)
+        k = ops.rope_packed(k.float(), cos, sin, self.num_heads).to(x.dtype)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return ops.attention_packed(q, k, v, mask, self.num_heads, self.scale)

@@ -1,0 +1,96 @@
+"""Qwen3-VL (dense): interleaved multimodal RoPE, DeepStack, learned and interpolated patch positions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from surgeon.families import _qwen_host as host
+from surgeon.families._qwen_vl import QwenVision, QwenVLFamily
+from surgeon.families.base import Grid, VisionExport
+
+
+class Qwen3VL(QwenVLFamily):
+    model_type = "qwen3_vl"
+    model_class = "Qwen3VLForConditionalGeneration"
+    config_class = "Qwen3VLConfig"
+
+    def deepstack_layers(self, config: PretrainedConfig) -> int:
+        return len(self.vision_config(config).deepstack_visual_indexes)
+
+    def rope_axes(self, config: PretrainedConfig) -> Sequence[int]:
+        """Time, height, width in turn (THWTHW...) as far as each axis's section reaches; time takes what is left."""
+        sections = self.text_config(config).rope_parameters.get("mrope_section", [24, 20, 20])
+        axes = np.zeros(self.head_dim(config) // 2, dtype=np.int64)
+        for axis in (1, 2):
+            axes[axis : sections[axis] * 3 : 3] = axis
+        return [int(axis) for axis in axes]
+
+    def vision_inputs(self, config: PretrainedConfig, pixel_values: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
+        """pixel_values [N, C], position_ids int64 [N, 2], pos_index int64 and pos_weight fp32 [N, 4].
+
+        Raises InputError for a grid of several frames, or one that does not fit `pixel_values`.
+        """
+        vision = self.vision_config(config)
+        host.check_grid(grid, vision.spatial_merge_size, len(pixel_values))
+        positions = host.patch_positions(grid, vision.spatial_merge_size)
+        index, weight = host.interpolation(positions, grid, int(vision.num_position_embeddings**0.5))
+        return {"pixel_values": pixel_values, "position_ids": positions, "pos_index": index, "pos_weight": weight}
+
+    def vision_export(self, model: PreTrainedModel, dtype: torch.dtype) -> VisionExport:
+        visual = self.vision_model(model, dtype)
+        merged = torch.export.Dim("M")
+        patches = visual.config.spatial_merge_size**2 * merged
+        return self.finish_export(
+            model,
+            Qwen3Vision(visual, self.rotary_frequencies(model.config)),
+            dtype,
+            self.example_inputs(model.config),
+            dict.fromkeys(("pixel_values", "position_ids", "pos_index", "pos_weight"), patches),
+            ("features", "deepstack") if self.deepstack_layers(model.config) else ("features",),
+        )
+
+
+class Qwen3Vision(QwenVision):
+    """Qwen3-VL's vision tower over one picture's patches."""
+
+    def __init__(self, visual: Any, inv_freq: Tensor) -> None:
+        super().__init__(visual, inv_freq)
+        self.pos_embed = visual.pos_embed
+        self.deepstack_mergers = visual.deepstack_merger_list
+        self.deepstack_blocks = list(visual.config.deepstack_visual_indexes)
+
+    def forward(
+        self, pixel_values: Tensor, position_ids: Tensor, pos_index: Tensor, pos_weight: Tensor
+    ) -> tuple[Tensor, ...]:
+        """pixel_values [N, C], position_ids int64 [N, 2], pos_index int64 and pos_weight fp32 [N, 4] ->
+        features [M, d], deepstack [K, M, d]."""
+        x = F.linear(pixel_values, self.patch_weight, self.patch_bias)
+        position = (self.pos_embed(pos_index).float() * pos_weight[:, :, None]).sum(1)
+        x = x + position.to(x.dtype)
+        cos, sin = self.rotary(position_ids)
+        deepstack = []
+        for i, block in enumerate(self.blocks):
+            q, k, v = self.qkv(block.attn, block.norm1(x), cos, sin)
+            x = x + block.attn.proj(self.attend(q, k, v)[0])
+            x = x + block.mlp.linear_fc2(block.mlp.act_fn(block.mlp.linear_fc1(block.norm2(x))))
+            if i in self.deepstack_blocks:
+                merger: Any = self.deepstack_mergers[self.deepstack_blocks.index(i)]
+                deepstack.append(self.project(merger, merger.norm(self.merge(x))))
+        features = self.project(self.merger, self.merge(self.merger.norm(x)))
+        return (features, torch.stack(deepstack)) if deepstack else (features,)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Each block of patches as one row: [N, d] -> [M, merge_unit * d]."""
+        return x.reshape(-1, self.merge_unit * x.shape[1])
+
+    def project(self, merger: Any, x: Tensor) -> Tensor:
+        projected: Tensor = merger.linear_fc2(merger.act_fn(merger.linear_fc1(x)))
+        return projected
+
+
+FAMILY = Qwen3VL()

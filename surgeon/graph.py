@@ -1,0 +1,126 @@
+"""LvlmGraph, the intermediate representation that passes rewrite: everything about a model except its weights' bytes."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from surgeon.checkpoint.reader import Checkpoint
+from surgeon.errors import CheckpointError
+from surgeon.families import Family, family
+from surgeon.memory.graft import Graft
+from surgeon.memory.patched import RECORD, patched_config_class
+from surgeon.models import build_meta, parameter_names, read_config
+from surgeon.weights import Initialised, Stored, Tied, WeightPlan
+
+
+@dataclass
+class LvlmGraph:
+    """A model between passes.
+
+    `model` is on the meta device. `weights` says for each of its parameters where the values come from. `record` is
+    what the patched config will hold under its `surgeon` key.
+    """
+
+    family: Family
+    config: PretrainedConfig
+    model: PreTrainedModel
+    weights: WeightPlan
+    dtype: torch.dtype
+    source: Checkpoint
+    seed: int = 0
+    record: dict[str, Any] = field(default_factory=lambda: {"grafts": [], "passes": []})
+
+    @classmethod
+    def read(cls, source: Checkpoint, seed: int = 0) -> "LvlmGraph":
+        """The graph of a checkpoint, plain or already patched. A checkpoint without weights gives a graph that can be
+        rewritten and counted, but not published.
+
+        Raises CheckpointError where the config and the tensors disagree, FamilyError for an unsupported family.
+        """
+        config = read_config(source.config)
+        dtype = source.dtype
+        model = build_meta(config, dtype)
+        record = getattr(config, RECORD, None) or {"grafts": [], "passes": []}
+        graph = cls(family(config.model_type), config, model, {}, dtype, source, seed, record)
+        graph.weights = graph._stored_weights()
+        return graph
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.get_submodule(self.family.text_model)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.decoder.layers)
+
+    def grafts(self) -> dict[str, Graft]:
+        """Module path -> graft."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, Graft)}
+
+    def new_parameters(self) -> dict[str, Initialised]:
+        """The parameters that are not the source's."""
+        return {name: plan for name, plan in self.weights.items() if isinstance(plan, Initialised)}
+
+    def graft(self, kind: str, layers: list[int], options: dict[str, Any]) -> list[str]:
+        """Graft `kind` into these layers: config, modules and weight plan. Returns the new modules' paths."""
+        entry = {"kind": kind, "layers": layers, **options}
+        self.record = {**self.record, "grafts": [*self.record["grafts"], entry]}
+        before = set(self.grafts())
+        self._rebuild()
+        added = [path for path in self.grafts() if path not in before]
+        std = float(self.family.text_config(self.config).initializer_range)
+        for path in added:
+            module = self.grafts()[path]
+            for name, initialiser in module.initialisers(std).items():
+                shape = tuple(module.get_parameter(name).shape)
+                self.weights[f"{path}.{name}"] = Initialised(initialiser, self.seed, shape, self.dtype)
+        return added
+
+    def sync_record(self) -> None:
+        """Carry the record into the config."""
+        if getattr(self.config, RECORD, None) is not None:
+            setattr(self.config, RECORD, self.record)
+
+    def _rebuild(self) -> None:
+        """Make config and module tree anew from the record."""
+        plain = type(self.config)
+        config_class = plain if getattr(self.config, RECORD, None) else patched_config_class(plain)
+        values = {k: v for k, v in self.config.to_dict().items() if k != "model_type"}
+        self.config = config_class.from_dict({**values, RECORD: self.record})
+        self.model = build_meta(self.config, self.dtype)
+
+    def _stored_weights(self) -> WeightPlan:
+        expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        if not self.source.tensors:  # a config alone: sizes are known, values are not
+            return {name: Stored(name, shape, self.dtype) for name, shape in expected.items()}
+        plan: WeightPlan = {}
+        names = parameter_names(self.model, self.source.tensors)
+        for key, info in self.source.tensors.items():
+            name = names[key]
+            if name not in expected:
+                raise CheckpointError(f"config.json has no place for tensor {key} {list(info.shape)}")
+            if tuple(info.shape) != expected[name]:
+                raise CheckpointError(
+                    f"config.json and tensors disagree: {key} is {list(info.shape)}, the config asks for {list(expected[name])}"
+                )
+            plan[name] = Stored(key, tuple(info.shape), info.torch_dtype)
+        for name, target in self.model.all_tied_weights_keys.items():
+            if name not in plan and target in plan:
+                plan[name] = Tied(target)
+            elif target not in plan and name in plan:
+                plan[target] = Tied(name)
+        missing = sorted(set(expected) - set(plan))
+        if missing:
+            raise CheckpointError(
+                f"config.json asks for tensors that the checkpoint does not hold: {', '.join(missing[:3])}"
+                + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            )
+        return plan
+
+
+def open_graph(path: str | Path, *, weights: str = "required", seed: int = 0) -> LvlmGraph:
+    """The graph of a checkpoint directory or hub id. weights="optional" accepts a config alone."""
+    return LvlmGraph.read(Checkpoint.open(path, weights=weights), seed)

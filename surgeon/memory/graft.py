@@ -1,0 +1,84 @@
+"""What every graft is: a module inside a decoder layer that reads the visual memory."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Drawn from a normal distribution around zero."""
+
+    std: float
+
+
+@dataclass(frozen=True)
+class Constant:
+    value: float
+
+
+Initialiser = Normal | Constant
+
+
+class Graft(nn.Module):
+    """A branch grafted into one decoder layer.
+
+    `project` turns visual embeddings into this layer's keys and values, once, when a picture enters; `forward` reads
+    them for every token. Nothing is kept on the module between calls.
+    """
+
+    kind: ClassVar[str]
+    """Its name: the attribute of the layer that holds it, and the name of its file."""
+    site: ClassVar[Literal["before_layer", "beside_mlp"]]
+    """Where the layer calls it. `before_layer`: its output replaces the layer's input. `beside_mlp`: it reads what the
+    MLP's norm reads, and its output is added to the MLP's."""
+
+    gates: ClassVar[tuple[str, ...]]
+    """The parameters that are zero at insertion, each enough to make the graft compute exactly nothing."""
+
+    @classmethod
+    def from_config(cls, text_config: Any, options: dict[str, Any]) -> Self:
+        """The module for one layer of a decoder with this config. `options`: the graft's part of the pass record."""
+        raise NotImplementedError
+
+    def initialisers(self, std: float) -> dict[str, Initialiser]:
+        """Parameter name -> its value at insertion: the layer computes what it did before, and the graft can learn.
+
+        Gates are zero, norms one, matrices normal: a second zero matrix behind a zero gate would leave both without
+        gradient for ever.
+        """
+        return {name: self._initialiser(name, std) for name, _ in self.named_parameters()}
+
+    def _initialiser(self, name: str, std: float) -> Initialiser:
+        if name in self.gates:
+            return Constant(0.0)
+        return Constant(1.0) if name.endswith("norm.weight") else Normal(std)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Set every parameter to its value at insertion, in place."""
+        for name, initialiser in self.initialisers(std).items():
+            parameter = self.get_parameter(name)
+            match initialiser:
+                case Normal(std=scale):
+                    parameter.normal_(0.0, scale)
+                case Constant(value=value):
+                    parameter.fill_(value)
+
+    def project(self, visual_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """visual_embeds [B, M, d], as they enter the decoder -> keys, values [B, Hm, M, hd]."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        memory_mask: Tensor,
+        visual_token_mask: Tensor | None,
+    ) -> Tensor:
+        """hidden_states [B, S, d]; keys, values [B, Hm, M, hd]; memory_mask bool [B, M], False where padded;
+        visual_token_mask bool [B, S], True at visual tokens, None where there is none -> [B, S, d]."""
+        raise NotImplementedError

@@ -1,0 +1,150 @@
+"""Persistent Visual Memory: a bottleneck branch beside the MLP that attends to the visual embeddings alone.
+
+Source: "Persistent Visual Memory: Sustaining Perception for Deep Generation in LVLMs", section 4, and the authors'
+implementation. Its attention is normalised over the visual tokens only, so text that grows cannot dilute it.
+"""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgeon.memory.graft import Graft
+from surgeon.memory.rms_norm import RMSNorm, rms_norm
+
+
+def persistent_visual_memory(
+    hidden_states: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    memory_mask: Tensor,
+    visual_token_mask: Tensor | None,
+    text_proj: Tensor,
+    input_norm: Tensor,
+    q_proj: Tensor,
+    q_norm: Tensor,
+    o_proj: Tensor,
+    post_attention_norm: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    output_proj: Tensor,
+    alpha: Tensor,
+    eps: float,
+) -> Tensor:
+    """The injection that a PVM branch adds to its layer's MLP; the plain definition that every kernel must agree with.
+
+    hidden_states [B, S, d]: the residual stream after attention, not normalised. keys, values [B, Hm, M, hd] and
+    memory_mask bool [B, M]: the visual memory. visual_token_mask bool [B, S] or None: tokens that get nothing. Weights
+    are [out, in]; alpha [1]. Returns [B, S, d] in hidden_states' dtype; rows with an empty memory get exactly zero.
+    """
+    head_dim = keys.shape[-1]
+    query = rms_norm(F.linear(hidden_states, text_proj), input_norm, eps)
+    query = F.linear(query, q_proj).unflatten(-1, (-1, head_dim))
+    query = rms_norm(query, q_norm, eps).transpose(1, 2)
+
+    # A row without pictures has nothing to attend to: its softmax runs over padding, and the result is dropped below.
+    has_memory = memory_mask.any(-1, keepdim=True)
+    seen = (memory_mask | ~has_memory)[:, None, None, :].expand(-1, 1, query.shape[2], -1)
+    retrieved = F.scaled_dot_product_attention(query, keys, values, seen, enable_gqa=query.shape[1] != keys.shape[1])
+    retrieved = F.linear(retrieved.transpose(1, 2).flatten(2), o_proj)
+
+    normed = rms_norm(retrieved, post_attention_norm, eps)
+    retrieved = retrieved + F.linear(F.silu(F.linear(normed, gate_proj)) * F.linear(normed, up_proj), down_proj)
+
+    injection = alpha * rms_norm(F.linear(retrieved, output_proj), None, eps)
+    gets_memory = has_memory if visual_token_mask is None else has_memory & ~visual_token_mask
+    return injection * gets_memory[..., None]
+
+
+class PersistentVisualMemory(Graft):
+    """The PVM branch of one decoder layer."""
+
+    kind = "pvm"
+    site = "beside_mlp"
+    gates = ("alpha",)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        latent_size: int,
+        intermediate_size: int,
+        head_dim: int,
+        num_key_value_heads: int,
+        eps: float,
+    ) -> None:
+        """`intermediate_size` is the branch's own SwiGLU width."""
+        super().__init__()
+        self.head_dim = head_dim
+        self.num_key_value_heads = num_key_value_heads
+        self.eps = eps
+        kv_size = num_key_value_heads * head_dim
+        self.text_proj = nn.Linear(hidden_size, latent_size, bias=False)
+        self.visual_proj = nn.Linear(hidden_size, latent_size, bias=False)
+        self.input_norm = RMSNorm(latent_size, eps)
+        self.q_proj = nn.Linear(latent_size, latent_size, bias=False)
+        self.k_proj = nn.Linear(latent_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(latent_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(latent_size, latent_size, bias=False)
+        self.q_norm = RMSNorm(head_dim, eps)
+        self.k_norm = RMSNorm(head_dim, eps)
+        self.post_attention_norm = RMSNorm(latent_size, eps)
+        self.gate_proj = nn.Linear(latent_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(latent_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, latent_size, bias=False)
+        self.output_proj = nn.Linear(latent_size, hidden_size, bias=False)
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    @classmethod
+    def from_config(cls, text_config: Any, options: dict[str, Any]) -> Self:
+        latent = options["latent"]
+        hidden = text_config.hidden_size
+        heads, kv_heads = text_config.num_attention_heads, text_config.num_key_value_heads
+        head_dim = getattr(text_config, "head_dim", None) or hidden // heads
+        return cls(
+            hidden_size=hidden,
+            latent_size=latent,
+            intermediate_size=int(latent * text_config.intermediate_size / hidden),
+            head_dim=head_dim,
+            num_key_value_heads=max(1, (latent // head_dim) // (heads // kv_heads)),
+            eps=text_config.rms_norm_eps,
+        )
+
+    def project(self, visual_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        latent = self.visual_proj(visual_embeds)
+        heads = (self.num_key_value_heads, self.head_dim)
+        keys = self.k_norm(self.k_proj(latent).unflatten(-1, heads)).transpose(1, 2)
+        values = self.v_proj(latent).unflatten(-1, heads).transpose(1, 2)
+        return keys, values
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """The tensors that `persistent_visual_memory` takes after the masks, in its order."""
+        return (
+            self.text_proj.weight,
+            self.input_norm.weight,
+            self.q_proj.weight,
+            self.q_norm.weight,
+            self.o_proj.weight,
+            self.post_attention_norm.weight,
+            self.gate_proj.weight,
+            self.up_proj.weight,
+            self.down_proj.weight,
+            self.output_proj.weight,
+            self.alpha,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        memory_mask: Tensor,
+        visual_token_mask: Tensor | None,
+    ) -> Tensor:
+        return persistent_visual_memory(
+            hidden_states, keys, values, memory_mask, visual_token_mask, *self.weights(), self.eps
+        )
+
+
+GRAFT = PersistentVisualMemory

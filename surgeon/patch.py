@@ -1,0 +1,189 @@
+"""Patch a checkpoint: run the passes on its graph, and publish the result beside shared weights."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from surgeon import __version__
+from surgeon.checkpoint.publish import staged
+from surgeon.checkpoint.reader import Checkpoint
+from surgeon.checkpoint.share import share_file
+from surgeon.checkpoint.writer import PlannedTensor, write_safetensors
+from surgeon.errors import CheckpointError
+from surgeon.graph import LvlmGraph
+from surgeon.memory.patched import MODEL_TYPE_PREFIX, RECORD
+from surgeon.pipeline import Pass, run_passes
+from surgeon.recipe import FILE_NAME, Recipe
+from surgeon.remote_code import ENTRY, auto_map, write_remote_code
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is going on, how much is done and how much there is, in bytes."""
+WeightsMode = Literal["auto", "copy", "link"]
+
+
+@dataclass
+class PatchReport:
+    """What a patch does, or did."""
+
+    grafts: dict[str, int]
+    """Grafted module -> its parameters."""
+    source_parameters: int
+    bytes_written: int = 0
+    shared: dict[str, str] = field(default_factory=dict)
+    """Weight file of the output -> how it got there: reflink, hardlink or copy."""
+
+    @property
+    def new_parameters(self) -> int:
+        return sum(self.grafts.values())
+
+
+def plan(source: Checkpoint, passes: Sequence[Pass], seed: int = 0) -> tuple[LvlmGraph, PatchReport]:
+    """Run the passes; no weight is read and nothing is written. A config alone is enough.
+
+    Raises PreconditionError and the other errors of `run_passes`, CheckpointError, FamilyError.
+    """
+    graph = LvlmGraph.read(source, seed)
+    parameters = sum(p.numel() for p in graph.model.parameters())
+    run_passes(graph, passes)
+    grafts = {path: sum(p.numel() for p in module.parameters()) for path, module in graph.grafts().items()}
+    new = set(graph.new_parameters())
+    added = {path: n for path, n in grafts.items() if any(name.startswith(path + ".") for name in new)}
+    return graph, PatchReport(grafts=added, source_parameters=parameters)
+
+
+def patch(
+    source: str | Path,
+    target: str | Path,
+    passes: Sequence[Pass],
+    *,
+    seed: int = 0,
+    weights: WeightsMode = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> PatchReport:
+    """Write a patched copy of a checkpoint: an ordinary transformers directory, complete or not there at all.
+
+    The source's weight files are shared (`weights`: see `share_file`), never rewritten; new tensors have a file of
+    their own. Raises SurgeonError kinds; nothing is left behind then.
+    """
+    with Checkpoint.open(source) as checkpoint:
+        graph, report = plan(checkpoint, passes, seed)
+        with staged(Path(target), overwrite=overwrite, protect=[checkpoint.directory]) as directory:
+            _write(graph, checkpoint, directory, passes, weights, report, progress)
+    return report
+
+
+def _write(
+    graph: LvlmGraph,
+    source: Checkpoint,
+    directory: Path,
+    passes: Sequence[Pass],
+    weights: WeightsMode,
+    report: PatchReport,
+    progress: Progress | None,
+) -> None:
+    record = {
+        **graph.record,
+        "version": __version__,
+        "source": {
+            "name": source.directory.resolve().name,
+            "model_type": source.config["model_type"],
+            "fingerprint": source.fingerprint(),
+        },
+    }
+    weight_map = _share_weights(source, directory, weights, report, progress)
+    new_file = _unused(f"model-{'-'.join(dict.fromkeys(p.name for p in passes)) or 'surgeon'}", weight_map)
+    weight_map |= _write_new(graph, directory / new_file, report, progress)
+
+    for file in source.side_files:
+        if file.name != FILE_NAME:
+            report.bytes_written += share_file(file, directory / file.name, "copy").bytes_written
+    setattr(graph.config, RECORD, record)
+    write_remote_code(directory, graph.config)
+    model_type = MODEL_TYPE_PREFIX + graph.family.model_type
+    config = {
+        **source.config,
+        "architectures": ["SurgeonModel"],
+        "auto_map": {**source.config.get("auto_map", {}), **auto_map()},
+        "model_type": model_type,
+        RECORD: record,
+    }
+    total = sum(info.nbytes for info in source.tensors.values())
+    total += sum(prod(plan.shape) * plan.dtype.itemsize for plan in graph.new_parameters().values())
+    recipe = Recipe(seed=graph.seed, passes=[dict(entry) for entry in _applied_now(graph, passes)])
+    texts = {
+        "config.json": json.dumps(config, indent=2) + "\n",
+        "model.safetensors.index.json": json.dumps(
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2
+        ),
+        FILE_NAME: recipe.dump(),
+    }
+    for name, text in texts.items():
+        report.bytes_written += (directory / name).write_text(text, encoding="utf-8")
+    report.bytes_written += sum(p.stat().st_size for p in directory.glob("surgeon_*.py"))
+    report.bytes_written += (directory / f"{ENTRY}.py").stat().st_size
+
+
+def _applied_now(graph: LvlmGraph, passes: Sequence[Pass]) -> list[dict[str, Any]]:
+    applied: list[dict[str, Any]] = graph.record["passes"]
+    return applied[len(applied) - len(passes) :] if passes else []
+
+
+def _share_weights(
+    source: Checkpoint, directory: Path, mode: WeightsMode, report: PatchReport, progress: Progress | None
+) -> dict[str, str]:
+    """Bring the source's weight files into the directory. Returns tensor key -> file name."""
+    total = sum(file.stat().st_size for file in source.files)
+    done = 0
+    names = {}
+    for file in source.files:
+        # A file named model.safetensors would be taken for the whole model, and the index not looked at.
+        name = str(file.relative_to(source.directory))
+        names[file] = name if name != "model.safetensors" else "model-base.safetensors"
+
+        def copied(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress("weights", done, total)
+
+        target = directory / names[file]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shared = share_file(file, target, mode, copied)
+        report.shared[names[file]] = shared.method
+        report.bytes_written += shared.bytes_written
+    return {key: names[info.file] for key, info in source.tensors.items()}
+
+
+def _write_new(graph: LvlmGraph, file: Path, report: PatchReport, progress: Progress | None) -> dict[str, str]:
+    """Write the new tensors. Returns tensor key -> file name."""
+    new = graph.new_parameters()
+    if not new:
+        raise CheckpointError("the recipe changes nothing: no pass added a parameter")
+    total = sum(prod(plan.shape) * plan.dtype.itemsize for plan in new.values())
+    done = 0
+
+    def written(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress("new tensors", done, total)
+
+    tensors = [
+        PlannedTensor(name, plan.dtype, plan.shape, lambda name=name, plan=plan: plan.values(name))  # type: ignore[misc]
+        for name, plan in sorted(new.items())
+    ]
+    report.bytes_written += write_safetensors(file, tensors, {"format": "pt"}, written)
+    return {name: file.name for name in new}
+
+
+def _unused(stem: str, weight_map: dict[str, str]) -> str:
+    taken = set(weight_map.values())
+    name, n = f"{stem}.safetensors", 1
+    while name in taken:
+        n += 1
+        name = f"{stem}-{n}.safetensors"
+    return name

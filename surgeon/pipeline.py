@@ -1,0 +1,163 @@
+"""Passes: their contract, the manager that runs and checks them, and where they are found."""
+
+import difflib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from surgeon.errors import OptionError, SurgeonError
+from surgeon.graph import LvlmGraph
+from surgeon.memory.graft import Constant
+from surgeon.weights import Initialised, Tied
+
+
+class PreconditionError(SurgeonError):
+    """The graph is not one that this pass can rewrite: whoever wrote the recipe can mend it."""
+
+
+class PostconditionError(SurgeonError):
+    """A pass broke its promise: its author can mend it."""
+
+    exit_code = 3
+
+
+class PassCrash(SurgeonError):
+    """A pass raised something of its own: its author can mend it."""
+
+    exit_code = 3
+
+
+class PassOptions(BaseModel):
+    """A pass's options. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """`modified`: whether the graph is another one than before. `touched`: module paths that were added or changed."""
+
+    modified: bool
+    touched: list[str]
+
+
+class Pass(ABC):
+    """One rewrite of an LvlmGraph: `requires`, then `rewrite`, then `ensures`."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    Options: ClassVar[type[PassOptions]]
+    identity: ClassVar[bool]
+    """Whether the rewritten model gives bit for bit the source's logits until it is trained."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def requires(self, graph: LvlmGraph) -> None:
+        """Raise PreconditionError, saying what was looked for, what is there, and what to write instead."""
+
+    @abstractmethod
+    def rewrite(self, graph: LvlmGraph) -> PassResult: ...
+
+    def ensures(self, graph: LvlmGraph, result: PassResult) -> None:
+        """Raise PostconditionError where the rewritten graph is not what this pass promises."""
+
+    def resolved(self, graph: LvlmGraph) -> dict[str, Any]:
+        """The options with everything that depends on the graph made explicit: what the record and the recipe hold."""
+        return self.options.model_dump(mode="json")
+
+
+Registry = Mapping[str, type[Pass]]
+
+
+def discover(package: ModuleType) -> dict[str, type[Pass]]:
+    """The passes of a package: every module's `PASS`, by its name."""
+    found = {}
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")):
+        pass_class: type[Pass] = importlib.import_module(f"{package.__name__}.{module}").PASS
+        found[pass_class.name] = pass_class
+    return found
+
+
+def make_pass(registry: Registry, name: str, options: Mapping[str, Any]) -> Pass:
+    """The pass of this name with these options. Raises OptionError with the nearest known name."""
+    if name not in registry:
+        raise OptionError(f"unknown pass {name!r}{nearest(name, list(registry))}")
+    pass_class = registry[name]
+    try:
+        return pass_class(pass_class.Options(**options))
+    except ValidationError as error:
+        raise OptionError(f"pass {name}: {_explain(error, pass_class)}") from error
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`; did you mean ...?` or the list of what there is."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _explain(error: ValidationError, pass_class: type[Pass]) -> str:
+    first = error.errors()[0]
+    option = ".".join(str(part) for part in first["loc"][:1])
+    if first["type"] == "extra_forbidden":
+        return f"unknown option {option!r}{nearest(option, list(pass_class.Options.model_fields))}"
+    if first["type"] == "missing":
+        return f"option {option!r} is required ({pass_class.Options.model_fields[option].description})"
+    return f"option {option!r}: {first['msg'].removeprefix('Value error, ')}"
+
+
+def run_passes(graph: LvlmGraph, passes: Sequence[Pass]) -> list[PassResult]:
+    """Run the passes in order on `graph`, in place, checking the graph after each.
+
+    Raises PreconditionError, PostconditionError, PassCrash.
+    """
+    results = []
+    for each in passes:
+        each.requires(graph)
+        resolved = each.resolved(graph)
+        try:
+            result = each.rewrite(graph)
+        except SurgeonError:
+            raise
+        except Exception as error:
+            raise PassCrash(f"pass {each.name} crashed: {type(error).__name__}: {error}") from error
+        if result.modified:
+            graph.record = {**graph.record, "passes": [*graph.record["passes"], {each.name: resolved}]}
+            graph.sync_record()
+        each.ensures(graph, result)
+        check(graph, each)
+        results.append(result)
+    return results
+
+
+def check(graph: LvlmGraph, each: Pass) -> None:
+    """What holds after any pass: one source per parameter, of its shape and dtype; a config that round-trips; and,
+    where the pass promises identity, a zero gate in front of everything new. Raises PostconditionError."""
+
+    def fail(what: str) -> PostconditionError:
+        return PostconditionError(f"pass {each.name} left a broken graph: {what}")
+
+    state = graph.model.state_dict()
+    for name in sorted(state.keys() ^ graph.weights.keys()):
+        raise fail(f"{name} has {'no source' if name in state else 'a source but no place'}")
+    for name, source in graph.weights.items():
+        if isinstance(source, Tied):
+            continue
+        if source.shape != tuple(state[name].shape):
+            raise fail(f"{name} is {list(state[name].shape)}, its source {list(source.shape)}")
+        if isinstance(source, Initialised) and source.dtype != graph.dtype:
+            raise fail(f"{name} is initialised as {source.dtype}, the checkpoint is {graph.dtype}")
+    if type(graph.config).from_dict(graph.config.to_dict()).to_dict() != graph.config.to_dict():
+        raise fail("the config does not survive being written and read")
+    if each.identity:
+        for path, module in graph.grafts().items():
+            for gate in module.gates:
+                source = graph.weights[f"{path}.{gate}"]
+                if isinstance(source, Initialised) and source.initialiser != Constant(0.0):
+                    raise fail(f"{path}.{gate} is a gate and does not start at zero")

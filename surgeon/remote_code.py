@@ -1,0 +1,99 @@
+"""The Python files that travel with a patched checkpoint, so that transformers loads it without this tool."""
+
+import ast
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from surgeon.families import Family, family
+from surgeon.memory import patched
+
+ENTRY = "modeling_surgeon"
+_OWN_IMPORT = re.compile(r"^(\s*)from surgeon\.([\w.]+) import ", re.MULTILINE)
+_ALLOWED = {"torch", "transformers", *sys.stdlib_module_names}
+
+
+def _flat_name(module: str) -> str:
+    return "surgeon_" + module.replace(".", "_")
+
+
+def _travelling(module: str, found: dict[str, str]) -> None:
+    """Add `surgeon.<module>` and what it imports of surgeon to `found`: flat file name -> source with flat imports."""
+    if _flat_name(module) in found:
+        return
+    source = (Path(__file__).parent / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            imported = [node.module or ""]
+        for name in imported:
+            top = name.split(".")[0]
+            if top != "surgeon" and top not in _ALLOWED:
+                raise AssertionError(f"surgeon/{module} travels with checkpoints and may not import {name}")
+    found[_flat_name(module)] = _OWN_IMPORT.sub(lambda m: f"{m[1]}from .{_flat_name(m[2])} import ", source)
+    for match in _OWN_IMPORT.finditer(source):
+        _travelling(match[2], found)
+
+
+def travelling_files(described: Family, kinds: list[str]) -> dict[str, str]:
+    """File name -> text of everything that a checkpoint of this family with grafts of these kinds needs to load."""
+    from surgeon.models import graft_class
+
+    found: dict[str, str] = {}
+    _travelling("memory.patched", found)
+    for kind in kinds:
+        _travelling(f"memory.{kind}", found)
+    classes = {kind: graft_class(kind).__name__ for kind in kinds}
+    lines = [
+        '"""Loads this checkpoint in transformers, grafts included. Written by surgeon; see surgeon-recipe.yaml."""',
+        "",
+        f"from transformers import {described.config_class}, {described.model_class}",
+        "",
+        f"from .{_flat_name('memory.patched')} import patched_config_class, patched_model_class",
+        *(f"from .{_flat_name('memory.' + kind)} import {name}" for kind, name in classes.items()),
+        "",
+        f"SurgeonConfig = patched_config_class({described.config_class})",
+        "SurgeonModel = patched_model_class(",
+        f"    {described.model_class},",
+        f"    {described.text_model!r},",
+        f"    {described.layer_shape!r},",
+        f"    {described.visual_token_keys!r},",
+        *(f"    {name}," for name in classes.values()),
+        ")",
+        "# transformers looks a class up, and finds its source file, by these.",
+        'SurgeonConfig.__name__, SurgeonModel.__name__ = "SurgeonConfig", "SurgeonModel"',
+        "SurgeonConfig.__module__ = SurgeonModel.__module__ = __name__",
+        "",
+    ]
+    found[ENTRY] = "\n".join(lines)
+    return {f"{name}.py": text for name, text in found.items()}
+
+
+def auto_map() -> dict[str, str]:
+    """What config.json needs for `from_pretrained(..., trust_remote_code=True)`."""
+    return {"AutoConfig": f"{ENTRY}.SurgeonConfig", "AutoModelForImageTextToText": f"{ENTRY}.SurgeonModel"}
+
+
+def write_remote_code(directory: Path, config: PretrainedConfig) -> None:
+    """Write the travelling files of a patched config into a checkpoint directory."""
+    kinds = sorted({entry["kind"] for entry in getattr(config, patched.RECORD)["grafts"]})
+    for name, text in travelling_files(family(config.model_type), kinds).items():
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+@cache
+def with_remote_code(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A patched class whose `save_pretrained` writes the travelling files too."""
+
+    class Saved(model_class):  # type: ignore[misc, valid-type]
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+            self.config.auto_map = auto_map()
+            super().save_pretrained(save_directory, *args, **kwargs)
+            write_remote_code(Path(save_directory), self.config)
+
+    Saved.__name__ = Saved.__qualname__ = model_class.__name__
+    return Saved
