@@ -154,14 +154,14 @@ def make_tokenizer(folder: Path, seed: int) -> Any:
 
 
 def make_image_processor() -> Qwen2VLImageProcessorPil:
-    """The family's image processor, for pictures of 4 to 25 merged tokens."""
+    """The family's image processor, for pictures of 4 to 16 merged tokens."""
     return Qwen2VLImageProcessorPil(
         patch_size=16,
         merge_size=2,
         temporal_patch_size=2,
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
-        size={"shortest_edge": 64 * 64, "longest_edge": 160 * 160},
+        size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128},
     )
 
 

@@ -36,14 +36,16 @@ BACKGROUNDS = {
     "cyan": (140, 225, 235),
     "brown": (125, 85, 55),
 }
-PLACES = (
-    ("top left", "top", "top right"),
-    ("left", "middle", "right"),
-    ("bottom left", "bottom", "bottom right"),
-)
+PLACES = {
+    "top left": (0.25, 0.25),
+    "top right": (0.75, 0.25),
+    "bottom left": (0.25, 0.75),
+    "bottom right": (0.75, 0.75),
+    "middle": (0.5, 0.5),
+}
 NUMBERS = ("no", "one", "two", "three")
 ORDINALS = ("first", "second", "third")
-SUPERSAMPLE = 3
+SUPERSAMPLE = 2
 
 Turn = tuple[str, str]
 """A question and its answer."""
@@ -51,17 +53,12 @@ Turn = tuple[str, str]
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape: what it is, and the cell of a 3 x 3 grid that it sits in."""
+    """One shape: what it is, how large, and which of `PLACES` it is at."""
 
     kind: str
     colour: str
     size: str
-    row: int
-    column: int
-
-    @property
-    def place(self) -> str:
-        return PLACES[self.row][self.column]
+    place: str
 
     @property
     def name(self) -> str:
@@ -101,6 +98,10 @@ def listed(items: list[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
+def where(shape: Shape) -> str:
+    return f"{'in' if shape.place == 'middle' else 'at'} the {shape.place}"
+
+
 def sentence(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}."
 
@@ -114,8 +115,8 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def random_size(rng: random.Random) -> tuple[int, int]:
-    """A picture size, (width, height): short side 88 to 150, at most twice as long as short."""
-    short = rng.randint(88, 150)
+    """A picture size, (width, height): short side 56 to 112, at most twice as long as short."""
+    short = rng.randint(56, 112)
     long = round(short * math.exp(rng.uniform(0.0, math.log(2.0))))
     return (long, short) if rng.random() < 0.5 else (short, long)
 
@@ -127,14 +128,17 @@ def random_scene(
     count: int | None = None,
     size: tuple[int, int] | None = None,
 ) -> Scene:
-    """A scene of `count` shapes (1 to 3 by chance), no two alike in kind, colour or place."""
+    """A scene of `count` shapes (1 to 3 by chance), no two alike in kind, colour or place.
+
+    Shapes come in reading order. Only a shape on its own can be in the middle.
+    """
     while True:
         number = rng.randint(1, 3) if count is None else count
-        cells = sorted(rng.sample(range(9), number))
+        places = sorted(rng.sample(range(5 if number == 1 else 4), number))
         kinds, colours = rng.sample(KINDS, number), rng.sample(list(COLOURS), number)
         shapes = tuple(
-            Shape(kind, colour, rng.choice(("large", "small")), *divmod(cell, 3))
-            for kind, colour, cell in zip(kinds, colours, cells, strict=True)
+            Shape(kind, colour, rng.choice(("large", "small")), list(PLACES)[place])
+            for kind, colour, place in zip(kinds, colours, places, strict=True)
         )
         width, height = random_size(rng) if size is None else size
         background = rng.choice(list(BACKGROUNDS))
@@ -163,21 +167,23 @@ def jittered(colour: tuple[int, int, int], rng: random.Random) -> tuple[int, int
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """Paint a scene; `rng` decides its small accidents (shade, offset, tilt).
+    """Paint a scene; `rng` decides its small accidents (shade, offset, size, tilt).
 
     Returns an RGB picture of `scene.width` x `scene.height`.
     """
     width, height = scene.width * SUPERSAMPLE, scene.height * SUPERSAMPLE
     base = np.array(jittered(BACKGROUNDS[scene.background], rng), dtype=np.float32)
-    light = np.linspace(1.0, 0.6, height, dtype=np.float32) if scene.shaded else np.ones(height, np.float32)
-    canvas = np.broadcast_to((light[:, None, None] * base), (height, width, 3))
-    picture = Image.fromarray(canvas.astype(np.uint8))
+    light = np.linspace(1.0, 0.6 if scene.shaded else 1.0, height, dtype=np.float32)
+    column = Image.fromarray((light[:, None, None] * base).astype(np.uint8))
+    picture = column.resize((width, height), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(picture)
-    cell_w, cell_h = width / 3, height / 3
     for shape in scene.shapes:
-        radius = min(cell_w, cell_h) * {"large": 0.50, "small": 0.30}[shape.size] * rng.uniform(0.94, 1.04)
-        x = (shape.column + 0.5 + rng.uniform(-0.06, 0.06)) * cell_w
-        y = (shape.row + 0.5 + rng.uniform(-0.06, 0.06)) * cell_h
+        part = {"large": 0.23, "small": 0.14}[shape.size] * rng.uniform(0.94, 1.04)
+        radius = part * min(width, height)
+        x, y = (
+            (centre + rng.uniform(-0.02, 0.02)) * side
+            for centre, side in zip(PLACES[shape.place], (width, height), strict=True)
+        )
         ink = jittered(COLOURS[shape.colour], rng)
         tilt = rng.uniform(-0.15, 0.15)
         if shape.kind == "circle":
@@ -185,7 +191,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         else:
             corners = outline(shape.kind, radius, tilt)
             pen.polygon([(x + dx, y + dy) for dx, dy in corners], fill=ink)
-    return picture.resize((scene.width, scene.height), Image.Resampling.LANCZOS)
+    return picture.resize((scene.width, scene.height), Image.Resampling.BOX)
 
 
 # ---------------------------------------------------------------- words
@@ -205,12 +211,12 @@ def detail(scene: Scene) -> str:
     for ordinal, shape in zip(ORDINALS, scene.shapes, strict=False):
         words.append(
             f"The {ordinal} shape is {a(shape.kind)}. It is {shape.colour}, it is {shape.size}, "
-            f"and it is at the {shape.place} of the picture."
+            f"and it is {where(shape)} of the picture."
         )
     light = "gets darker from the top to the bottom" if scene.shaded else "has the same colour all over"
     words.append(f"The background is {scene.background} and it {light}.")
     words.append(f"There is nothing else in the picture besides the shape{'s' if number > 1 else ''}.")
-    summary = listed([a(f"{shape.size} {shape.name} at the {shape.place}") for shape in scene.shapes])
+    summary = listed([a(f"{shape.size} {shape.name} {where(shape)}") for shape in scene.shapes])
     words.append(f"In summary, the picture shows {summary}, on {a(scene.backdrop)}.")
     return " ".join(words)
 
@@ -222,7 +228,7 @@ def ask(scene: Scene, rng: random.Random) -> Turn:
         case 0:
             return f"What colour is the {shape.kind}?", f"The {shape.kind} is {shape.colour}."
         case 1:
-            return f"Where is the {shape.kind}?", f"The {shape.kind} is at the {shape.place}."
+            return f"Where is the {shape.kind}?", f"The {shape.kind} is {where(shape)}."
         case 2:
             return f"What shape is {shape.colour}?", f"The {shape.kind} is {shape.colour}."
         case 3:
@@ -362,7 +368,7 @@ def sample_prompts(scenes: tuple[Scene, ...]) -> list[tuple[tuple[int, ...], str
     two, three = scenes[1], scenes[2]
     prompts += [
         ((0,), f"What colour is the {scenes[0].shapes[0].kind}?", f"The {scenes[0].shapes[0].kind} is {scenes[0].shapes[0].colour}."),
-        ((1,), f"Where is the {two.shapes[1].kind}?", f"The {two.shapes[1].kind} is at the {two.shapes[1].place}."),
+        ((1,), f"Where is the {two.shapes[1].kind}?", f"The {two.shapes[1].kind} is {where(two.shapes[1])}."),
         ((2,), "How many shapes are there?", "There are three shapes."),
         ((3,), "What colour is the background?", f"The background is {scenes[3].background}."),
     ]

@@ -77,7 +77,7 @@ class Decoder(nn.Module):
             values = ops.cache_update(past[i][1], v, write_indices)
             present.append((keys, values))
             a = ops.attention(ops.rope(q, cos, sin), keys, values, mask, attn.scaling)
-            residual = h + attn.o_proj(a.transpose(1, 2).reshape(batch * length, -1))
+            residual = h + attn.o_proj(a.transpose(1, 2).reshape(-1, attn.o_proj.in_features))
             x = norm(layer.post_attention_layernorm, residual)
             h = residual + mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
             for graft in grafts_at(layer, "beside_mlp"):

@@ -85,5 +85,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         surgeon.label.default: _label,
         aten.linear.default: _linear,
         aten.view.default: _view,
+        aten._unsafe_view.default: _view,
+        aten.reshape.default: _view,
         **functions.translation_table(),
     }

@@ -78,12 +78,12 @@ def trace(
             verbose=False,
             custom_translation_table=translation_table(),
         )
-    assert program is not None
-    model = program.model
-    for value in model.graph.initializers.values():
-        value.const_value = None  # a meta tensor, which nothing may ask for its values
-    _name_dimensions(model, example, dynamic_shapes)
-    _clean(model)
+        assert program is not None
+        model = program.model
+        for value in model.graph.initializers.values():
+            value.const_value = None  # a meta tensor, which nothing may ask for its values
+        _name_dimensions(model, example, dynamic_shapes)
+        _clean(model)
     for values, names in ((model.graph.inputs, input_names), (model.graph.outputs, output_names)):
         for value, name in zip(values, names, strict=True):
             value.name = name
@@ -92,8 +92,8 @@ def trace(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.onnx and torch.export warn about their own internals; what concerns the user is raised."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx")]
+    """These libraries warn about their own internals; what concerns the user is raised."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

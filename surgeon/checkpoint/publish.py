@@ -39,7 +39,7 @@ def check_target(target: Path, overwrite: bool = False, protect: Sequence[Path] 
             raise TargetError(f"{target} exists and is not a {kind}; name another place")
         if not overwrite:
             raise TargetError(f"{target} exists; name another place, or overwrite it with --overwrite")
-        for kept in (Path.cwd(), Path(os.path.realpath(Path.home()))):
+        for kept in (Path.cwd(), Path(os.path.realpath(os.path.expanduser("~")))):
             if real == kept or real in kept.parents:
                 raise TargetError(f"{target} holds {kept}, so it is not overwritten; name another place")
     parent = next(path for path in real.parents if os.path.exists(path))

@@ -264,7 +264,8 @@ def _no_weights(directory: Path) -> CheckpointError:
     if pickles:
         return CheckpointError(
             f"{directory} has pickle weights only ({pickles[0]}), which are refused because loading a pickle can "
-            "run any code in it; convert them once, where you trust them, with save_pretrained(..., safe_serialization=True)"
+            "run any code in it; convert them once, where you trust them, with "
+            "save_pretrained(..., safe_serialization=True)"
         )
     found = f"; found {', '.join(others[:3])}" if others else ""
     return CheckpointError(f"{directory} has no weights: neither {SINGLE} nor {INDEX}{found}")

@@ -1,0 +1,302 @@
+"""Pictures and prompts as model inputs, the same for torch and for bundles: what transformers' processor would give.
+
+The processor class itself is not used, because it cannot be made without torchvision (it insists on a video
+processor). Its parts are: the image processor, the tokenizer, the chat template and the family's placeholders.
+"""
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import numpy as np
+import torch
+import transformers
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig
+
+from surgeon.errors import CheckpointError, InputError
+from surgeon.families import Family, Grid
+from surgeon.families import family as find_family
+
+Picture = Image.Image | Path | str
+Message = dict[str, Any]
+Side = Literal["left", "right"]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .ts".split())
+# photographs with a second frame (a depth map, a preview), not animations
+STILL_FORMATS = ("MPO",)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One turn of a user: pictures first, then the text."""
+
+    text: str
+    images: tuple[Picture, ...] = ()
+    system: str | None = None
+
+    def messages(self) -> list[Message]:
+        """The prompt as a conversation: messages whose content is a list of pictures and texts."""
+        system = [] if self.system is None else [{"role": "system", "content": [{"type": "text", "text": self.system}]}]
+        pictures: list[Message] = [{"type": "image", "image": image} for image in self.images]
+        return [*system, {"role": "user", "content": [*pictures, {"type": "text", "text": self.text}]}]
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """A batch of prompts. `input_ids`, `attention_mask` and `mm_token_type_ids` (1 at image tokens) are int64 [B, S];
+    `pixel_values` (fp32 patches) and `grids` are per row and picture."""
+
+    family: Family
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    mm_token_type_ids: np.ndarray
+    pixel_values: list[list[np.ndarray]]
+    grids: list[list[Grid]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row without its padding, int64 [B]."""
+        lengths: np.ndarray = self.attention_mask.sum(1)
+        return lengths
+
+    def model_kwargs(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> dict[str, torch.Tensor]:
+        """The keywords of a transformers model's forward or generate; the pictures' are absent where there is none."""
+        arrays: dict[str, np.ndarray] = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "mm_token_type_ids": self.mm_token_type_ids,
+        }
+        pixels = list(chain.from_iterable(self.pixel_values))
+        if pixels:
+            grids = list(chain.from_iterable(self.grids))
+            arrays |= self.family.model_kwargs(np.concatenate(pixels), grids)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
+
+
+def load_picture(picture: Picture) -> Image.Image:
+    """A picture as transformers reads it: a file turned upright and made RGB, an image object as it is (the image
+    processor makes it RGB). Raises InputError for what is missing, damaged, animated, too large or a video."""
+    if isinstance(picture, Image.Image):
+        _refuse_animation(picture, "the picture")
+        return picture
+    path = Path(picture)
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        raise InputError(f"{path} is a video: video is not supported yet, pass pictures")
+    try:
+        with warnings.catch_warnings():
+            # a large photograph is no attack; beyond twice Pillow's limit it raises
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                _refuse_animation(image, str(path))
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"picture {path} does not exist") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not a picture that Pillow can read: pass a PNG, JPEG, WebP or the like") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"picture {path} is too large: {error}; scale it down first") from None
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow reports damage as any of these
+        raise InputError(f"picture {path} cannot be read: {error}") from None
+
+
+def _refuse_animation(image: Image.Image, name: str) -> None:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format not in STILL_FORMATS:
+        raise InputError(f"{name} has {frames} frames: video is not supported yet, pass one frame as a picture")
+
+
+class Inputs:
+    """A checkpoint's (or bundle's) tokenizer, chat template and image processor."""
+
+    def __init__(
+        self,
+        family: Family,
+        config: PretrainedConfig,
+        tokenizer: Any,
+        image_processor: Any,
+        chat_template: str | None = None,
+        generation_config: dict[str, Any] | None = None,
+    ) -> None:
+        self.family = family
+        self.config = config
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.chat_template = chat_template
+        self.image_token: str = tokenizer.convert_ids_to_tokens(family.image_token_id(config))
+        self._generation_config = generation_config or {}
+
+    @classmethod
+    def from_directory(cls, path: Path | str, family: Family | None = None) -> "Inputs":
+        """Read a directory with config.json, tokenizer and image processor; code in it is never run.
+
+        Raises CheckpointError where a part is missing, FamilyError for an unsupported model_type.
+        """
+        path = Path(path)
+        config_dict = _read_json(path / "config.json")
+        if config_dict is None:
+            raise CheckpointError(f"{path} has no config.json: pass the directory of a checkpoint or bundle")
+        family = family or find_family(str(config_dict.get("model_type")))
+        # a patched checkpoint's own model_type is unknown to transformers; its inputs are the family's
+        for key in ("auto_map", "model_type"):
+            config_dict.pop(key, None)
+        config: PretrainedConfig = getattr(transformers, family.config_class).from_dict(config_dict)
+        _require(path, TOKENIZER_FILES, "tokenizer")
+        _require(path, IMAGE_PROCESSOR_FILES, "image processor")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
+            image_processor = AutoImageProcessor.from_pretrained(path, config=config, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"the tokenizer or image processor in {path} cannot be loaded: {reason}") from error
+        # as the processor does: the older file, where there is one, goes before the tokenizer's own template
+        template = (_read_json(path / "chat_template.json") or {}).get("chat_template")
+        if template is None and not tokenizer.chat_template:
+            raise CheckpointError(f"{path} has no chat template: copy chat_template.jinja from the model's source")
+        return cls(family, config, tokenizer, image_processor, template, _read_json(path / "generation_config.json"))
+
+    # -- preparing ---------------------------------------------------------------------------------------------
+    def prepare(
+        self, prompts: Sequence[Prompt | list[Message]], padding_side: Side = "left", add_generation_prompt: bool = True
+    ) -> ModelInputs:
+        """A batch of prompts, or of conversations as lists of messages. Raises InputError for what cannot be used."""
+        if not prompts:
+            raise InputError("there is no prompt: pass at least one")
+        rows, pixel_values, grids = [], [], []
+        for prompt in prompts:
+            messages = prompt.messages() if isinstance(prompt, Prompt) else prompt
+            pictures, messages = _take_pictures(messages)
+            processed = [self.picture(picture) for picture in pictures]
+            grids.append([grid for _, grid in processed])
+            pixel_values.append([pixels for pixels, _ in processed])
+            rows.append(self.tokenize(self.render(messages, add_generation_prompt), grids[-1]))
+        length = max(map(len, rows))
+        input_ids = np.full((len(rows), length), self.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        for i, ids in enumerate(rows):
+            where = slice(length - len(ids), None) if padding_side == "left" else slice(len(ids))
+            input_ids[i, where], attention_mask[i, where] = ids, 1
+        images = (input_ids == self.family.image_token_id(self.config)) & (attention_mask == 1)
+        return ModelInputs(
+            self.family, input_ids, attention_mask, images.astype(np.int64), pixel_values, grids
+        )
+
+    def picture(self, picture: Picture) -> tuple[np.ndarray, Grid]:
+        """One picture's patches, fp32 [N, C], and its grid."""
+        image = load_picture(picture)
+        try:
+            processed = self.image_processor(images=[image], return_tensors="pt")
+        except ValueError as error:  # a shape it does not take
+            name = picture if isinstance(picture, Path | str) else f"of {image.width} x {image.height} pixels"
+            raise InputError(f"picture {name} cannot be used: {error}") from None
+        frames, height, width = processed["image_grid_thw"][0].tolist()
+        return processed["pixel_values"].numpy(), (frames, height, width)
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
+        """The chat template's text, with one placeholder for each picture."""
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except jinja2.TemplateError as error:
+            raise InputError(f"the chat template does not take this conversation: {error}") from None
+        return str(text)
+
+    def tokenize(self, text: str, grids: Sequence[Grid]) -> list[int]:
+        """Token ids of rendered text, each placeholder expanded to its picture's tokens."""
+        parts = text.split(self.image_token)
+        if len(parts) - 1 != len(grids):
+            raise InputError(
+                f"the prompt has {len(parts) - 1} image placeholder(s) {self.image_token} for {len(grids)} picture(s): "
+                "give each picture as an image and leave the placeholder out of the text"
+            )
+        expanded = [self.family.expand_placeholder(self.config, grid, self.image_token) for grid in grids]
+        text = parts[0] + "".join(chain.from_iterable(zip(expanded, parts[1:], strict=True)))
+        starts_itself = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"]
+        other = set(self.family.visual_token_ids(self.config)) - {self.family.image_token_id(self.config)}
+        if other.intersection(ids):
+            raise InputError("the prompt has video tokens: video is not supported yet, pass pictures")
+        return ids
+
+    # -- tokens ------------------------------------------------------------------------------------------------
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
+        """The text of one row's ids."""
+        text = self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        return str(text)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a generation: those of generation_config.json, else of the config, else the tokenizer's."""
+        text = self.family.text_config(self.config)
+        candidates = (self._generation_config.get("eos_token_id"), getattr(text, "eos_token_id", None))
+        for found in (*candidates, self.tokenizer.eos_token_id):
+            if found is not None:
+                return tuple(found) if isinstance(found, list | tuple) else (int(found),)
+        return ()
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that rows are padded with."""
+        for found in (self.tokenizer.pad_token_id, self._generation_config.get("pad_token_id"), *self.eos_token_ids):
+            if found is not None:
+                return int(found)
+        return 0
+
+
+def _take_pictures(messages: list[Message]) -> tuple[list[Picture], list[Message]]:
+    """A conversation's pictures in order, and the conversation with only their places left in it."""
+    pictures: list[Picture] = []
+    bare: list[Message] = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            content = [_take_picture(item, pictures) for item in content]
+        bare.append({**message, "content": content})
+    return pictures, bare
+
+
+def _take_picture(item: Message, pictures: list[Picture]) -> Message:
+    if item.get("type") == "video" or "video" in item:
+        raise InputError("the conversation has a video: video is not supported yet, pass pictures")
+    if item.get("type") != "image" and "image" not in item:
+        return item
+    picture = item.get("image", item.get("path"))
+    if not isinstance(picture, Image.Image | Path | str):
+        found = sorted(item)
+        raise InputError(f"an image of the conversation has no file or picture under 'image' (its keys: {found})")
+    if isinstance(picture, str) and picture.startswith(("http://", "https://", "data:")):
+        raise InputError(f"picture {picture[:80]} is not a file: pictures are read from files only, download it first")
+    pictures.append(picture)
+    return {"type": "image"}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None where there is no file."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds {type(found).__name__}, expected an object")
+    return found
+
+
+def _require(path: Path, names: Sequence[str], what: str) -> None:
+    if not any((path / name).is_file() for name in names):
+        raise CheckpointError(f"{path} has no {what} ({' or '.join(names)}): copy it from the model's source")
