@@ -29,7 +29,7 @@ Side = Literal["left", "right"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .ts".split())
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts")
 # photographs with a second frame (a depth map, a preview), not animations
 STILL_FORMATS = ("MPO",)
 
@@ -187,9 +187,7 @@ class Inputs:
             where = slice(length - len(ids), None) if padding_side == "left" else slice(len(ids))
             input_ids[i, where], attention_mask[i, where] = ids, 1
         images = (input_ids == self.family.image_token_id(self.config)) & (attention_mask == 1)
-        return ModelInputs(
-            self.family, input_ids, attention_mask, images.astype(np.int64), pixel_values, grids
-        )
+        return ModelInputs(self.family, input_ids, attention_mask, images.astype(np.int64), pixel_values, grids)
 
     def picture(self, picture: Picture) -> tuple[np.ndarray, Grid]:
         """One picture's patches, fp32 [N, C], and its grid."""
@@ -242,8 +240,13 @@ class Inputs:
     def eos_token_ids(self) -> tuple[int, ...]:
         """The ids that end a generation: those of generation_config.json, else of the config, else the tokenizer's."""
         text = self.family.text_config(self.config)
-        candidates = (self._generation_config.get("eos_token_id"), getattr(text, "eos_token_id", None))
-        for found in (*candidates, self.tokenizer.eos_token_id):
+        candidates = (
+            self._generation_config.get("eos_token_id"),
+            getattr(text, "eos_token_id", None),
+            getattr(self.config, "eos_token_id", None),
+            self.tokenizer.eos_token_id,
+        )
+        for found in candidates:
             if found is not None:
                 return tuple(found) if isinstance(found, list | tuple) else (int(found),)
         return ()

@@ -15,13 +15,16 @@ from surgeon.families.base import Family, Grid, VisionExport
 
 
 class QwenVLFamily(Family):
-    """Qwen-VL: three position axes (time, height, width), patches merged in square blocks, one placeholder a picture."""
+    """Qwen-VL: three position axes (time, height, width), patches merged in square blocks, one placeholder each."""
 
-    def visual_token_ids(self, config: PretrainedConfig) -> tuple[int, ...]:
-        return (int(config.image_token_id), int(config.video_token_id))
+    visual_token_keys = ("image_token_id", "video_token_id")
 
     def position_ids(
-        self, config: PretrainedConfig, input_ids: np.ndarray, attention_mask: np.ndarray, grids: Sequence[Sequence[Grid]]
+        self,
+        config: PretrainedConfig,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        grids: Sequence[Sequence[Grid]],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Raises InputError where a row's image tokens and grids do not match, or where it has video tokens."""
         if len(grids) != len(input_ids):
@@ -44,7 +47,7 @@ class QwenVLFamily(Family):
         return int(np.prod(grid)) // self.vision_config(config).spatial_merge_size ** 2
 
     def rotary_frequencies(self, config: PretrainedConfig) -> Tensor:
-        """The vision tower's rotary frequencies of one axis, fp32 [head_dim / 4], on the CPU; no checkpoint holds them."""
+        """The vision tower's rotary frequencies of one axis, fp32 [head_dim / 4], on the CPU; in no checkpoint."""
         vision = self.vision_config(config)
         theta = (getattr(vision, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
         axis = vision.hidden_size // vision.num_heads // 2
@@ -56,7 +59,7 @@ class QwenVLFamily(Family):
         visual = model.get_submodule(self.vision_tower)
         found = next(visual.parameters()).dtype
         if found != dtype:
-            raise ValueError(f"the vision tower is of {found}, the graph is to be of {dtype}: make the model in {dtype}")
+            raise ValueError(f"the vision tower is of {found}, the graph is to be {dtype}: make the model in {dtype}")
         return visual
 
     def finish_export(
@@ -68,7 +71,7 @@ class QwenVLFamily(Family):
         dynamic: dict[str, Any],
         outputs: tuple[str, ...],
     ) -> VisionExport:
-        """`module` as a VisionExport, with `inputs` (numpy) as the example and `dynamic` naming each input's first size."""
+        """`module` as a VisionExport, with `inputs` as the example and `dynamic` naming each input's first size."""
         tower = self.vision_tower
         names = {id(p): f"{tower}.{name}" for name, p in model.get_submodule(tower).named_parameters()}
         names[id(module.patch_weight)] = f"{tower}.patch_embed.proj.weight"

@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from surgeon.memory.decoder_layer import entry_name, patched_layer_class
 from surgeon.memory.graft import Graft
+from surgeon.memory.later_turn import drop_cached_pictures
 from surgeon.memory.visual_memory import VisualMemory, gather_rows
 
 RECORD = "surgeon"
@@ -126,6 +127,20 @@ def patched_model_class(
             if "visual_token_mask" not in kwargs and any(kwargs.get(name) is not None for name in pictures):
                 kwargs["visual_token_mask"] = self.visual_token_mask(input_ids, inputs_embeds)
             return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+        @functools.wraps(base.generate)
+        def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            ids = kwargs.get("input_ids") if inputs is None else inputs
+            if ids is not None and kwargs.get("past_key_values") is not None:
+                kwargs = drop_cached_pictures(self, ids, kwargs)
+            return super().generate(inputs, *args, **kwargs)
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+            """As in transformers, without its reentrant form. Raises ValueError for that."""
+            if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+                # It replays each layer apart from the graph that the grafts' keys and values share.
+                raise ValueError("use_reentrant=True does not work with grafted memories; use use_reentrant=False")
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
         def visual_token_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
             """Which positions hold a visual token: bool [B, S], from ids [B, S] or, without them, embeddings [B, S, d]."""

@@ -188,9 +188,7 @@ def test_export_module_computes_the_vision_tower(model, grid):
     assert expected.pooler_output.std() > 0.3
     torch.testing.assert_close(outputs["features"], expected.pooler_output, rtol=0, atol=1e-5)
     if found.deepstack_layers(model.config):
-        torch.testing.assert_close(
-            outputs["deepstack"], torch.stack(expected.deepstack_features), rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(outputs["deepstack"], torch.stack(expected.deepstack_features), rtol=0, atol=1e-5)
     else:
         assert set(outputs) == {"features"}
 
@@ -226,9 +224,7 @@ def test_torch_export_from_meta_takes_any_picture(model):
         empty = type(model)._from_config(model.config, dtype=torch.float32)
     export = found.vision_export(empty, torch.float32)
     assert all(tensor.is_meta for tensor in export.example.values())
-    program = torch.export.export(
-        export.module, (), export.example, dynamic_shapes=export.dynamic_shapes, strict=False
-    )
+    program = torch.export.export(export.module, (), export.example, dynamic_shapes=export.dynamic_shapes, strict=False)
     assert set(program.state_dict) == set(export.parameters)
     # the same program with weights: it holds for another size than the example's
     real = found.vision_export(model, torch.float32)
@@ -241,5 +237,5 @@ def test_torch_export_from_meta_takes_any_picture(model):
 
 
 def test_model_of_another_dtype_is_refused(model):
-    with pytest.raises(ValueError, match="make the model in torch.float16"):
+    with pytest.raises(ValueError, match=r"make the model in torch\.float16"):
         family_of(model).vision_export(model, torch.float16)

@@ -1,0 +1,137 @@
+"""What a person sees: progress on stderr, where it is a terminal, and tables on stdout."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TextIO
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from surgeon.doctor import Diagnosis
+from surgeon.inspect import Inspection, PassDescription
+
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with what is going on, how much is done and how much there is."""
+
+
+def quiet() -> None:
+    """Keep the libraries' warnings and log lines to themselves; this tool's own warnings are one line each.
+
+    Call it before transformers is imported: its verbosity is read then.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module=r"(surgeon|passes|exporters|cli)\b")
+    warnings.showwarning = _one_line
+
+
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"warning: {message}", file=file or sys.stderr)
+
+
+@contextmanager
+def progress(unit: Literal["bytes", "steps"] = "bytes") -> Iterator[ProgressCallback | None]:
+    """A callback that draws a bar per stage and leaves nothing behind; None where stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on stdout; columns whose every value is a number are aligned on the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        numbers = bool(rows) and all(isinstance(row[i], int) for row in rows)
+        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))
+    # In a pipe a line is as long as it needs to be: whoever reads it there looks for whole lines.
+    width = None if sys.stdout.isatty() else 1000
+    console = Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def show_inspection(found: Inspection) -> None:
+    text, vision, sites = found.text, found.vision, found.graft_sites
+    print(f"{found.path}: {found.family}, {'patched' if found.grafts else 'plain'}, {found.dtype}")
+    print(
+        f"decoder  {text.layers} layers, hidden {text.hidden_size}, intermediate {text.intermediate_size}, "
+        f"{text.attention_heads} heads ({text.key_value_heads} of keys and values) of {text.head_dim}, "
+        f"vocabulary {text.vocab_size:,}{', tied to lm_head' if found.tied_embeddings else ''}"
+    )
+    print(
+        f"vision   {vision.layers} layers, hidden {vision.hidden_size}, {vision.attention_heads} heads, patches of "
+        f"{vision.patch_size}" + (f", DeepStack into {found.deepstack_layers} layers" if found.deepstack_layers else "")
+    )
+    print(f"grafts   fit layers {sites.first_layer} to {sites.last_layer}, latent a multiple of {sites.latent_multiple}")
+    for graft in found.grafts:
+        options = "".join(f", {key} {value}" for key, value in graft.options.items())
+        print(f"grafted  {graft.kind} at layers {', '.join(map(str, graft.layers))}{options}")
+    print()
+    print_table(("part", "parameters", "size"), [(p.name, p.parameters, decimal(p.bytes)) for p in found.parts])
+    print(f"total    {found.parameters:,} parameters, {decimal(found.bytes)}")
+    print()
+    if found.files:
+        print_table(("file", "tensors", "size"), [(f.name, f.tensors, decimal(f.bytes)) for f in found.files])
+    else:
+        print("no weights here: a config alone")
+
+
+def show_passes(passes: Sequence[PassDescription]) -> None:
+    for i, described in enumerate(passes):
+        print(("\n" if i else "") + f"{described.name}: {described.summary}")
+        rows = [
+            (f"  {o.name}", o.type, "(required)" if o.required else o.default, o.description) for o in described.options
+        ]
+        print_table(("  option", "type", "default", "description"), rows)
+
+
+def show_patch(grafts: dict[str, int], source_parameters: int) -> None:
+    print_table(("graft", "parameters"), list(grafts.items()))
+    total = sum(grafts.values())
+    print(f"total {total:,} new parameters, {total / source_parameters:.2%} of the source's {source_parameters:,}")
+
+
+def show_diagnosis(found: Diagnosis) -> None:
+    print_table(
+        ("package", "version", ""), [(p.name, p.version or "not installed", p.problem or "") for p in found.packages]
+    )
+    print()
+    print_table(("backend", "works", ""), [(b.name, "yes" if b.works else "no", b.detail) for b in found.backends])
+    for backend in found.backends:
+        if backend.remedy:
+            print(f"{backend.name}: {backend.remedy}")
+    print()
+    storage = found.storage
+    print(f"{storage.directory}: {decimal(storage.free_bytes)} free" if storage.free_bytes is not None else storage.directory)
+    if storage.problem:
+        print(storage.problem)
+    else:
+        print(f"reflinks: {'yes' if storage.reflink else 'no'}, hard links: {'yes' if storage.hardlink else 'no'}")

@@ -1,0 +1,316 @@
+"""Prompts and pictures as model inputs, with the demo's tokenizer and image processor."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import DEMO, has_tokenizer, tiny_checkpoint
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    ProcessorMixin,
+    Qwen2_5_VLProcessor,
+    Qwen3VLProcessor,
+)
+
+from surgeon.errors import CheckpointError, InputError
+from surgeon.inputs import Inputs, Prompt, load_picture
+
+pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="needs the demo checkpoint's tokenizer")
+EXIF_ORIENTATION = 0x0112
+
+
+def noise(width, height, mode="RGB", seed=0):
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    values = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, channels), dtype=np.uint8)
+    return Image.fromarray(values.squeeze(), mode).resize((width, height))
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
+def checkpoint(request, tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def inputs(checkpoint):
+    return Inputs.from_directory(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return Inputs.from_directory(DEMO)
+
+
+def test_a_batch_with_two_pictures_one_and_none(checkpoint, inputs):
+    prompts = [
+        Prompt("What is it?", (noise(120, 90), noise(64, 200, seed=1))),
+        Prompt("And this?", (noise(90, 90),), system="Be brief."),
+        Prompt("Hello"),
+    ]
+    batch = inputs.prepare(prompts)
+    tokenizer, processor = AutoTokenizer.from_pretrained(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert batch.input_ids.dtype == batch.attention_mask.dtype == batch.mm_token_type_ids.dtype == np.int64
+    assert [len(row) for row in batch.grids] == [len(row) for row in batch.pixel_values] == [2, 1, 0]
+    for i, prompt in enumerate(prompts):
+        tokens = batch.input_ids[i, -batch.lengths[i] :]  # padded on the left
+        assert (batch.input_ids[i, : -batch.lengths[i]] == tokenizer.pad_token_id).all()
+        expected = ""
+        if prompt.system:
+            expected += f"<|im_start|>system\n{prompt.system}<|im_end|>\n"
+        expected += "<|im_start|>user\n"
+        for picture, pixels, grid in zip(prompt.images, batch.pixel_values[i], batch.grids[i], strict=True):
+            alone = processor(images=picture, return_tensors="np")
+            np.testing.assert_array_equal(pixels, alone["pixel_values"])
+            assert list(grid) == alone["image_grid_thw"][0].tolist()
+            expected += "<|vision_start|>" + "<|image_pad|>" * (grid[1] * grid[2] // 4) + "<|vision_end|>"
+        expected += f"{prompt.text}<|im_end|>\n<|im_start|>assistant\n"
+        assert tokenizer.decode(tokens) == expected
+        np.testing.assert_array_equal(batch.mm_token_type_ids[i], batch.input_ids[i] == image)
+    right = inputs.prepare(prompts, padding_side="right")
+    for i, length in enumerate(batch.lengths):
+        np.testing.assert_array_equal(right.input_ids[i, :length], batch.input_ids[i, -length:])
+        assert right.attention_mask[i].tolist() == [1] * length + [0] * (right.input_ids.shape[1] - length)
+
+
+def test_model_kwargs_run_the_model(checkpoint, inputs):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    batch = inputs.prepare([Prompt("One", (noise(80, 120),)), Prompt("None at all, but longer")])
+    kwargs = batch.model_kwargs(torch.float32)
+    with torch.no_grad():
+        together = model(**kwargs).logits[:, -1]
+        generated = model.generate(**kwargs, max_new_tokens=4, do_sample=False)
+    assert generated.shape[1] == batch.input_ids.shape[1] + 4
+    alone = inputs.prepare([Prompt("One", (noise(80, 120),))])
+    with torch.no_grad():
+        logits = model(**alone.model_kwargs(torch.float32)).logits[0, -1]
+    torch.testing.assert_close(together[0], logits, rtol=0, atol=1e-4)
+
+
+def test_model_kwargs_dtypes_and_absent_pictures(inputs):
+    with_picture = inputs.prepare([Prompt("a", (noise(80, 80),))]).model_kwargs(torch.bfloat16)
+    assert with_picture["pixel_values"].dtype == torch.bfloat16
+    assert with_picture["image_grid_thw"].dtype == with_picture["input_ids"].dtype == torch.int64
+    without = inputs.prepare([Prompt("a")]).model_kwargs(torch.bfloat16)
+    assert set(without) == {"input_ids", "attention_mask", "mm_token_type_ids"}
+
+
+def test_conversations_with_pictures_in_several_turns(demo):
+    first, second = noise(80, 80), noise(100, 80, seed=1)
+    conversation = [
+        {"role": "user", "content": [{"type": "text", "text": "See"}, {"type": "image", "image": first}]},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": [{"type": "image", "image": second}, {"type": "text", "text": "And now?"}]},
+    ]
+    batch = demo.prepare([conversation])
+    text = demo.decode(batch.input_ids[0], skip_special_tokens=False)
+    assert text.index("See") < text.index("<|image_pad|>") < text.index("Yes.") < text.rindex("<|image_pad|>")
+    assert len(batch.grids[0]) == 2
+    assert conversation[0]["content"][1]["image"] is first  # the caller's conversation is left alone
+
+
+def test_a_patched_checkpoints_inputs_are_its_sources(checkpoint, inputs, tmp_path):
+    for file in checkpoint.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_type"] = f"surgeon_{config['model_type']}"
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForImageTextToText": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    del settings["image_processor_type"]  # so that it must be found by the family's config
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    patched = Inputs.from_directory(tmp_path)
+    prompt = [Prompt("What is it?", (noise(120, 90),))]
+    ours, theirs = patched.prepare(prompt), inputs.prepare(prompt)
+    np.testing.assert_array_equal(ours.input_ids, theirs.input_ids)
+    np.testing.assert_array_equal(ours.pixel_values[0][0], theirs.pixel_values[0][0])
+    assert patched.family is inputs.family
+
+
+def test_special_ids(demo):
+    settings = json.loads((DEMO / "generation_config.json").read_text())
+    assert demo.eos_token_ids == tuple(settings["eos_token_id"])
+    assert demo.pad_token_id == settings["pad_token_id"]
+    ids = demo.tokenizer("a red star").input_ids
+    assert demo.decode([*ids, demo.eos_token_ids[0]]) == "a red star"
+
+
+def test_an_older_chat_template_file_goes_first(tmp_path):
+    shutil.copytree(DEMO, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    template = "{% for m in messages %}{{ m.content[-1].text }}!{% endfor %}"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert Inputs.from_directory(tmp_path).render(Prompt("Hi").messages()) == "Hi!"
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "CMYK", "L", "LA", "I;16", "1"])
+def test_picture_files_of_any_mode_become_rgb(tmp_path, mode):
+    image = noise(40, 30)
+    image = Image.new("I;16", (40, 30), 30000) if mode == "I;16" else image.convert(mode)
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    image.save(path)
+    loaded = load_picture(path)
+    assert loaded.mode == "RGB" and loaded.size == (40, 30)
+    np.testing.assert_array_equal(np.array(loaded), np.array(Image.open(path).convert("RGB")))
+
+
+def test_picture_files_are_turned_upright(tmp_path):
+    image = noise(40, 30)
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6  # to be turned clockwise
+    image.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(np.array(load_picture(tmp_path / "a.png")), np.rot90(np.array(image), -1))
+
+
+def test_photographs_with_a_preview_frame_are_pictures(tmp_path):
+    noise(40, 30).save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[noise(20, 10)])
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.n_frames == 2
+    assert load_picture(tmp_path / "a.jpg").size == (40, 30)
+
+
+def bad_picture(kind, folder):
+    path = folder / f"{kind}.png"
+    if kind == "text":
+        path.write_text("not a picture")
+    elif kind == "truncated":
+        noise(200, 200).save(path)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "animated":
+        path = folder / "moving.gif"
+        noise(20, 20).save(path, save_all=True, append_images=[noise(20, 20, seed=1), noise(20, 20, seed=2)])
+    elif kind == "huge":
+        noise(40, 30).save(path)
+    elif kind == "long":
+        noise(900, 4).save(path)
+    elif kind == "video":
+        path = folder / "film.MP4"
+    elif kind == "folder":
+        path = folder
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("missing", "does not exist"),
+        ("text", "is not a picture"),
+        ("truncated", "cannot be read: .*truncated"),
+        ("animated", "has 3 frames: video is not supported yet"),
+        ("huge", "is too large"),
+        ("long", "aspect ratio"),
+        ("video", "video is not supported yet"),
+        ("folder", "cannot be read"),
+    ],
+)
+def test_bad_pictures_are_told_by_name_and_reason(demo, tmp_path, monkeypatch, kind, reason):
+    path = bad_picture(kind, tmp_path)
+    if kind == "huge":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(InputError, match=reason) as caught:
+        demo.prepare([Prompt("What?", (path,))])
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- prompts and directories that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (Prompt("see <|image_pad|>"), "1 image placeholder.s. .* for 0 picture"),
+        (Prompt("see <|video_pad|>"), "video is not supported yet"),
+        ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], "video is not supported yet"),
+        ([{"role": "user", "content": [{"type": "image", "image": "https://a.b/c.png"}]}], "is not a file"),
+        ([{"role": "user", "content": [{"type": "image", "picture": 3}]}], "its keys: .'picture', 'type'"),
+    ],
+)
+def test_prompts_that_cannot_be_used(demo, prompt, message):
+    with pytest.raises(InputError, match=message):
+        demo.prepare([prompt])
+
+
+def test_no_prompt(demo):
+    with pytest.raises(InputError, match="no prompt"):
+        demo.prepare([])
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("config.json", "no config.json"),
+        ("tokenizer.json", "no tokenizer .*tokenizer.json"),
+        ("preprocessor_config.json", "no image processor .*preprocessor_config.json"),
+        ("chat_template.jinja", "no chat template"),
+    ],
+)
+def test_directories_without_a_part(tmp_path, missing, message):
+    shutil.copytree(DEMO, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", missing))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Inputs.from_directory(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_damaged_files(tmp_path):
+    shutil.copytree(DEMO, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        Inputs.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        Inputs.from_directory(tmp_path)
+
+
+# ---------------------------------------------------------------- against transformers' processor
+
+
+class NoVideoProcessor:
+    """Stands in for the one that cannot be made without torchvision; no video reaches it."""
+
+    merge_size = temporal_patch_size = 2
+
+
+@pytest.mark.parametrize("stand_in", [False, True], ids=["torchvision", "pillow"])
+def test_tokens_and_pixels_are_the_processors(checkpoint, inputs, tmp_path, monkeypatch, stand_in):
+    if stand_in:
+        monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
+        cls = {"qwen3_vl": Qwen3VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor}[inputs.family.model_type]
+        processor = cls(
+            AutoImageProcessor.from_pretrained(checkpoint),
+            inputs.tokenizer,
+            NoVideoProcessor(),
+            chat_template=inputs.tokenizer.chat_template,
+        )
+    else:
+        pytest.importorskip("torchvision")
+        processor = AutoProcessor.from_pretrained(checkpoint)
+    transparent = noise(64, 200, "RGBA", seed=2)
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    noise(120, 90).save(files[0])
+    transparent.save(files[1])
+    noise(80, 80).convert("P").save(files[2])
+    conversations = [
+        Prompt("What is it?", (noise(120, 90), transparent)).messages(),
+        Prompt("And these?", tuple(map(str, files)), system="Be brief.").messages(),
+        Prompt("Hello").messages(),
+    ]
+    expected = processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+    found = inputs.prepare(conversations).model_kwargs()
+    assert set(found) == set(expected)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
