@@ -13,7 +13,7 @@ KIND = PersistentVisualMemory.kind
 
 
 class PvmOptions(PassOptions):
-    layers: LayerChoice = Field(description="decoder layers, zero-based: a list, every:N, or strided:N (N layers spread)")
+    layers: LayerChoice = Field(description="zero-based decoder layers: a list, every:N, or strided:N (N spread out)")
     latent: int = Field(default=512, gt=0, description="width of the branch; a multiple of the backbone's head_dim")
 
 
@@ -33,12 +33,14 @@ class PvmPass(Pass):
             below = self.options.latent // head_dim * head_dim
             usable = f"{below} or {below + head_dim}" if below else f"{head_dim}"
             raise PreconditionError(
-                f"pass pvm: latent={self.options.latent} is not divisible by the backbone's head_dim {head_dim}; use {usable}"
+                f"pass pvm: latent={self.options.latent} is not divisible by the backbone's head_dim {head_dim}; "
+                f"use {usable}"
             )
         grafted = [entry["layers"] for entry in graph.record["grafts"] if entry["kind"] == KIND]
         if grafted:
             raise PreconditionError(
-                f"pass pvm is already applied, at layers {', '.join(map(str, grafted[0]))}; patch the unpatched checkpoint"
+                f"pass pvm is already applied, at layers {', '.join(map(str, grafted[0]))}; "
+                "patch the unpatched checkpoint"
             )
 
     def resolved(self, graph: LvlmGraph) -> dict[str, Any]:

@@ -3,17 +3,21 @@
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from surgeon.doctor import Diagnosis
 from surgeon.inspect import Inspection, PassDescription
+
+if TYPE_CHECKING:
+    from surgeon.patch import PatchReport
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with what is going on, how much is done and how much there is."""
@@ -44,22 +48,27 @@ def _one_line(
 
 
 @contextmanager
-def progress(unit: Literal["bytes", "steps"] = "bytes") -> Iterator[ProgressCallback | None]:
+def progress() -> Iterator[ProgressCallback | None]:
     """A callback that draws a bar per stage and leaves nothing behind; None where stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
-    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    stage_text, amount_text = TextColumn("{task.description}"), TextColumn("{task.fields[amount]}")
+    columns = (stage_text, BarColumn(), amount_text, TimeRemainingColumn())
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
 
         def update(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = bars.add_task(stage, total=total, amount="")
+            bars.update(tasks[stage], completed=done, total=total, amount=_amount(done, total))
 
         yield update
+
+
+def _amount(done: int, total: int) -> str:
+    """Layers and tensors are counted in thousands at most: what is more is bytes."""
+    return f"{done}/{total}" if total < 100_000 else f"{decimal(done)}/{decimal(total)}"
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -90,7 +99,7 @@ def show_inspection(found: Inspection) -> None:
         f"vision   {vision.layers} layers, hidden {vision.hidden_size}, {vision.attention_heads} heads, patches of "
         f"{vision.patch_size}" + (f", DeepStack into {found.deepstack_layers} layers" if found.deepstack_layers else "")
     )
-    print(f"grafts   fit layers {sites.first_layer} to {sites.last_layer}, latent a multiple of {sites.latent_multiple}")
+    print(f"grafts   layers {sites.first_layer} to {sites.last_layer}; latent: multiples of {sites.latent_multiple}")
     for graft in found.grafts:
         options = "".join(f", {key} {value}" for key, value in graft.options.items())
         print(f"grafted  {graft.kind} at layers {', '.join(map(str, graft.layers))}{options}")
@@ -104,6 +113,25 @@ def show_inspection(found: Inspection) -> None:
         print("no weights here: a config alone")
 
 
+def show_bundle(path: str | Path, manifest: Mapping[str, Any]) -> None:
+    """`manifest`: the content of a bundle.json."""
+    source, sizes, memory = manifest["source"], manifest["sizes"], manifest["memory"]
+    kinds = ", ".join(dict.fromkeys(entry["kind"] for entry in memory))
+    layers = ", ".join(str(entry["layer"]) for entry in memory)
+    print(f"{path}: bundle of {source['name']} ({source['model_type']}), {manifest['dtype']}")
+    print(
+        f"decoder  {sizes['num_hidden_layers']} layers, hidden {sizes['hidden_size']}, "
+        f"vocabulary {sizes['vocab_size']:,}, {manifest['max_length']:,} tokens at most"
+    )
+    print(f"grafted  {kinds} at layers {layers}" if memory else "grafted  nothing")
+    print()
+    graphs = manifest["graphs"].items()
+    print_table(("graph", "inputs", "outputs"), [(n, len(g["inputs"]), len(g["outputs"])) for n, g in graphs])
+    print()
+    weights = manifest["weights"].items()
+    print_table(("weights", "size", "how"), [(n, decimal(w["bytes"]), w["how"]) for n, w in weights])
+
+
 def show_passes(passes: Sequence[PassDescription]) -> None:
     for i, described in enumerate(passes):
         print(("\n" if i else "") + f"{described.name}: {described.summary}")
@@ -113,10 +141,19 @@ def show_passes(passes: Sequence[PassDescription]) -> None:
         print_table(("  option", "type", "default", "description"), rows)
 
 
-def show_patch(grafts: dict[str, int], source_parameters: int) -> None:
-    print_table(("graft", "parameters"), list(grafts.items()))
-    total = sum(grafts.values())
-    print(f"total {total:,} new parameters, {total / source_parameters:.2%} of the source's {source_parameters:,}")
+def show_patch(report: "PatchReport", target: Path | None) -> None:
+    """`target`: None for a plan."""
+    print_table(("graft", "parameters"), list(report.grafts.items()))
+    share = report.new_parameters / report.source_parameters
+    print(f"total {report.new_parameters:,} new parameters, {share:.2%} of the source's {report.source_parameters:,}")
+    if target is None:
+        print("a plan only: nothing was written")
+        return
+    print(f"wrote {target}: {report.bytes_written:,} bytes")
+    for method in dict.fromkeys(report.shared.values()):
+        files = [file for file, way in report.shared.items() if way == method]
+        more = f" and {len(files) - 4} more" if len(files) > 4 else ""
+        print(f"weights of the source by {method}: {', '.join(files[:4])}{more}")
 
 
 def show_diagnosis(found: Diagnosis) -> None:
@@ -130,8 +167,7 @@ def show_diagnosis(found: Diagnosis) -> None:
             print(f"{backend.name}: {backend.remedy}")
     print()
     storage = found.storage
-    print(f"{storage.directory}: {decimal(storage.free_bytes)} free" if storage.free_bytes is not None else storage.directory)
-    if storage.problem:
-        print(storage.problem)
-    else:
-        print(f"reflinks: {'yes' if storage.reflink else 'no'}, hard links: {'yes' if storage.hardlink else 'no'}")
+    if storage.free_bytes is not None:
+        print(f"{storage.directory}: {decimal(storage.free_bytes)} free")
+    links = (f"{name}: {'yes' if yes else 'no'}" for name, yes in storage.links.items())
+    print(storage.problem or ", ".join(links))

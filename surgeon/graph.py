@@ -1,7 +1,6 @@
-"""LvlmGraph, the intermediate representation that passes rewrite: everything about a model except its weights' bytes."""
+"""LvlmGraph, the representation that passes rewrite: everything about a model except its weights' bytes."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +85,7 @@ class LvlmGraph:
 
     def _rebuild(self) -> None:
         """Make config and module tree anew from the record."""
-        plain = type(self.config)
+        plain: Any = type(self.config)
         config_class = plain if getattr(self.config, RECORD, None) else patched_config_class(plain)
         values = {k: v for k, v in self.config.to_dict().items() if k != "model_type"}
         self.config = config_class.from_dict({**values, RECORD: self.record})
@@ -104,7 +103,8 @@ class LvlmGraph:
                 raise CheckpointError(f"config.json has no place for tensor {key} {list(info.shape)}")
             if tuple(info.shape) != expected[name]:
                 raise CheckpointError(
-                    f"config.json and tensors disagree: {key} is {list(info.shape)}, the config asks for {list(expected[name])}"
+                    f"config.json and tensors disagree: {key} is {list(info.shape)}, "
+                    f"the config asks for {list(expected[name])}"
                 )
             plan[name] = Stored(key, tuple(info.shape), info.torch_dtype)
         for name, target in self.model.all_tied_weights_keys.items():
@@ -119,8 +119,3 @@ class LvlmGraph:
                 + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             )
         return plan
-
-
-def open_graph(path: str | Path, *, weights: str = "required", seed: int = 0) -> LvlmGraph:
-    """The graph of a checkpoint directory or hub id. weights="optional" accepts a config alone."""
-    return LvlmGraph.read(Checkpoint.open(path, weights=weights), seed)

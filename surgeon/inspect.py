@@ -71,7 +71,7 @@ class Inspection(_Report):
     parts: vision tower (without the projector), projector, embeddings, decoder, lm_head, then each graft by its module
       path; their parameters and bytes add up to `parameters` and `bytes`.
     files: empty for a config alone.
-    passes: the pass record of a patched checkpoint, `{name: options}` each, in order; `source` is what they were run on.
+    passes: the pass record of a patched checkpoint, `{name: options}` each, in order; `source`: what they ran on.
     """
 
     path: str
@@ -203,7 +203,9 @@ def _first(config: Any, *names: str) -> int:
 def describe_passes(registry: "Registry") -> list[PassDescription]:
     """Every pass of a registry with its options, by name."""
     return [
-        PassDescription(name=name, summary=each.summary, identity=each.identity, options=_options(each.Options.model_fields))
+        PassDescription(
+            name=name, summary=each.summary, identity=each.identity, options=_options(each.Options.model_fields)
+        )
         for name, each in sorted(registry.items())
     ]
 

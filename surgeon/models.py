@@ -39,7 +39,7 @@ def read_config(config: dict[str, Any]) -> PretrainedConfig:
     Raises FamilyError for an unsupported model_type, CheckpointError for values that transformers refuses.
     """
     described = family(config["model_type"])
-    plain: type[PretrainedConfig] = getattr(transformers, described.config_class)
+    plain: Any = getattr(transformers, described.config_class)
     config_class = patched_config_class(plain) if config.get(RECORD) else plain
     try:
         return config_class.from_dict({k: v for k, v in config.items() if k not in ("auto_map", "model_type")})
@@ -49,14 +49,12 @@ def read_config(config: dict[str, Any]) -> PretrainedConfig:
 
 def model_class(described: Family, config: PretrainedConfig) -> type[PreTrainedModel]:
     """The class that a config asks for: the family's own, or its patched form with the grafts that are recorded."""
-    base: type[PreTrainedModel] = getattr(transformers, described.model_class)
+    base: Any = getattr(transformers, described.model_class)
     kinds = sorted({entry["kind"] for entry in grafts_of(config)})
     if not kinds:
         return base
     grafts = [graft_class(kind) for kind in kinds]
-    return patched_model_class(
-        base, described.text_model, described.layer_shape, described.visual_token_keys, *grafts
-    )
+    return patched_model_class(base, described.text_model, described.layer_shape, described.visual_token_keys, *grafts)
 
 
 def build_meta(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -79,7 +77,9 @@ def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, st
     return names
 
 
-def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu", **kwargs: Any) -> Any:
+def load(
+    path: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu", **kwargs: Any
+) -> Any:
     """A checkpoint with its weights, plain or patched, ready for `generate`.
 
     No code in the checkpoint is run: the classes are this installation's. Further keywords go to `from_pretrained`.
@@ -90,7 +90,7 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str | t
     with Checkpoint.open(path) as checkpoint:
         config = read_config(checkpoint.config)
         directory = checkpoint.directory
-    chosen = model_class(family(config.model_type), config)
+    chosen: Any = model_class(family(config.model_type), config)
     if grafts_of(config):
         chosen = with_remote_code(chosen)
     model = chosen.from_pretrained(directory, config=config, dtype=dtype, **kwargs)

@@ -1,4 +1,4 @@
-"""Operators that an exported graph is written in: each computes in torch, has a shape function, and is one ONNX operator.
+"""Operators that an exported graph is written in: each computes in torch, has a shape function, is one ONNX operator.
 
 Modules written for export (a family's vision tower, the decoder) call these where torch's own operators would fall
 apart into primitives that no backend fuses. The lowering of each to ONNX is in `exporters/onnx/lowering.py`.
@@ -37,7 +37,7 @@ def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @torch.library.custom_op("surgeon::rope_packed", mutates_args=())
 def rope_packed(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """`rope` over heads packed in the last dimension, which needs no Transpose. x [B, S, H * hd]; cos, sin [B, S, hd / 2]."""
+    """`rope` over heads packed in the last dimension: no Transpose. x [B, S, H * hd]; cos, sin [B, S, hd / 2]."""
     y = x.unflatten(-1, (num_heads, -1))
     cos, sin = cos[:, :, None], sin[:, :, None]
     a, b = y.chunk(2, -1)
@@ -51,7 +51,7 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
 
 @torch.library.custom_op("surgeon::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Grouped-query attention. q [B, H, S, hd]; k, v [B, Hkv, T, hd]; mask bool [B, 1, S, T], True where seen -> [B, H, S, hd]."""
+    """Grouped-query attention. q [B, H, S, hd]; k, v [B, Hkv, T, hd]; mask bool [B, 1, S, T], True where seen."""
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]).clone()
 
 
@@ -62,7 +62,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Ten
 
 @torch.library.custom_op("surgeon::attention_packed", mutates_args=())
 def attention_packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_heads: int, scale: float) -> Tensor:
-    """`attention` over heads packed in the last dimension. q, k, v [B, S, H * hd]; mask bool [B, 1, S, S] -> [B, S, H * hd]."""
+    """`attention` over heads packed in the last dimension. q, k, v [B, S, H * hd]; mask bool [B, 1, S, S]."""
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).flatten(2).clone()
 
@@ -74,7 +74,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_heads: int, scal
 
 @torch.library.custom_op("surgeon::cache_update", mutates_args=())
 def cache_update(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
-    """The cache with `new` written from each row's index on. cache [B, H, Smax, hd]; new [B, H, S, hd]; write_indices int64 [B]."""
+    """The cache with `new` written from each row's index on.
+
+    cache [B, H, Smax, hd]; new [B, H, S, hd]; write_indices int64 [B].
+    """
     slots = write_indices[:, None] + torch.arange(new.shape[2], device=new.device)
     index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
     return cache.scatter(2, index, new)

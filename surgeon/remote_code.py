@@ -89,7 +89,7 @@ def write_remote_code(directory: Path, config: PretrainedConfig) -> None:
 def with_remote_code(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A patched class whose `save_pretrained` writes the travelling files too."""
 
-    class Saved(model_class):  # type: ignore[misc, valid-type]
+    class Saved(model_class):
         def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
             self.config.auto_map = auto_map()
             super().save_pretrained(save_directory, *args, **kwargs)

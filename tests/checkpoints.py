@@ -1,4 +1,4 @@
-"""Small random models and checkpoints of the supported families, for tests. Nothing in them is trivially zero or one."""
+"""Small random models and checkpoints of the supported families, for tests. Nothing in them is trivially 0 or 1."""
 
 import json
 import shutil

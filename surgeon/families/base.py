@@ -1,4 +1,4 @@
-"""What the rest of the tool may ask of a backbone family. One file beside this one per family, named by its model_type."""
+"""What the rest of the tool may ask of a backbone family. Each family is one file beside this, named by model_type."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -68,7 +68,7 @@ class Family(ABC):
         return int(config.image_token_id)
 
     def visual_token_ids(self, config: PretrainedConfig) -> tuple[int, ...]:
-        """Every token id whose embedding is replaced by a visual one (pictures, and videos where the family has them)."""
+        """Every token id whose embedding is replaced by a visual one: pictures, and videos where it has them."""
         return tuple(int(getattr(config, key)) for key in self.visual_token_keys)
 
     def deepstack_layers(self, config: PretrainedConfig) -> int:
@@ -82,7 +82,11 @@ class Family(ABC):
 
     @abstractmethod
     def position_ids(
-        self, config: PretrainedConfig, input_ids: np.ndarray, attention_mask: np.ndarray, grids: Sequence[Sequence[Grid]]
+        self,
+        config: PretrainedConfig,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        grids: Sequence[Sequence[Grid]],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Positions of a prompt batch: `input_ids`, `attention_mask [B, S]` int64 and each row's picture grids ->
         `position_ids [A, B, S]` and `next_position [B]`, the id that the first generated token has on every axis.

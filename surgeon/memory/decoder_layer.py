@@ -30,7 +30,8 @@ class PreNormLayer:
         """hidden_states [B, S, d]; visual_token_mask bool [B, S]; the rest goes to self-attention -> [B, S, d]."""
         memory = (visual_memory, visual_token_mask)
         for graft in grafts_at(self, "before_layer"):
-            hidden_states = read(graft, self, hidden_states, *memory, otherwise=hidden_states)
+            replaced = read(graft, self, hidden_states, *memory)
+            hidden_states = hidden_states if replaced is None else replaced
 
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
@@ -44,7 +45,7 @@ class PreNormLayer:
         hidden_states = self.mlp(hidden_states)
         hidden_states = residual + hidden_states
         for graft in grafts_at(self, "beside_mlp"):
-            injection = read(graft, self, residual, *memory, otherwise=None)
+            injection = read(graft, self, residual, *memory)
             hidden_states = hidden_states if injection is None else hidden_states + injection
         return hidden_states
 
@@ -68,11 +69,10 @@ def read(
     hidden_states: Tensor,
     memory: VisualMemory | None,
     visual_token_mask: Tensor | None,
-    otherwise: Tensor | None,
 ) -> Tensor | None:
-    """What the graft computes, or `otherwise` where no picture has entered yet."""
+    """What the graft computes; None where no picture has entered yet."""
     if memory is None or memory.mask is None:
-        return otherwise
+        return None
     keys, values = memory.entries[entry_name(layer, graft)]
     output: Tensor = graft(hidden_states, keys, values, memory.mask, visual_token_mask)
     return output

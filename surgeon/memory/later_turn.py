@@ -26,7 +26,8 @@ def drop_cached_pictures(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) 
         )
     kwargs = dict(kwargs)
     if kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = model._prepare_position_ids_for_generation(input_ids, {**kwargs, "input_ids": input_ids})
+        known = {**kwargs, "input_ids": input_ids}
+        kwargs["position_ids"] = model._prepare_position_ids_for_generation(input_ids, known)
     new = torch.tensor([start >= past_length for start in runs])
     patches = kwargs["pixel_values"].split(grids.prod(-1).tolist())
     kept = [patch for patch, is_new in zip(patches, new.tolist(), strict=True) if is_new]

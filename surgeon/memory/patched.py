@@ -20,7 +20,7 @@ MODEL_TYPE_PREFIX = "surgeon_"
 
 
 @cache
-def patched_config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
+def patched_config_class(base: Any) -> type[PretrainedConfig]:
     """The config class of a patched `base`. Its model_type is its own, so that no loader mistakes the patched
     checkpoint for the plain model and drops the grafts."""
     name = f"Surgeon{base.__name__}"
@@ -30,9 +30,11 @@ def patched_config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]
 def graft_model(model: PreTrainedModel, text_model: str, layer_shape: str, kinds: Mapping[str, type[Graft]]) -> None:
     """Turn a plain model into a patched one, in place, by its config's record. Base parameters keep their names."""
     decoder: Any = model.get_submodule(text_model)
-    decoder.__class__ = _patched_text_model_class(type(decoder))
+    plain: Any = type(decoder)
+    decoder.__class__ = _patched_text_model_class(plain)
     for layer in decoder.layers:
-        layer.__class__ = patched_layer_class(type(layer), layer_shape)
+        plain_layer: Any = type(layer)
+        layer.__class__ = patched_layer_class(plain_layer, layer_shape)
     for entry in getattr(model.config, RECORD)["grafts"]:
         for index in entry["layers"]:
             graft = kinds[entry["kind"]].from_config(decoder.config, entry)
@@ -41,7 +43,7 @@ def graft_model(model: PreTrainedModel, text_model: str, layer_shape: str, kinds
 
 @cache
 def _patched_text_model_class(base: type) -> type:
-    class PatchedTextModel(base):  # type: ignore[misc, valid-type]
+    class PatchedTextModel(base):
         """The decoder: lets visual embeddings enter the request's memory, and passes the memory to its layers."""
 
         def forward(
@@ -98,16 +100,20 @@ def _register_key_conversion(base: str, patched: str) -> None:
 
 
 def patched_model_class(
-    base: type[PreTrainedModel], text_model: str, layer_shape: str, visual_token_ids: tuple[str, ...], *grafts: type[Graft]
+    base: type[PreTrainedModel],
+    text_model: str,
+    layer_shape: str,
+    visual_token_keys: tuple[str, ...],
+    *grafts: type[Graft],
 ) -> type[PreTrainedModel]:
     """`base` with grafts of the given kinds.
 
-    text_model: the decoder's module path. visual_token_ids: the config keys that hold the ids of visual tokens.
+    text_model: the decoder's module path. visual_token_keys: the config keys that hold the ids of visual tokens.
     """
     kinds = {graft.kind: graft for graft in grafts}
-    plain_config: type[PretrainedConfig] = base.config_class  # type: ignore[assignment]
+    plain_config: Any = base.config_class
 
-    class Patched(base):  # type: ignore[misc, valid-type]
+    class Patched(base):
         config_class = patched_config_class(plain_config)
 
         def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -143,8 +149,8 @@ def patched_model_class(
             super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
         def visual_token_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-            """Which positions hold a visual token: bool [B, S], from ids [B, S] or, without them, embeddings [B, S, d]."""
-            ids = torch.tensor([getattr(self.config, key) for key in visual_token_ids])
+            """Which positions hold a visual token, bool [B, S]: from ids [B, S] or else embeddings [B, S, d]."""
+            ids = torch.tensor([getattr(self.config, key) for key in visual_token_keys])
             if input_ids is not None:
                 return torch.isin(input_ids, ids.to(input_ids.device))
             assert inputs_embeds is not None

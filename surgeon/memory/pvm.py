@@ -118,7 +118,7 @@ class PersistentVisualMemory(Graft):
         values = self.v_proj(latent).unflatten(-1, heads).transpose(1, 2)
         return keys, values
 
-    def weights(self) -> tuple[Tensor, ...]:
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The tensors that `persistent_visual_memory` takes after the masks, in its order."""
         return (
             self.text_proj.weight,

@@ -4,7 +4,7 @@ It is a layer of the request's KV cache, so whatever is done to the cache (beams
 moved, dropped) is done to the memory, and no module holds any of it.
 """
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +57,7 @@ class VisualMemory(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.mask is not None:
-            self.entries = {
-                n: (k[indices.to(k.device)], v[indices.to(v.device)]) for n, (k, v) in self.entries.items()
-            }
+            self.entries = {n: (k[indices.to(k.device)], v[indices.to(v.device)]) for n, (k, v) in self.entries.items()}
             self.mask = self.mask[indices.to(self.mask.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -85,7 +83,7 @@ class VisualMemory(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to allocate: `extend` brings the tensors."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise TypeError("the visual memory has no tokens of its own; use extend()")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

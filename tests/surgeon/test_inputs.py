@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from checkpoints import DEMO, has_tokenizer, tiny_checkpoint
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -18,6 +17,7 @@ from transformers import (
     Qwen3VLProcessor,
 )
 
+from checkpoints import DEMO, has_tokenizer, tiny_checkpoint
 from surgeon.errors import CheckpointError, InputError
 from surgeon.inputs import Inputs, Prompt, load_picture
 
@@ -130,7 +130,7 @@ def test_a_patched_checkpoints_inputs_are_its_sources(checkpoint, inputs, tmp_pa
     ours, theirs = patched.prepare(prompt), inputs.prepare(prompt)
     np.testing.assert_array_equal(ours.input_ids, theirs.input_ids)
     np.testing.assert_array_equal(ours.pixel_values[0][0], theirs.pixel_values[0][0])
-    assert patched.family is inputs.family
+    assert patched.family is inputs.family and patched.config.model_type == inputs.config.model_type
 
 
 def test_special_ids(demo):

@@ -1,0 +1,133 @@
+"""From logits to text, the same for every runtime: sampling, stopping, and text that is decoded as it comes."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from surgeon.errors import OptionError, SurgeonError
+
+FinishReason = Literal["stop", "length"]
+"""Why a row ended: an end-of-sequence token, or no room (in the tokens asked for, or in the cache)."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits. A temperature of 0 is greedy, and the other settings then change nothing."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    """Draw from the k most likely tokens; ties with the last of them are kept."""
+    top_p: float | None = None
+    """Draw from the smallest set of the most likely tokens whose probabilities sum to at least p."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises OptionError for values out of range."""
+        if not 0 <= self.temperature < float("inf"):
+            raise OptionError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+        if self.top_k is not None and self.top_k < 1:
+            raise OptionError(f"top_k is {self.top_k}; it must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise OptionError(f"top_p is {self.top_p}; it must be in (0, 1]")
+
+    def generator(self) -> np.random.Generator:
+        """A fresh generator for one request."""
+        return np.random.default_rng(self.seed)
+
+
+def sample(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> np.ndarray:
+    """One token for each row: logits [B, V] -> int64 [B].
+
+    Every row draws one number from the generator, so what a row gets does not depend on the others' logits. Raises
+    SurgeonError where a row's logits are NaN or hold no finite maximum.
+    """
+    usable = np.isfinite(logits.max(axis=-1))
+    if not usable.all():
+        rows = np.flatnonzero(~usable).tolist()
+        raise SurgeonError(
+            f"the logits of row(s) {rows} are not finite: the model overflowed; run it in bf16 or fp32 instead of fp16"
+        )
+    if sampling.temperature == 0:
+        return logits.argmax(axis=-1).astype(np.int64)
+    draws = generator.random(len(logits))
+    return np.array([_draw(row, sampling, u) for row, u in zip(logits, draws, strict=True)], dtype=np.int64)
+
+
+def _draw(logits: np.ndarray, sampling: Sampling, draw: float) -> int:
+    """The token at `draw` (in [0, 1)) of the cumulative distribution, the most likely token first."""
+    scores = logits.astype(np.float64) / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < len(scores):
+        kth = np.partition(scores, -sampling.top_k)[-sampling.top_k]
+        candidates = np.flatnonzero(scores >= kth)
+    else:
+        candidates = np.arange(len(scores))
+    candidates = candidates[np.argsort(-scores[candidates], kind="stable")]
+    probabilities = np.exp(scores[candidates] - scores[candidates[0]])
+    cumulative = np.cumsum(probabilities)
+    if sampling.top_p is not None:
+        kept = 1 + int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1], side="left"))
+        candidates, cumulative = candidates[:kept], cumulative[:kept]
+    chosen = int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))
+    return int(candidates[min(chosen, len(candidates) - 1)])
+
+
+class Rows:
+    """The tokens of a batch as it is generated, and which rows have ended, and why."""
+
+    def __init__(self, eos_token_ids: Sequence[Collection[int]], limits: Sequence[int]) -> None:
+        """For each row the ids that end it, and how many tokens it may have at most."""
+        self.eos_token_ids = [frozenset(ids) for ids in eos_token_ids]
+        self.limits = list(limits)
+        self.token_ids: list[list[int]] = [[] for _ in self.limits]
+        self.finish_reasons: list[FinishReason | None] = ["length" if limit < 1 else None for limit in self.limits]
+
+    @property
+    def active(self) -> np.ndarray:
+        """Which rows go on: bool [B]."""
+        return np.array([reason is None for reason in self.finish_reasons])
+
+    def push(self, tokens: np.ndarray) -> None:
+        """Append tokens [B] to the rows that are active; an end-of-sequence token is kept as the row's last."""
+        for row in np.flatnonzero(self.active):
+            token = int(tokens[row])
+            self.token_ids[row].append(token)
+            if token in self.eos_token_ids[row]:
+                self.finish_reasons[row] = "stop"
+            elif len(self.token_ids[row]) >= self.limits[row]:
+                self.finish_reasons[row] = "length"
+
+
+class TextStream:
+    """One row's text as its tokens come. What it gives out, put together, is the decoded whole, and a character that
+    several tokens spell is given out with the last of them."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        """`decode`: the text of token ids, e.g. `Inputs.decode`."""
+        self._decode = decode
+        self._ids: list[int] = []
+        self._done = 0  # ids whose text was given out
+        self._context = (
+            0  # where decoding starts: some of those, because a tokenizer may treat a text's start otherwise
+        )
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this token; empty while a character is incomplete."""
+        self._ids.append(token)
+        return self._advance(final=False)
+
+    def finish(self) -> str:
+        """What is left, when no token follows: an incomplete character as U+FFFD."""
+        return self._advance(final=True)
+
+    def _advance(self, final: bool) -> str:
+        known = self._decode(self._ids[self._context : self._done])
+        text = self._decode(self._ids[self._context :])
+        if (text.endswith(_INCOMPLETE) and not final) or len(text) <= len(known):
+            return ""
+        self._context, self._done = self._done, len(self._ids)
+        return text[len(known) :]
+
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"

@@ -1,0 +1,69 @@
+"""How far two tensors are from each other. Non-finite values are counted before anything is compared."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor against its reference, over all their elements."""
+
+    max_abs: float
+    mean_abs: float
+    max_relative: float
+    """max_abs over the reference's largest absolute value."""
+    cosine: float
+    non_finite: int
+    """NaN and infinity in either. Where there are any, nothing else was compared and the rest is NaN."""
+    equal: bool
+    """Bit for bit, but for the sign of zero."""
+
+
+@dataclass(frozen=True)
+class LogitDifference(Difference):
+    """Logits against reference logits, each position a distribution over the vocabulary."""
+
+    kl_mean: float
+    """Mean over positions of KL(reference || other), in nats."""
+    kl_max: float
+    top1: float
+    """The share of positions with the same most likely token."""
+
+
+def compare(reference: np.ndarray, other: np.ndarray) -> Difference:
+    """Any two arrays of one shape. Computed in fp64. Raises ValueError where the shapes differ."""
+    if reference.shape != other.shape:
+        raise ValueError(f"shapes differ: {list(reference.shape)} and {list(other.shape)}")
+    non_finite = int((~np.isfinite(reference)).sum() + (~np.isfinite(other)).sum())
+    nan = float("nan")
+    if non_finite or reference.size == 0:
+        return Difference(nan, nan, nan, nan, non_finite, equal=False)
+    a, b = reference.astype(np.float64).ravel(), other.astype(np.float64).ravel()
+    error = np.abs(a - b)
+    scale, norms = float(np.abs(a).max()), float(np.linalg.norm(a) * np.linalg.norm(b))
+    cosine = float(a @ b) / norms if norms else float(np.array_equal(a, b))
+    largest = float(error.max())
+    relative = largest / scale if scale else (0.0 if largest == 0 else float("inf"))
+    return Difference(largest, float(error.mean()), relative, cosine, 0, bool(np.array_equal(reference, other)))
+
+
+def compare_logits(reference: np.ndarray, other: np.ndarray) -> LogitDifference:
+    """Logits [P, V] of P positions. The cosine is the smallest over positions."""
+    plain = compare(reference, other)
+    nan = float("nan")
+    if plain.non_finite or reference.size == 0:
+        return LogitDifference(**vars(plain), kl_mean=nan, kl_max=nan, top1=nan)
+    kls, cosines = [], []
+    for a, b in zip(reference, other, strict=True):  # position by position: a vocabulary times fp64 is large
+        log_p, log_q = _log_softmax(a.astype(np.float64)), _log_softmax(b.astype(np.float64))
+        kls.append(max(0.0, float(np.exp(log_p) @ (log_p - log_q))))
+        cosines.append(compare(a, b).cosine)
+    top1 = float((reference.argmax(-1) == other.argmax(-1)).mean())
+    values = {**vars(plain), "cosine": min(cosines)}
+    return LogitDifference(**values, kl_mean=float(np.mean(kls)), kl_max=max(kls), top1=top1)
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    shifted: np.ndarray = x - x.max()
+    return shifted - np.log(np.exp(shifted).sum())

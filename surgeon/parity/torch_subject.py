@@ -1,0 +1,104 @@
+"""A checkpoint as transformers runs it: the reference of every rung."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessor
+
+from surgeon import models
+from surgeon.inputs import Inputs, ModelInputs, Prompt, Side
+from surgeon.memory.patched import RECORD
+from surgeon.parity.subject import Trace
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class _Forced(LogitsProcessor):
+    """Lets nothing but the given tokens [B, steps] be generated."""
+
+    def __init__(self, tokens: np.ndarray, prompt_length: int) -> None:
+        self.tokens = torch.from_numpy(tokens)
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        wanted = self.tokens[:, input_ids.shape[1] - self.prompt_length]
+        return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None].to(scores.device), 0.0)
+
+
+class TorchSubject:
+    """`dtype="auto"` runs in the checkpoint's own."""
+
+    stage = "checkpoint"
+
+    def __init__(self, path: str | Path, dtype: str = "auto", device: str = "cpu") -> None:
+        self.path = str(path)
+        self.model = models.load(path, dtype=DTYPES.get(dtype, "auto"), device=device)
+        self.dtype = DTYPE_NAMES[self.model.dtype]
+        self.inputs = Inputs.from_directory(self.model.config._name_or_path or path)
+        # Without an end token every row decodes for as long as it is asked to.
+        self.model.generation_config = GenerationConfig(pad_token_id=self.inputs.pad_token_id)
+        self.record: Mapping[str, Any] | None = getattr(self.model.config, RECORD, None)
+
+    def gates(self) -> dict[str, float]:
+        """Every graft's gates, by parameter name: the value farthest from zero."""
+        decoder = [(n, m) for n, m in self.model.named_modules() if hasattr(m, "gates")]
+        return {f"{n}.{g}": float(m.get_parameter(g).detach().abs().max()) for n, m in decoder for g in m.gates}
+
+    @torch.inference_mode()
+    def trace(self, prompts: Sequence[Prompt], steps: int, tokens: np.ndarray | None = None) -> Trace:
+        inputs, kwargs = self._prepare(prompts)
+        length = inputs.input_ids.shape[1]
+        forced = [] if tokens is None else [_Forced(tokens, length)]
+        out = self.model.generate(
+            **kwargs,
+            logits_processor=forced,
+            do_sample=False,
+            max_new_tokens=steps,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return Trace(
+            [row[-n:] for row, n in zip(inputs.input_ids, inputs.lengths, strict=True)],
+            self._prompt_logits(prompts),
+            torch.stack(out.logits, 1).float().numpy(force=True),
+            out.sequences[:, length:].numpy(force=True),
+        )
+
+    @torch.inference_mode()
+    def tensors(self, prompts: Sequence[Prompt]) -> dict[str, list[np.ndarray]]:
+        inputs, kwargs = self._prepare(prompts, "right")
+        found: dict[str, torch.Tensor] = {}
+
+        def keep(name: str) -> Any:
+            def hook(module: Any, args: Any, output: Any) -> None:
+                found[name] = output.float()
+
+            return hook
+
+        decoder = self.model.get_submodule(models.family(self.model.config.model_type).text_model)
+        hooks = [layer.register_forward_hook(keep(f"hidden_states.{i}")) for i, layer in enumerate(decoder.layers)]
+        try:
+            self.model(**kwargs, use_cache=False)
+        finally:
+            for each in hooks:
+                each.remove()
+        return {
+            name: [row[:n].numpy(force=True) for row, n in zip(value, inputs.lengths, strict=True)]
+            for name, value in found.items()
+        }
+
+    def _prompt_logits(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        # Padded on the right: a forward without pictures numbers positions without regard to padding.
+        inputs, kwargs = self._prepare(prompts, "right")
+        logits = self.model(**kwargs, use_cache=False).logits.float().numpy(force=True)
+        return [row[:n] for row, n in zip(logits, inputs.lengths, strict=True)]
+
+    def _prepare(
+        self, prompts: Sequence[Prompt], padding_side: Side = "left"
+    ) -> tuple[ModelInputs, dict[str, torch.Tensor]]:
+        inputs = self.inputs.prepare(prompts, padding_side)
+        return inputs, inputs.model_kwargs(self.model.dtype, self.model.device)

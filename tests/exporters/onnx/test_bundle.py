@@ -1,0 +1,193 @@
+"""The bundle: weights are pointed into, not copied; other dtypes are converted once; what cannot be is told."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bundles import MAX_LENGTH, DecoderRun, Exported
+from checkpoints import tiny_checkpoint
+from exporters.onnx.bundle import export_bundle
+from exporters.onnx.manifest import Manifest
+from surgeon.checkpoint import read_header
+from surgeon.errors import BundleError, CheckpointError, OptionError, TargetError
+
+Export = Callable[..., Exported]
+
+
+def external(directory: Path) -> dict[str, dict[str, str]]:
+    """Every external initialiser of a bundle's graphs -> where it is."""
+    found = {}
+    for path in directory.glob("*.onnx"):
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            if tensor.data_location == tensor.EXTERNAL:
+                found[tensor.name] = {entry.key: entry.value for entry in tensor.external_data}
+    return found
+
+
+def shares_bytes(checkpoint: Path, bundle: Path, name: str) -> bool:
+    """Whether the bundle's weight file is the checkpoint's own: one inode, or blocks shared by a reflink."""
+    how = Manifest.load(bundle).weights[f"weights/{name}"].how
+    return how == "reflink" or (bundle / "weights" / name).stat().st_ino == (checkpoint / name).stat().st_ino
+
+
+def test_weights_stay_where_they_are(export: Export) -> None:
+    exported = export("qwen3_vl", True)
+    assert {w.how for w in exported.manifest.weights.values()} <= {"reflink", "hardlink"}
+    for path in exported.checkpoint.glob("*.safetensors"):
+        assert shares_bytes(exported.checkpoint, exported.directory, path.name)
+    where = external(exported.directory)
+    stored = {name: info for f in exported.checkpoint.glob("*.safetensors") for name, info in read_header(f).items()}
+    assert set(where) == {name for name in stored}
+    for name, info in stored.items():
+        assert where[name]["location"] == f"weights/{info.file.name}"
+        assert (int(where[name]["offset"]), int(where[name]["length"])) == (info.offset, info.nbytes)
+    # tables of rotary frequencies and shapes alone are inside
+    for path in exported.directory.glob("*.onnx"):
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            assert tensor.data_location == tensor.EXTERNAL or len(tensor.SerializeToString()) < 500
+
+
+def test_a_hub_cache_of_symlinks_and_shards(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", sharded=True)
+    snapshot = tmp_path / "cache" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (blobs := tmp_path / "cache" / "blobs").mkdir()
+    for i, path in enumerate(source.iterdir()):
+        path.rename(blobs / str(i))
+        (snapshot / path.name).symlink_to(os.path.relpath(blobs / str(i), snapshot))
+    manifest = export_bundle(snapshot, tmp_path / "bundle", dtype=torch.float32, max_length=16, graphs=["embed"])
+    assert list(manifest.graphs) == ["embed"]
+    assert len(manifest.weights) == 1, "only the shard that holds the embeddings is needed"
+    (name,) = manifest.weights
+    assert not (tmp_path / "bundle" / name).is_symlink()
+
+
+def test_another_dtype_is_converted_once(export: Export) -> None:
+    exported = export("qwen3_vl", True, torch.float16)
+    (path, weights), = exported.manifest.weights.items()
+    assert (path, weights.how) == ("weights/converted-f16.safetensors", "converted")
+    converted, where = load_file(exported.directory / path), external(exported.directory)
+    assert set(where) == set(converted)
+    source = {k: v for f in exported.checkpoint.glob("*.safetensors") for k, v in load_file(f).items()}
+    for name, tensor in converted.items():
+        assert torch.equal(tensor, source[name].half())
+    # and the graphs are of that dtype, and run
+    run = DecoderRun(exported, 1)
+    assert run.caches["past_keys.0"].dtype == np.float16
+    embeds = np.random.default_rng(0).standard_normal((1, 4, exported.manifest.sizes.hidden_size)).astype(np.float16)
+    feeds = {"position_ids": np.tile(np.arange(4), (3, 1, 1)), "logits_indices": np.array([[3]])}
+    got = run.step(inputs_embeds=embeds, **feeds)
+    want = DecoderRun(export("qwen3_vl", True), 1).step(inputs_embeds=embeds.astype(np.float32), **feeds)
+    assert got.dtype == np.float16
+    assert np.abs(got - want).max() < 0.05 < want.std()
+    for graph in exported.manifest.graphs:
+        exported.session(graph)
+
+
+def test_bf16_weights_are_pointed_into_by_a_bf16_graph(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen2_5_vl", torch.bfloat16)
+    manifest = export_bundle(source, tmp_path / "bundle", dtype=torch.bfloat16, max_length=16, graphs=["memory", "embed"])
+    assert list(manifest.graphs) == ["embed"], "a plain model has no memory"
+    assert shares_bytes(source, tmp_path / "bundle", "model.safetensors")
+    assert manifest.graphs["embed"].outputs[0].dtype == "bfloat16"
+
+
+def test_tied_embeddings_are_one_tensor(export: Export) -> None:
+    exported = export("qwen2_5_vl", tie_word_embeddings=True)
+    model = onnx.load(exported.directory / "decoder.onnx", load_external_data=False)
+    logits = next(node for node in model.graph.node if node.op_type == "Gemm" and node is last_gemm(model))
+    assert logits.input[1] == "model.language_model.embed_tokens.weight"
+    DecoderRun(exported, 1)
+
+
+def last_gemm(model: onnx.ModelProto) -> onnx.NodeProto:
+    return [node for node in model.graph.node if node.op_type == "Gemm"][-1]
+
+
+def test_the_manifest_says_what_a_runtime_needs(export: Export) -> None:
+    exported = export("qwen3_vl", True)
+    manifest = exported.manifest
+    assert manifest.max_length == MAX_LENGTH and manifest.source.grafts[0]["kind"] == "pvm"
+    assert [(m.layer, m.kind, m.num_key_value_heads, m.head_dim) for m in manifest.memory] == [
+        (1, "pvm", 1, 16),
+        (3, "pvm", 1, 16),
+    ]
+    assert set(manifest.graphs) == {"embed", "vision", "memory", "decoder"}
+    for name, graph in manifest.graphs.items():
+        session = exported.session(name)
+        for described, found in ((graph.inputs, session.get_inputs()), (graph.outputs, session.get_outputs())):
+            assert [(p.name, p.shape) for p in described] == [(v.name, v.shape) for v in found]
+    config = json.loads((exported.directory / "processor" / "config.json").read_text())
+    assert config == json.loads((exported.checkpoint / "config.json").read_text())
+
+
+def test_older_key_layouts_are_found(export: Export, tmp_path: Path) -> None:
+    """Qwen2.5-VL's published checkpoints have `visual.` and `model.layers.`."""
+    source = tiny_checkpoint(tmp_path / "source", "qwen2_5_vl")
+    file = source / "model.safetensors"
+    old = {
+        k.replace("model.visual.", "visual.").replace("model.language_model.", "model."): v
+        for k, v in load_file(file).items()
+    }
+    assert "visual.merger.ln_q.weight" in old and "model.layers.0.mlp.up_proj.weight" in old
+    save_file(old, file, {"format": "pt"})
+    export_bundle(source, tmp_path / "bundle", dtype=torch.float32, max_length=16, graphs=["embed", "decoder"])
+    where = external(tmp_path / "bundle")["model.language_model.layers.0.mlp.up_proj.weight"]
+    assert int(where["offset"]) == read_header(file)["model.layers.0.mlp.up_proj.weight"].offset
+
+
+def rewrite(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    change(tensors)
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+
+
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "kind", "said"),
+    [
+        (lambda t: t.pop(EMBEDDINGS), torch.float32, CheckpointError, EMBEDDINGS),
+        (lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS][:100].clone()}), torch.float32, CheckpointError, r"\[100, 64\]"),
+        (lambda t: t[EMBEDDINGS].mul_(1e6), torch.float16, BundleError, "bf16"),
+        (lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS].char()}), torch.float32, BundleError, "I8"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_named(
+    tmp_path: Path,
+    change: Callable[[dict[str, torch.Tensor]], object],
+    dtype: torch.dtype,
+    kind: type[Exception],
+    said: str,
+) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl")
+    rewrite(source, change)
+    with pytest.raises(kind, match=said):
+        export_bundle(source, tmp_path / "bundle", dtype=dtype, max_length=16, graphs=["embed"])
+    assert [path.name for path in tmp_path.iterdir()] == ["source"], "nothing is left behind"
+
+
+def test_what_cannot_be_asked_is_refused_before_anything_is_written(export: Export, tmp_path: Path) -> None:
+    checkpoint, target = export("qwen3_vl", True).checkpoint, tmp_path / "bundle"
+    for options, kind, said in (
+        ({"dtype": torch.int8, "max_length": 16}, OptionError, "fp16"),
+        ({"dtype": torch.float32, "max_length": 0}, OptionError, "1 to 4096"),
+        ({"dtype": torch.float32, "max_length": 5000}, OptionError, "1 to 4096"),
+        ({"dtype": torch.float32, "max_length": 16, "graphs": ["decode"]}, OptionError, "decode"),
+    ):
+        with pytest.raises(kind, match=said):
+            export_bundle(checkpoint, target, **options)
+    with pytest.raises(TargetError):
+        export_bundle(checkpoint, checkpoint / "bundle", dtype=torch.float32, max_length=16)
+    target.mkdir()
+    with pytest.raises(TargetError, match="--overwrite"):
+        export_bundle(checkpoint, target, dtype=torch.float32, max_length=16)
+    assert not list(target.iterdir())

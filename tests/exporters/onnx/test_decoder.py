@@ -1,0 +1,181 @@
+"""decoder.onnx against transformers: prefill and decoding, rows of different lengths, DeepStack, grafts."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from bundles import DecoderRun, Exported
+from transformers import DynamicCache
+
+from surgeon import models
+from surgeon.errors import BundleError
+from surgeon.families import family
+
+Export = Callable[..., Exported]
+
+
+class Reference:
+    """One row through transformers' decoder in fp32, prompt and then token by token."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.cache = DynamicCache(config=model.config.text_config)
+
+    @torch.inference_mode()
+    def step(self, embeds: torch.Tensor, position_ids: torch.Tensor, **kwargs: object) -> np.ndarray:
+        """embeds [S, d], position_ids [3, S] -> logits [S, V]."""
+        out = self.model.model.language_model(
+            inputs_embeds=embeds[None], position_ids=position_ids[:, None], past_key_values=self.cache, use_cache=True, **kwargs
+        )
+        return self.model.lm_head(out.last_hidden_state)[0].numpy()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "patched"), [("qwen3_vl", True), ("qwen2_5_vl", True), ("qwen3_vl", False)]
+)
+def test_prefill_and_decoding_give_the_logits_of_transformers(export: Export, model_type: str, patched: bool) -> None:
+    exported = export(model_type, patched)
+    model = models.load(exported.checkpoint)
+    width, deepstack = exported.manifest.sizes.hidden_size, exported.manifest.sizes.deepstack
+    generator = torch.Generator().manual_seed(0)
+    lengths, steps = [11, 7], 5
+    longest = max(lengths)
+    rows = [torch.randn(n + steps, width, generator=generator) for n in lengths]
+    # axes that differ, so that a frequency that turns with the wrong one is seen
+    positions = [torch.stack([torch.arange(n + steps) * k // 2 for k in (2, 3, 5)]) for n in lengths]
+    visual = [torch.zeros(n, dtype=torch.bool) for n in lengths]
+    visual[0][2:6] = True
+    visual[1][0:3] = True
+    features = [torch.randn(deepstack, int(v.sum()), width, generator=generator) for v in visual]
+
+    references = [Reference(model) for _ in rows]
+    run = DecoderRun(exported, 2)
+    feeds = {
+        "inputs_embeds": np.full((2, longest, width), 7.0, np.float32),  # what lies in the padding must not matter
+        "position_ids": np.zeros((3, 2, longest), np.int64),
+        "write_indices": np.zeros(2, np.int64),
+        "logits_indices": np.array([[n - 1, 0] for n in lengths]),
+        "visual_token_mask": np.zeros((2, longest), bool),
+    }
+    if deepstack:
+        feeds["deepstack"] = np.zeros((deepstack, 2, longest, width), np.float32)
+    expected = []
+    for b, (n, row, where) in enumerate(zip(lengths, rows, visual, strict=True)):
+        kwargs: dict[str, object] = {}
+        if deepstack:
+            kwargs = {"visual_pos_masks": where[None], "deepstack_visual_embeds": list(features[b])}
+            feeds["deepstack"][:, b, :n][:, where.numpy()] = features[b].numpy()
+        if patched:
+            kwargs["visual_token_mask"] = where[None]
+        logits = references[b].step(row[:n], positions[b][:, :n], **kwargs)
+        expected.append(logits[[n - 1, 0]])
+        feeds["inputs_embeds"][b, :n] = row[:n].numpy()
+        feeds["position_ids"][:, b, :n] = positions[b][:, :n].numpy()
+        feeds["visual_token_mask"][b, :n] = where.numpy()
+    memory = remember(exported, rows, visual) if patched else {}
+    if not patched:
+        del feeds["visual_token_mask"]
+    assert np.abs(run.step(**feeds, **memory) - np.stack(expected)).max() < 1e-4
+
+    for step in range(steps):
+        at = [n + step for n in lengths]
+        got = run.step(
+            inputs_embeds=np.stack([row[i : i + 1].numpy() for row, i in zip(rows, at, strict=True)]),
+            position_ids=np.stack([p[:, i : i + 1].numpy() for p, i in zip(positions, at, strict=True)], 1),
+            write_indices=np.array(at),
+            logits_indices=np.zeros((2, 1), np.int64),
+            **memory,
+        )
+        for b, i in enumerate(at):
+            want = references[b].step(rows[b][i : i + 1], positions[b][:, i : i + 1])
+            assert np.abs(got[b] - want).max() < 1e-4
+
+
+def remember(exported: Exported, rows: list[torch.Tensor], visual: list[torch.Tensor]) -> dict[str, np.ndarray]:
+    """memory.onnx over the rows' visual embeddings, padded to the longest."""
+    slots = max(int(v.sum()) for v in visual)
+    embeds = np.zeros((len(rows), slots, rows[0].shape[1]), np.float32)
+    mask = np.zeros((len(rows), slots), bool)
+    for b, (row, where) in enumerate(zip(rows, visual, strict=True)):
+        count = int(where.sum())
+        embeds[b, :count] = row[: len(where)][where].numpy()
+        mask[b, :count] = True
+    session = exported.session("memory")
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"visual_embeds": embeds}), strict=True)) | {"memory_mask": mask}
+
+
+def test_a_row_without_pictures_is_the_plain_model(export: Export) -> None:
+    """Also beside a row with pictures, and in a batch where there is none at all."""
+    exported = export("qwen3_vl", True)
+    model = models.load(exported.checkpoint)
+    embeds = torch.randn(2, 6, exported.manifest.sizes.hidden_size, generator=torch.Generator().manual_seed(2))
+    positions = torch.arange(6).expand(3, 6)
+    want = Reference(model).step(embeds[1], positions)
+    feeds = {
+        "inputs_embeds": embeds.numpy(),
+        "position_ids": np.repeat(positions.numpy()[:, None], 2, 1),
+        "logits_indices": np.repeat(np.arange(6)[None], 2, 0),
+    }
+    alone = DecoderRun(exported, 2).step(**feeds)
+    assert np.abs(alone[1] - want).max() < 1e-4
+    where = [torch.tensor([True, True, False, False, False, False]), torch.zeros(6, dtype=torch.bool)]
+    memory = remember(exported, list(embeds), where)
+    beside = DecoderRun(exported, 2).step(**feeds, **memory, visual_token_mask=np.stack([w.numpy() for w in where]))
+    assert np.abs(beside[1] - want).max() < 1e-4
+    assert np.abs(beside[0] - alone[0]).max() > 1e-3  # the memory does something where there is one
+
+
+def test_the_graph_is_written_in_fused_operators(export: Export) -> None:
+    exported = export("qwen3_vl", True)
+    model = onnx.load(exported.directory / "decoder.onnx", load_external_data=False)
+    nodes = model.graph.node
+    layers = exported.manifest.sizes.num_hidden_layers
+    count = {op: sum(node.op_type == op for node in nodes) for op in ("Attention", "TensorScatter", "RotaryEmbedding")}
+    assert count == {"Attention": layers, "TensorScatter": 2 * layers, "RotaryEmbedding": 2 * layers}
+    assert {(n.domain, n.op_type) for n in nodes if n.domain} == {("surgeon", "PersistentVisualMemory")}
+    assert [(f.domain, f.name) for f in model.functions] == [("surgeon", "PersistentVisualMemory")]
+    weights = {t.name for t in model.graph.initializer if t.data_location == t.EXTERNAL}
+    for node in nodes:
+        assert not (node.op_type in ("Transpose", "Cast") and set(node.input) & weights), "a weight is copied"
+        if node.op_type == "Attention":
+            assert len(node.output) == 1
+        assert not node.metadata_props
+    produced = {name for node in nodes for name in node.output}
+    assert {f"hidden_states.{i}" for i in range(layers)} <= produced
+
+
+def test_depth_does_not_change_what_is_traced(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of one kind are traced once."""
+    from checkpoints import tiny_config
+    from exporters.onnx import decoder, trace
+
+    traced = []
+    original = trace.trace
+    monkeypatch.setattr(trace, "trace", lambda *args: traced.append(args[0]) or original(*args))
+    config = tiny_config("qwen3_vl", num_hidden_layers=12)
+    graph = decoder.decoder_graph(family("qwen3_vl"), config, models.build_meta(config), torch.float32, 16)
+    assert sum(isinstance(module, decoder.Layer) for module in traced) == 1
+    assert sum(node.op_type == "Attention" for node in graph.graph) == 12
+    assert "model.language_model.layers.11.mlp.down_proj.weight" in graph.graph.initializers
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "sliding-window"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0, "mrope_section": [4, 2, 2]}},
+            "'dynamic'",
+        ),
+    ],
+)
+def test_a_decoder_that_the_graph_cannot_say_is_refused(overrides: dict[str, object], said: str) -> None:
+    from checkpoints import tiny_config
+    from exporters.onnx.decoder import decoder_graph
+
+    config = tiny_config("qwen2_5_vl", **overrides)
+    with pytest.raises(BundleError, match=said):
+        decoder_graph(family("qwen2_5_vl"), config, models.build_meta(config), torch.float32, 16)

@@ -1,0 +1,59 @@
+"""bundle.json: what was written is read back, and a bundle that is not what it says is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bundles import Exported
+from exporters.onnx.manifest import Manifest
+from surgeon.errors import BundleError
+
+
+@pytest.fixture
+def bundle(export: Callable[..., Exported], tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(export("qwen3_vl", True).directory, tmp_path / "bundle"))
+
+
+def test_a_copy_of_a_bundle_is_the_bundle(bundle: Path, export: Callable[..., Exported]) -> None:
+    assert Manifest.load(bundle) == export("qwen3_vl", True).manifest
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda b: (b / "bundle.json").unlink(), "not a bundle"),
+        (lambda b: edit(b / "bundle.json", format=99), "format 99"),
+        (lambda b: edit(b / "bundle.json", surprise=1), "surprise"),
+        (lambda b: edit(b / "bundle.json", max_length="long"), "max_length"),
+        (lambda b: (b / "bundle.json").write_text("{"), "JSON"),
+        (lambda b: (b / "decoder.onnx").unlink(), "decoder.onnx is missing"),
+        (lambda b: flip(b / "decoder.onnx", 100), "decoder.onnx is not the file"),
+        (lambda b: (b / "weights" / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda b: (b / "weights" / "model.safetensors").write_bytes(b""), "has 0 bytes"),
+        (lambda b: flip(b / "weights" / "model.safetensors", 20), "model.safetensors is not the file"),
+    ],
+)
+def test_a_damaged_bundle_is_told(bundle: Path, damage: Callable[[Path], object], said: str) -> None:
+    damage(bundle)
+    with pytest.raises(BundleError, match=said) as error:
+        Manifest.load(bundle)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_is_not_a_bundle(export: Callable[..., Exported]) -> None:
+    with pytest.raises(BundleError, match="surgeon export"):
+        Manifest.load(export("qwen3_vl", True).checkpoint)

@@ -1,0 +1,192 @@
+"""The PVM pass: what it adds, where, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import passes
+from checkpoints import MODEL_TYPES, tiny_checkpoint
+from patching import apply
+from surgeon.checkpoint.reader import Checkpoint
+from surgeon.errors import SurgeonError
+from surgeon.memory.graft import Constant
+from surgeon.patch import plan
+from surgeon.recipe import FILE_NAME, Recipe
+
+PUBLISHED = Path(__file__).parents[2] / "examples" / "recipes"
+QWEN3_VL = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 12288},
+    "4b": {"hidden_size": 2560, "intermediate_size": 9728},
+}
+
+
+def config_alone(directory: Path, size: str) -> Path:
+    """Qwen3-VL's published sizes, without weights."""
+    text = {
+        **QWEN3_VL[size],
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+    }
+    vision = {"out_hidden_size": QWEN3_VL[size]["hidden_size"]}
+    config = {"model_type": "qwen3_vl", "text_config": text, "vision_config": vision, "torch_dtype": "bfloat16"}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture(params=MODEL_TYPES)
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tiny_checkpoint(tmp_path / "source", request.param)
+
+
+@pytest.mark.parametrize(("size", "expected"), [("8b", 27_922_179), ("4b", 22_728_963)])
+def test_published_parameter_counts_from_a_config_alone(size: str, expected: int, tmp_path: Path) -> None:
+    recipe = Recipe.read(PUBLISHED / f"qwen3-vl-{size}-pvm.yaml")
+    with Checkpoint.open(config_alone(tmp_path, size), weights="optional") as checkpoint:
+        graph, report = plan(checkpoint, recipe.make_passes(passes.registry()))
+    assert report.new_parameters == expected
+    assert sum(report.grafts.values()) == sum(torch.Size(p.shape).numel() for p in graph.new_parameters().values())
+    assert len(report.grafts) == 3
+    assert list(tmp_path.iterdir()) == [tmp_path / "config.json"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("0", [0]),
+        ("3,1", [1, 3]),
+        ("every:2", [1, 3]),
+        ("every:4", [3]),
+        ("strided:1", [2]),
+        ("strided:4", [0, 1, 2, 3]),
+    ],
+)
+def test_ways_to_name_layers(source: Path, layers: str, expected: list[int]) -> None:
+    with Checkpoint.open(source) as checkpoint:
+        graph, _ = plan(
+            checkpoint, Recipe.from_arguments([f"pvm:layers={layers},latent=32"]).make_passes(passes.registry())
+        )
+    assert graph.record["grafts"] == [{"kind": "pvm", "layers": expected, "latent": 32}]
+    grafted = [i for i, layer in enumerate(graph.decoder.layers) if hasattr(layer, "pvm")]
+    assert grafted == expected
+
+
+def test_strided_spreads_over_the_depth(tmp_path: Path) -> None:
+    with Checkpoint.open(config_alone(tmp_path, "8b"), weights="optional") as checkpoint:
+        graph, _ = plan(checkpoint, Recipe.from_arguments(["pvm:layers=strided:3"]).make_passes(passes.registry()))
+    assert graph.record["grafts"][0]["layers"] == [9, 18, 27]
+
+
+def test_only_the_branch_is_new_and_everything_else_is_the_source(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = apply(source, out, "pvm:layers=1,3,latent=32")
+    with Checkpoint.open(source) as before, Checkpoint.open(out) as after:
+        assert all(torch.equal(before.read(name), after.read(name)) for name in before.tensors)
+        new = {name: info for name, info in after.tensors.items() if name not in before.tensors}
+        assert all(".pvm." in name for name in new)
+        assert sum(info.numel for info in new.values()) == report.new_parameters
+        assert {str(info.file.name) for info in new.values()} == {"model-pvm.safetensors"}
+        assert all(float(after.read(name)) == 0 for name in new if name.endswith("alpha"))
+        zero = [name for name in new if not name.endswith("alpha") and not after.read(name).any()]
+        assert not zero  # a zero matrix behind a zero gate would never learn
+
+
+def test_gates_are_the_only_zeros_of_the_plan(source: Path) -> None:
+    with Checkpoint.open(source) as checkpoint:
+        graph, _ = plan(checkpoint, Recipe.from_arguments(["pvm:layers=1,latent=32"]).make_passes(passes.registry()))
+    zeros = [name for name, p in graph.new_parameters().items() if p.initialiser == Constant(0.0)]
+    assert zeros == ["model.language_model.layers.1.pvm.alpha"]
+
+
+def test_the_written_recipe_reproduces_the_output(source: Path, tmp_path: Path) -> None:
+    first, second, other = tmp_path / "first", tmp_path / "second", tmp_path / "other"
+    apply(source, first, "pvm:layers=strided:2,latent=32", seed=7)
+    recipe = Recipe.read(first / FILE_NAME)
+    assert recipe.seed == 7 and recipe.passes[0]["pvm"] == {"layers": [1, 2], "latent": 32}
+    from surgeon.patch import patch
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        patch(source, second, recipe.make_passes(passes.registry()), seed=recipe.seed)
+    finally:
+        torch.set_num_threads(threads)
+    files = sorted(p.name for p in first.iterdir())
+    assert files == sorted(p.name for p in second.iterdir())
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+    apply(source, other, "pvm:layers=strided:2,latent=32", seed=8)
+    assert (first / "model-pvm.safetensors").read_bytes() != (other / "model-pvm.safetensors").read_bytes()
+
+
+def test_values_do_not_depend_on_other_layers(source: Path, tmp_path: Path) -> None:
+    apply(source, tmp_path / "one", "pvm:layers=3,latent=32")
+    apply(source, tmp_path / "two", "pvm:layers=1,3,latent=32")
+    name = "model.language_model.layers.3.pvm.q_proj.weight"
+    with (
+        safe_open(tmp_path / "one" / "model-pvm.safetensors", "pt") as one,
+        safe_open(tmp_path / "two" / "model-pvm.safetensors", "pt") as two,
+    ):
+        assert torch.equal(one.get_tensor(name), two.get_tensor(name))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["pvm:layers=1,9,latent=32"], "layer 9 is out of range; the decoder has layers 0 to 3"),
+        (["pvm:layers=-1,latent=32"], "layer -1 is out of range"),
+        (["pvm:layers=1,1,latent=32"], "layer 1 is named twice"),
+        (["pvm:layers=every:9,latent=32"], "the decoder has 4 layers"),
+        (["pvm:layers=1,latent=40"], "latent=40 is not divisible by the backbone's head_dim 16; use 32 or 48"),
+        (["pvm:layers=1,latent=8"], "use 16"),
+        (["pvm:layers=1,latent=32", "pvm:layers=3,latent=32"], "already applied, at layers 1"),
+        (["pvm:layers=a"], "expected a list of layers"),
+        (["pvm:latent=32"], "option 'layers' is required"),
+        (["pvm:layers=1,laten=32"], "unknown option 'laten'; did you mean 'latent'?"),
+        (["pvn:layers=1"], "unknown pass 'pvn'; did you mean 'pvm'?"),
+        (["pvm:1,layers=1"], "expected name:option=value"),
+        (["pvm:layers=1,layers=2"], "given twice"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_a_way_out(
+    source: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    with pytest.raises(SurgeonError) as caught:
+        apply(source, tmp_path / "out", *arguments)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_patched_again_is_refused(source: Path, tmp_path: Path) -> None:
+    apply(source, tmp_path / "out", "pvm:layers=1,latent=32")
+    with pytest.raises(SurgeonError, match="already applied, at layers 1"):
+        apply(tmp_path / "out", tmp_path / "again", "pvm:layers=2,latent=32")
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "extra"])
+def test_config_and_tensors_that_disagree(source: Path, tmp_path: Path, change: str) -> None:
+    config: dict[str, Any] = json.loads((source / "config.json").read_text())
+    if change == "missing":
+        config["text_config"]["num_hidden_layers"] = 5
+        config["text_config"].pop("layer_types", None)
+    elif change == "extra":
+        config["text_config"]["num_hidden_layers"] = 3
+        config["text_config"].pop("layer_types", None)
+    else:
+        config["text_config"]["intermediate_size"] = 96
+    (source / "config.json").write_text(json.dumps(config))
+    said = {
+        "missing": "asks for tensors",
+        "extra": "no place for tensor",
+        "shape": "disagree: .*128, 64.*96, 64|disagree",
+    }
+    with pytest.raises(SurgeonError, match=said[change]):
+        apply(source, tmp_path / "out", "pvm:layers=1,latent=32")
+    assert not (tmp_path / "out").exists()

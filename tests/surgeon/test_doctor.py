@@ -1,0 +1,77 @@
+"""`surgeon doctor` says what is wrong with broken libraries, and survives them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from surgeon.doctor import TIMEOUT, Diagnosis, diagnose
+from surgeon.probes import BACKENDS, PACKAGES, run_check
+
+BROKEN = {
+    "torch": "raise OSError('libtorch_cpu.so: cannot open shared object file')",
+    "transformers": "",
+    "onnxscript": "",
+    "onnx_ir": "",
+    "tensorrt": "import os; os.abort()",
+    "tensorrt_rtx": "raise ImportError('libtensorrt_rtx.so.1: wrong ELF class')",
+    "triton": "raise RuntimeError('built for another torch')",
+    "accelerate": "",
+    "peft": "",
+}
+
+
+@pytest.fixture
+def broken_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine where most libraries are there and broken: found first by every process that is started."""
+    for module, content in BROKEN.items():
+        (tmp_path / f"{module}.py").write_text(content + "\n")
+        name = module.replace("_", "-")
+        info = tmp_path / f"{module}-9.9.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)  # for the versions, which are read here
+    return tmp_path
+
+
+def test_broken_libraries_are_explained_and_end_nothing(broken_machine: Path, tmp_path_factory: pytest.TempPathFactory):
+    found = diagnose(tmp_path_factory.mktemp("somewhere"))
+    packages = {package.name: package for package in found.packages}
+    assert list(packages) == ["python", *PACKAGES]
+    assert "libtorch_cpu.so" in str(packages["torch"].problem)
+    assert packages["transformers"].problem is None and packages["transformers"].version == "9.9"
+    assert "SIGABRT" in str(packages["tensorrt"].problem)
+    assert "not tried" in str(packages["triton"].problem)
+    backends = {backend.name: backend for backend in found.backends}
+    assert list(backends) == list(BACKENDS)
+    assert backends["ONNX Runtime CPU"].works, backends["ONNX Runtime CPU"].detail
+    assert "libtorch_cpu.so" in backends["torch CUDA"].detail
+    assert "SIGABRT" in backends["TensorRT"].detail
+    assert "wrong ELF class" in backends["TensorRT-RTX"].detail
+    assert "built for another torch" in backends["Triton"].detail
+    assert [name for name, backend in backends.items() if backend.works] == ["ONNX Runtime CPU"]
+    assert found.storage.free_bytes is not None and "torch cannot be imported" in str(found.storage.problem)
+
+
+def test_a_module_that_is_not_installed_is_named_with_what_installs_it(capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    run_check("Triton")
+    printed = capsys.readouterr().out
+    assert '"works": false' in printed and "pip install triton" in printed
+
+
+def test_links_of_a_directory_are_tried_and_leave_nothing(tmp_path: Path, capsys) -> None:
+    run_check("storage", str(tmp_path))
+    found = json.loads(capsys.readouterr().out.strip().partition(" ")[2])
+    (tmp_path / "a").touch()
+    (tmp_path / "b").hardlink_to(tmp_path / "a")
+    assert found["hardlink"] is True and isinstance(found["reflink"], bool)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_directory_that_does_not_exist_is_said_and_the_rest_is_told(broken_machine: Path, tmp_path: Path) -> None:
+    found = diagnose(tmp_path / "nowhere")
+    assert isinstance(found, Diagnosis) and TIMEOUT > 10
+    assert "No such file" in str(found.storage.problem) and found.storage.free_bytes is None

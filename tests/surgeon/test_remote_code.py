@@ -1,0 +1,69 @@
+"""A patched checkpoint in a Python where this tool cannot be imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoints import MODEL_TYPES, tiny_checkpoint, tiny_model
+from patching import apply
+
+LOAD = """
+import sys, torch
+assert not any("surgeon" in p for p in sys.modules)
+try:
+    import surgeon
+    sys.exit("surgeon is importable here: the test proves nothing")
+except ImportError:
+    pass
+from transformers import AutoModelForImageTextToText, AutoTokenizer, AutoImageProcessor
+path, again = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)
+assert hasattr(model.model.language_model.layers[1], "pvm")
+with torch.no_grad():
+    model.model.language_model.layers[1].pvm.alpha.fill_(0.5)
+    model.save_pretrained(again)
+    other = AutoModelForImageTextToText.from_pretrained(again, trust_remote_code=True)
+    assert float(other.model.language_model.layers[1].pvm.alpha) == 0.5
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model(input_ids=ids).logits, other(input_ids=ids).logits)
+for auto in (AutoModelForImageTextToText,):
+    try:
+        auto.from_pretrained(path)
+        sys.exit("loaded without trust_remote_code: the grafts were dropped in silence")
+    except ValueError as error:
+        assert "trust_remote_code" in str(error), error
+AutoTokenizer.from_pretrained(path)
+AutoImageProcessor.from_pretrained(path)
+print("loaded", type(model).__name__)
+"""
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_loads_where_surgeon_is_not_installed(model_type: str, tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", model_type)
+    apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, "-P", "-c", LOAD, str(tmp_path / "patched"), str(tmp_path / "again")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "loaded" in done.stdout
+
+
+@pytest.mark.parametrize("layout", ["published", "native"])
+def test_both_key_layouts_load_into_the_patched_class(layout: str, tmp_path: Path) -> None:
+    """Qwen2.5-VL's keys as its authors published them (visual.*, model.layers.*), which transformers also writes, and
+    as its modules are named."""
+    source = tmp_path / "source"
+    original = tiny_model("qwen2_5_vl")
+    original.save_pretrained(source)
+    published = load_file(source / "model.safetensors")
+    assert {"visual.patch_embed.proj.weight", "model.layers.0.mlp.up_proj.weight"} <= published.keys()
+    if layout == "native":
+        save_file(original.state_dict(), source / "model.safetensors", {"format": "pt"})
+    apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
+    patched = models.load(tmp_path / "patched")
+    assert all(torch.equal(patched.get_parameter(name), p) for name, p in original.named_parameters())
+    assert float(patched.model.language_model.layers[1].pvm.q_proj.weight.abs().sum()) > 0
