@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import DEMO, has_tokenizer, tiny_checkpoint
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import load_file
 
 import surgeon.patch
+from checkpoints import DEMO, has_tokenizer, tiny_checkpoint
 from cli import cli
 from surgeon import __version__, models
 from surgeon.torch_generate import answer

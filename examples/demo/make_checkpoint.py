@@ -18,273 +18,26 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import parts
 import pictures
 import torch
+from parts import Encoder, Example
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    GenerationConfig,
-    Qwen2Tokenizer,
-    Qwen2VLImageProcessorPil,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
-SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
-<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|>
-<|video_pad|>""".split()
-MARKERS = """<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>
-<|file_sep|> <tool_response> </tool_response> <think> </think>""".split()
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-SAMPLE_SIZES = ((221, 147), (131, 203), (109, 97), (310, 173), (190, 205))
-
-CHAT_TEMPLATE = r"""
-{%- set images = namespace(count=0) %}
-{%- set videos = namespace(count=0) %}
-{%- macro text_of(content) %}
-    {%- if content is string %}
-        {{- content }}
-    {%- else %}
-        {%- for item in content %}
-            {%- if 'text' in item %}{{- item.text }}{%- endif %}
-        {%- endfor %}
-    {%- endif %}
-{%- endmacro %}
-{%- macro all_of(content) %}
-    {%- if content is string %}
-        {{- content }}
-    {%- else %}
-        {%- for item in content %}
-            {%- if item.type == 'image' or 'image' in item or 'image_url' in item %}
-                {%- set images.count = images.count + 1 %}
-                {%- if add_vision_id %}{{- 'Picture ' ~ images.count ~ ': ' }}{%- endif %}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-            {%- elif item.type == 'video' or 'video' in item %}
-                {%- set videos.count = videos.count + 1 %}
-                {%- if add_vision_id %}{{- 'Video ' ~ videos.count ~ ': ' }}{%- endif %}
-                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
-            {%- elif 'text' in item %}
-                {{- item.text }}
-            {%- endif %}
-        {%- endfor %}
-    {%- endif %}
-{%- endmacro %}
-{%- if tools %}
-    {{- '<|im_start|>system\n' }}
-    {%- if messages[0].role == 'system' %}{{- text_of(messages[0].content) + '\n\n' }}{%- endif %}
-    {{- '# Tools\n\nYou may call one or more functions to assist with the user query.\n\n' }}
-    {{- 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>' }}
-    {%- for tool in tools %}{{- '\n' + (tool | tojson) }}{%- endfor %}
-    {{- '\n</tools>\n\nFor each function call, return a json object with function name and arguments ' }}
-    {{- 'within <tool_call></tool_call> XML tags:\n<tool_call>\n' }}
-    {{- '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n' }}
-{%- elif messages[0].role == 'system' %}
-    {{- '<|im_start|>system\n' + text_of(messages[0].content) + '<|im_end|>\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == 'user' %}
-        {{- '<|im_start|>user\n' + all_of(message.content) + '<|im_end|>\n' }}
-    {%- elif message.role == 'assistant' %}
-        {{- '<|im_start|>assistant\n' + text_of(message.content) }}
-        {%- for call in message.tool_calls or [] %}
-            {%- if message.content or not loop.first %}{{- '\n' }}{%- endif %}
-            {%- set call = call.function or call %}
-            {%- set arguments = call.arguments if call.arguments is string else call.arguments | tojson %}
-            {{- '<tool_call>\n{"name": "' + call.name + '", "arguments": ' + arguments + '}\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\n' }}
-    {%- elif message.role == 'tool' %}
-        {%- if loop.first or loop.previtem.role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
-        {{- '\n<tool_response>\n' + all_of(message.content) + '\n</tool_response>' }}
-        {%- if loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
-""".lstrip()
-
-
-# ---------------------------------------------------------------- parts of the checkpoint
-
-
-def make_tokenizer(folder: Path, seed: int) -> Any:
-    """Train the byte-level BPE tokenizer on generated words; leave it in `folder`, return it."""
-    rng = random.Random(seed)
-    corpus = [text for _ in range(4000) for turn in pictures.conversation(rng).turns for text in turn]
-    corpus += [text for turn in pictures.SMALL_TALK for text in turn for _ in range(40)]
-    corpus += ["system user assistant Picture Video seconds"] * 40
-    raw = Tokenizer.from_str(Qwen2Tokenizer().backend_tokenizer.to_str())
-    raw.model = models.BPE()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1200,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        min_frequency=2,
-        show_progress=False,
-    )
-    raw.train_from_iterator(corpus, trainer)
-    raw.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
-    raw.add_tokens([AddedToken(token, normalized=False) for token in MARKERS])
-    folder.mkdir(parents=True, exist_ok=True)
-    raw.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "bos_token": None,
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "unk_token": None,
-        "add_prefix_space": False,
-        "add_bos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "errors": "replace",
-        "model_max_length": 4096,
-        "split_special_tokens": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def make_image_processor() -> Qwen2VLImageProcessorPil:
-    """The family's image processor, for pictures of 4 to 16 merged tokens."""
-    return Qwen2VLImageProcessorPil(
-        patch_size=16,
-        merge_size=2,
-        temporal_patch_size=2,
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-        size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128},
-    )
-
-
-def make_model(tokenizer: Any) -> Qwen3VLForConditionalGeneration:
-    """The untrained model, in float32. Its vocabulary is padded, as the family's are."""
-    token_id = tokenizer.convert_tokens_to_ids
-    text = {
-        "vocab_size": math.ceil(len(tokenizer) / 64) * 64,
-        "hidden_size": 128,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 384,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-        "eos_token_id": token_id("<|im_end|>"),
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5e6,
-            "mrope_interleaved": True,
-            "mrope_section": [6, 5, 5],
-        },
-    }
-    vision = {
-        "depth": 4,
-        "hidden_size": 64,
-        "num_heads": 4,
-        "intermediate_size": 256,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "num_position_embeddings": 256,
-        "deepstack_visual_indexes": [0, 1, 2],
-        "out_hidden_size": text["hidden_size"],
-    }
-    config = Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-        tie_word_embeddings=True,
-    )
-    model = Qwen3VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        eos_token_id=[token_id("<|im_end|>"), token_id("<|endoftext|>")],
-        pad_token_id=token_id("<|endoftext|>"),
-    )
-    return model
-
-
-# ---------------------------------------------------------------- conversations as tensors
-
-
-@dataclass
-class Example:
-    """One conversation: `ids` and `supervised` are of the same length, `grids` is (images, 3)."""
-
-    ids: list[int]
-    supervised: list[bool]
-    pixels: torch.Tensor | None
-    grids: torch.Tensor | None
-
-
-class Encoder:
-    """Turns conversations into tensors the way the family's processor does."""
-
-    def __init__(self, tokenizer: Any, image_processor: Any) -> None:
-        self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-
-    def images(self, images: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches (patches, 1536) and grids (images, 3)."""
-        seen = self.image_processor(images=images, return_tensors="pt")
-        return seen["pixel_values"], seen["image_grid_thw"]
-
-    def ids(self, text: str, grids: torch.Tensor | None) -> list[int]:
-        """Token ids, each image token repeated to the merged tokens of its picture."""
-        counts = [] if grids is None else (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
-        tokens: list[int] = self.tokenizer(text)["input_ids"]
-        waiting = iter(counts)
-        return [t for token in tokens for t in [token] * (next(waiting) if token == self.image_token else 1)]
-
-    def example(self, talk: pictures.Conversation, rng: random.Random) -> Example:
-        """A whole conversation, supervised on its answers and the end of each."""
-        pixels, grids = self.images([pictures.draw(s, rng) for s in talk.scenes]) if talk.scenes else (None, None)
-        out = Example([], [], pixels, grids)
-        for number, (question, answer) in enumerate(talk.turns):
-            seen = IMAGE * len(talk.scenes) if number == 0 else ""
-            asked = f"<|im_start|>user\n{seen}{question}<|im_end|>\n<|im_start|>assistant\n"
-            parts = (asked, False), (f"{answer}<|im_end|>", True), ("\n", False)
-            for text, supervised in parts:
-                ids = self.ids(text, grids)
-                out.ids += ids
-                out.supervised += [supervised] * len(ids)
-        return out
-
-    def batch(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        """Right-padded model inputs (batch, length) and `labels`, -100 where nothing is to be learned."""
-        length = max(len(example.ids) for example in examples)
-        ids = torch.full((len(examples), length), self.tokenizer.pad_token_id)
-        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-        for row, example in enumerate(examples):
-            size = len(example.ids)
-            ids[row, :size] = torch.tensor(example.ids)
-            labels[row, :size] = torch.where(torch.tensor(example.supervised), ids[row, :size], -100)
-            mask[row, :size] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        if grids := [e.grids for e in examples if e.grids is not None]:
-            inputs["mm_token_type_ids"] = (ids == self.image_token).int()
-            inputs["image_grid_thw"] = torch.cat(grids)
-            inputs["pixel_values"] = torch.cat([e.pixels for e in examples if e.pixels is not None])
-        return inputs
+Batch = dict[str, torch.Tensor]
 
 
 # ---------------------------------------------------------------- training
 
 
-def batches(encoder: Encoder, size: int, seed: int, easy: int) -> Iterator[dict[str, torch.Tensor]]:
+def batches(encoder: Encoder, size: int, seed: int, easy: int) -> Iterator[Batch]:
     """Endless training batches, each of conversations of about one length; the first `easy` are easy."""
     rng = random.Random(seed)
     for start in itertools.count(0, 8):
@@ -295,20 +48,37 @@ def batches(encoder: Encoder, size: int, seed: int, easy: int) -> Iterator[dict[
         yield from map(encoder.batch, chunks)
 
 
-class Stream(IterableDataset[dict[str, torch.Tensor]]):
+class Stream(IterableDataset[Batch]):
     """`batches` in the shape that a data-loading worker takes."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         return batches(*self.args)
 
 
-def answer_logits(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def look(model: Any, batch: Batch) -> tuple[Any, torch.Tensor]:
+    """Picture features for the model, and how badly they name what is in their cells.
+
+    Each merged token is read as if it were text about to be spoken, the picture features
+    and every deepstack feature alike. Without this loss a model this small needs many
+    times longer to find out that pictures are worth looking at.
+    """
+    if "pixel_values" not in batch:
+        return None, torch.zeros((), requires_grad=True)
+    seen = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
+    features = torch.stack([torch.cat(list(part)) for part in (seen.pooler_output, *seen.deepstack_features)])
+    words = batch["words"].repeat(len(features), 1)
+    logits = model.lm_head(model.model.language_model.norm(features)).flatten(0, 1)
+    return {"image": seen}, cross_entropy(logits[:, : words.shape[1]], words)
+
+
+def answer_logits(model: Any, batch: Batch, seen: Any = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits (answer tokens, vocabulary), targets and row numbers (answer tokens,) of a batch."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    done = ("labels", "words") if seen is None else ("labels", "words", "pixel_values")
+    inputs = {name: value for name, value in batch.items() if name not in done}
+    hidden = model.model(**inputs, mm_encoder_outputs=seen, use_cache=False).last_hidden_state[:, :-1]
     targets = batch["labels"][:, 1:]
     chosen = targets != -100
     return model.lm_head(hidden[chosen]), targets[chosen], chosen.nonzero()[:, 0]
@@ -347,40 +117,48 @@ def save(model: Any, tokenizer: Any, image_processor: Any, folder: Path) -> None
     shutil.rmtree(old, ignore_errors=True)
 
 
-def train(out: Path, steps: int, batch_size: int, rate: float, seed: int) -> None:
-    """Make the tokenizer, train the model and leave the checkpoint in `out`."""
+def train(out: Path, naming: int, steps: int, batch_size: int, rate: float, seed: int) -> None:
+    """Make the tokenizer, train the model and leave the checkpoint in `out`.
+
+    The first `naming` steps train only the vision tower (to name what its tokens see),
+    the following `steps` train everything (to answer).
+    """
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = make_tokenizer(Path(scratch), seed)
-    image_processor = make_image_processor()
-    model, encoder = make_model(tokenizer), Encoder(tokenizer, image_processor)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
-    warmup = min(60, steps)
+        tokenizer = parts.make_tokenizer(Path(scratch), seed)
+    image_processor = parts.make_image_processor()
+    model, encoder = parts.make_model(tokenizer), Encoder(tokenizer, image_processor)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
 
     def factor(step: int) -> float:
-        turn = math.cos(math.pi * min(1.0, step / steps))
-        return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (0.5 + 0.5 * turn))
+        warm = (step + 1 if step < naming else step + 1 - naming) / 40
+        return min(1.0, warm) * (0.52 + 0.48 * math.cos(math.pi * max(0.0, step - naming) / steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    stream = Stream(encoder, batch_size, seed + 1, steps // 6)
-    started, recent = time.perf_counter(), 0.0
+    stream = Stream(encoder, batch_size, seed + 1, naming + steps // 10)
+    started, recent = time.perf_counter(), [0.0, 0.0]
     for step, batch in enumerate(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=16), 1):
-        logits, targets, _ = answer_logits(model, batch)
-        loss = cross_entropy(logits, targets)
+        seen, loss = look(model, batch)
+        losses = [loss.item(), 0.0]
+        if step > naming:
+            logits, targets, _ = answer_logits(model, batch, seen)
+            answer = cross_entropy(logits, targets)
+            loss, losses[1] = answer + 0.3 * loss, answer.item()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        recent = loss.item() if step == 1 else 0.95 * recent + 0.05 * loss.item()
+        recent = [0.95 * mean + 0.05 * value for mean, value in zip(recent, losses, strict=True)]
         if step % 50 == 0:
-            print(f"step {step}/{steps}  loss {recent:.4f}  {time.perf_counter() - started:.0f} s", flush=True)
-        if step % 250 == 0 or step == steps:
+            told = f"naming {recent[0]:.3f}  answers {recent[1]:.3f}"
+            print(f"step {step}/{naming + steps}  {told}  {time.perf_counter() - started:.0f} s", flush=True)
+        if (step > naming and step % 250 == 0) or step == naming + steps:
             scores = accuracy(model, encoder)
             print("  held out:", "  ".join(f"{name} {score:.1%}" for name, score in scores.items()), flush=True)
             save(model, tokenizer, image_processor, out)
-        if step == steps:
+        if step == naming + steps:
             break
 
 
@@ -435,28 +213,37 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:
   make_checkpoint.py                        make everything, in this folder
-  make_checkpoint.py --out /tmp/try --steps 300
+  make_checkpoint.py --out /tmp/try --naming 300 --steps 300
                                             a quick, worse one, elsewhere
   make_checkpoint.py --check qwen3-vl-tiny  load it and ask it every prompt
 
 The same seed, steps and number of threads on the same machine make the same
 checkpoint. It is saved every 250 steps, so an interrupted run leaves a usable one.""",
     )
-    parser.add_argument("--check", type=Path, metavar="DIR", help="make nothing: ask the checkpoint in DIR every prompt")
-    parser.add_argument("--prompts", type=Path, default=HERE / "prompts.json", help="what --check asks (default: %(default)s)")
+    parser.add_argument(
+        "--check", type=Path, metavar="DIR", help="make nothing: ask the checkpoint in DIR every prompt"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, default=HERE / "prompts.json", help="what --check asks (default: %(default)s)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what --check computes in")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for qwen3-vl-tiny/, images/ and prompts.json")
-    parser.add_argument("--steps", type=int, default=2400, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--naming", type=int, default=1500, help="steps that train the vision tower alone (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=3000, help="steps that train everything (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="conversations in a step (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of pictures, words and weights (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of pictures, words and weights (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads that compute (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.check is not None:
         return 0 if check(options.check, options.prompts, getattr(torch, options.dtype)) else 1
     make_samples(options.out)
-    train(options.out / "qwen3-vl-tiny", options.steps, options.batch, options.rate, options.seed)
+    train(options.out / "qwen3-vl-tiny", options.naming, options.steps, options.batch, options.rate, options.seed)
     return 0 if check(options.out / "qwen3-vl-tiny", options.out / "prompts.json", torch.float32) else 1
 
 

@@ -28,7 +28,6 @@ COLOURS = {
     "purple": (135, 45, 165),
     "orange": (245, 135, 25),
     "white": (248, 248, 248),
-    "black": (20, 20, 20),
 }
 BACKGROUNDS = {
     "grey": (150, 150, 150),
@@ -43,6 +42,8 @@ PLACES = {
     "bottom right": (0.75, 0.75),
     "middle": (0.5, 0.5),
 }
+OUTLINE = (15, 15, 15)
+RADII = {"large": 0.25, "small": 0.17}
 NUMBERS = ("no", "one", "two", "three")
 ORDINALS = ("first", "second", "third")
 SUPERSAMPLE = 2
@@ -93,6 +94,11 @@ def a(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
+def plural(number: int, noun: str) -> str:
+    """'one noun', 'two nouns'."""
+    return f"{NUMBERS[number]} {noun}{'s' if number > 1 else ''}"
+
+
 def listed(items: list[str]) -> str:
     """'x', 'x and y' or 'x, y and z'."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
@@ -115,8 +121,8 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def random_size(rng: random.Random) -> tuple[int, int]:
-    """A picture size, (width, height): short side 56 to 112, at most twice as long as short."""
-    short = rng.randint(56, 112)
+    """A picture size, (width, height): short side 56 to 104, at most twice as long as short."""
+    short = rng.randint(56, 104)
     long = round(short * math.exp(rng.uniform(0.0, math.log(2.0))))
     return (long, short) if rng.random() < 0.5 else (short, long)
 
@@ -147,7 +153,7 @@ def random_scene(
             return scene
 
 
-def outline(kind: str, radius: float, turn: float) -> list[tuple[float, float]]:
+def corners_of(kind: str, radius: float, turn: float) -> list[tuple[float, float]]:
     """The corners of a shape about the origin, turned by `turn` radians."""
     if kind == "star":
         spokes = [(radius * (1.0 if i % 2 == 0 else 0.42), i / 10) for i in range(10)]
@@ -155,10 +161,7 @@ def outline(kind: str, radius: float, turn: float) -> list[tuple[float, float]]:
         spokes = [(radius * 1.05, i / 3) for i in range(3)]
     else:
         spokes = [(radius * 1.15, (i + 0.5) / 4) for i in range(4)]
-    return [
-        (r * math.sin(math.tau * part + turn), -r * math.cos(math.tau * part + turn))
-        for r, part in spokes
-    ]
+    return [(r * math.sin(math.tau * part + turn), -r * math.cos(math.tau * part + turn)) for r, part in spokes]
 
 
 def jittered(colour: tuple[int, int, int], rng: random.Random) -> tuple[int, int, int]:
@@ -178,20 +181,41 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     picture = column.resize((width, height), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(picture)
     for shape in scene.shapes:
-        part = {"large": 0.23, "small": 0.14}[shape.size] * rng.uniform(0.94, 1.04)
+        part = RADII[shape.size] * rng.uniform(0.94, 1.04)
         radius = part * min(width, height)
         x, y = (
             (centre + rng.uniform(-0.02, 0.02)) * side
             for centre, side in zip(PLACES[shape.place], (width, height), strict=True)
         )
-        ink = jittered(COLOURS[shape.colour], rng)
-        tilt = rng.uniform(-0.15, 0.15)
+        ink, stroke = jittered(COLOURS[shape.colour], rng), round(0.12 * radius)
         if shape.kind == "circle":
-            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=ink)
+            box = (x - radius, y - radius, x + radius, y + radius)
+            pen.ellipse(box, fill=ink, outline=OUTLINE, width=stroke)
         else:
-            corners = outline(shape.kind, radius, tilt)
-            pen.polygon([(x + dx, y + dy) for dx, dy in corners], fill=ink)
+            corners = corners_of(shape.kind, radius, rng.uniform(-0.08, 0.08))
+            pen.polygon([(x + dx, y + dy) for dx, dy in corners], fill=ink, outline=OUTLINE, width=stroke)
     return picture.resize((scene.width, scene.height), Image.Resampling.BOX)
+
+
+def cells(scene: Scene, rows: int, columns: int) -> list[tuple[str, ...]]:
+    """What is in each cell of a `rows` x `columns` grid over the picture, row by row.
+
+    Words for the shape that reaches well into the cell, or for the background.
+    """
+    told = []
+    for cell in range(rows * columns):
+        row, column = divmod(cell, columns)
+        words: tuple[str, ...] = ("shaded" if scene.shaded else "plain", scene.background)
+        nearest = math.inf
+        for shape in scene.shapes:
+            x, y = PLACES[shape.place]
+            dx = (x - min(max(x, column / columns), (column + 1) / columns)) * scene.width
+            dy = (y - min(max(y, row / rows), (row + 1) / rows)) * scene.height
+            radius = RADII[shape.size] * min(scene.width, scene.height)
+            if math.hypot(dx, dy) < min(nearest, 0.6 * radius):
+                nearest, words = math.hypot(dx, dy), (shape.size, shape.colour, shape.kind)
+        told.append(words)
+    return told
 
 
 # ---------------------------------------------------------------- words
@@ -205,9 +229,7 @@ def caption(scene: Scene) -> str:
 def detail(scene: Scene) -> str:
     """The long description: never less than 70 tokens, whatever the picture."""
     number = len(scene.shapes)
-    words = [
-        f"The picture shows {NUMBERS[number]} shape{'s' if number > 1 else ''} on {a(scene.backdrop)}."
-    ]
+    words = [f"The picture shows {plural(number, 'shape')} on {a(scene.backdrop)}."]
     for ordinal, shape in zip(ORDINALS, scene.shapes, strict=False):
         words.append(
             f"The {ordinal} shape is {a(shape.kind)}. It is {shape.colour}, it is {shape.size}, "
@@ -232,8 +254,8 @@ def ask(scene: Scene, rng: random.Random) -> Turn:
         case 2:
             return f"What shape is {shape.colour}?", f"The {shape.kind} is {shape.colour}."
         case 3:
-            verb = "is one shape" if number == 1 else f"are {NUMBERS[number]} shapes"
-            return "How many shapes are there?", f"There {verb}."
+            verb = "is" if number == 1 else "are"
+            return "How many shapes are there?", f"There {verb} {plural(number, 'shape')}."
         case 4:
             return "What colour is the background?", f"The background is {scene.background}."
         case 5:
@@ -271,9 +293,8 @@ def ask_many(scenes: tuple[Scene, ...], rng: random.Random) -> Turn:
         case 0:
             return "How many pictures are there?", f"There are {NUMBERS[len(scenes)]} pictures."
         case 1:
-            shapes = f"shape{'s' if len(scene.shapes) > 1 else ''}"
-            count = f"{NUMBERS[len(scene.shapes)]} {shapes}"
-            return f"How many shapes are in picture {number}?", f"Picture {number} has {count}."
+            told = f"Picture {number} has {plural(len(scene.shapes), 'shape')}."
+            return f"How many shapes are in picture {number}?", told
         case 2:
             return f"Describe picture {number}.", sentence(caption(scene))
         case 3:
@@ -365,10 +386,10 @@ def sample_prompts(scenes: tuple[Scene, ...]) -> list[tuple[tuple[int, ...], str
         prompts.append(((number,), "Describe the picture.", sentence(caption(scene))))
     for number, scene in enumerate(scenes[:2]):
         prompts.append(((number,), "Describe the picture in detail.", detail(scene)))
-    two, three = scenes[1], scenes[2]
+    one, two = scenes[0].shapes[0], scenes[1].shapes[1]
     prompts += [
-        ((0,), f"What colour is the {scenes[0].shapes[0].kind}?", f"The {scenes[0].shapes[0].kind} is {scenes[0].shapes[0].colour}."),
-        ((1,), f"Where is the {two.shapes[1].kind}?", f"The {two.shapes[1].kind} is {where(two.shapes[1])}."),
+        ((0,), f"What colour is the {one.kind}?", f"The {one.kind} is {one.colour}."),
+        ((1,), f"Where is the {two.kind}?", f"The {two.kind} is {where(two)}."),
         ((2,), "How many shapes are there?", "There are three shapes."),
         ((3,), "What colour is the background?", f"The background is {scenes[3].background}."),
     ]

@@ -1,109 +1,128 @@
 """decoder.onnx: one graph for prefill and decoding, over static key/value buffers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from exporters.onnx import functions
-from exporters.onnx.memory import memory_entries
-from exporters.onnx.trace import Program, parameter_names
+from exporters.onnx.assembly import Assembly
+from exporters.onnx.memory import layer_entries, memory_entries
+from exporters.onnx.trace import Placeholder, Program, parameter_names, placeholder
 from surgeon import ops
 from surgeon.errors import BundleError
 from surgeon.families import Family
-from surgeon.memory.decoder_layer import entry_name, grafts_at
+from surgeon.memory.decoder_layer import grafts_at
 
 
-class Decoder(nn.Module):
-    """A pre-norm decoder and its head, written out for export over the submodules of a transformers model.
-
-    Tokens are flattened to rows `[B * S, d]` wherever a layer treats them one by one, so that a linear layer is one
-    Gemm. Which optional parts a layer has (biases, norms of queries and keys, grafts) is read off its submodules.
-    """
+class Positions(nn.Module):
+    """What the layers share: rotary angles, which slots a token sees, and each layer's DeepStack feature."""
 
     inv_freq: Tensor
     rope_axes: Tensor
 
-    def __init__(self, decoder: Any, lm_head: nn.Module, constants: Mapping[str, Tensor], rope_scaling: float) -> None:
+    def __init__(self, constants: Mapping[str, Tensor], rope_scaling: float, max_length: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.layers, self.norm, self.lm_head = decoder.layers, decoder.norm, lm_head
-        self.rope_scaling = rope_scaling
+        self.rope_scaling, self.max_length, self.dtype = rope_scaling, max_length, dtype
         for name, value in constants.items():
             self.register_buffer(name, value.to("meta"), persistent=False)
 
     def forward(
-        self,
-        *,
-        inputs_embeds: Tensor,
-        position_ids: Tensor,
-        write_indices: Tensor,
-        logits_indices: Tensor,
-        deepstack: Tensor | None = None,
-        visual_token_mask: Tensor | None = None,
-        memory_mask: Tensor | None = None,
-        memory: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-        past: Sequence[tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Inputs and outputs as in docs/architecture.md; memory: keys and values by entry; past, present: by layer."""
-        batch, length, width = inputs_embeds.shape
-        cos, sin = self.rotary(position_ids, inputs_embeds.dtype)
-        mask = self.visibility(write_indices, length, past[0][0].shape[2])
-        num_deepstack = 0 if deepstack is None else deepstack.shape[0]
-
-        def read(graft: Any, layer: Any, x: Tensor) -> Tensor:
-            assert memory is not None and memory_mask is not None and visual_token_mask is not None
-            keys, values = memory[entry_name(layer, graft)]
-            x = x.view(batch, length, width)
-            return functions.call(graft, x, keys, values, memory_mask, visual_token_mask).view(-1, width)
-
-        h = inputs_embeds.view(-1, width)
-        present = []
-        for i, layer in enumerate(self.layers):
-            for graft in grafts_at(layer, "before_layer"):
-                h = read(graft, layer, h)
-            attn, mlp = layer.self_attn, layer.mlp
-            x = norm(layer.input_layernorm, h)
-            q, k, v = (
-                projection(x).view(batch, length, -1, attn.head_dim)
-                for projection in (attn.q_proj, attn.k_proj, attn.v_proj)
-            )
-            if hasattr(attn, "q_norm"):
-                q, k = norm(attn.q_norm, q), norm(attn.k_norm, k)
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            keys = ops.cache_update(past[i][0], ops.rope(k, cos, sin), write_indices)
-            values = ops.cache_update(past[i][1], v, write_indices)
-            present.append((keys, values))
-            a = ops.attention(ops.rope(q, cos, sin), keys, values, mask, attn.scaling)
-            residual = h + attn.o_proj(a.transpose(1, 2).reshape(-1, attn.o_proj.in_features))
-            x = norm(layer.post_attention_layernorm, residual)
-            h = residual + mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
-            for graft in grafts_at(layer, "beside_mlp"):
-                h = h + read(graft, layer, residual)
-            h = ops.label(h, f"hidden_states.{i}")
-            if deepstack is not None and i < num_deepstack:
-                h = h + deepstack[i].view(-1, width)
-
-        first = torch.arange(batch, device=h.device).view(-1, 1) * length
-        h = norm(self.norm, h.index_select(0, (first + logits_indices).view(-1)))
-        logits = self.lm_head(h).view(batch, logits_indices.shape[1], -1)
-        return logits, present
-
-    def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos, sin [B, S, hd / 2] in `dtype`, the angles in fp32: each frequency turns with its axis of the positions."""
+        self, position_ids: Tensor, write_indices: Tensor, deepstack: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """position_ids [A, B, S], write_indices [B], deepstack [K, B, S, d] -> cos, sin [B, S, hd / 2], mask bool
+        [B, 1, S, Smax], and K features [B, S, d]."""
+        # each frequency turns with its axis of the positions; angles in fp32
         angles = position_ids.float().index_select(0, self.rope_axes).permute(1, 2, 0) * self.inv_freq
         cos, sin = angles.cos(), angles.sin()
         if self.rope_scaling != 1.0:
             cos, sin = cos * self.rope_scaling, sin * self.rope_scaling
-        return cos.to(dtype), sin.to(dtype)
 
-    def visibility(self, write_indices: Tensor, length: int, max_length: int) -> Tensor:
-        """bool [B, 1, S, Smax]: a new token sees the slots up to its own. Built by Reshape alone, for TensorRT in bf16."""
-        slots = torch.arange(max_length, device=write_indices.device).view(1, 1, 1, -1)
-        tokens = torch.arange(length, device=write_indices.device).view(1, 1, -1, 1)
-        return slots <= write_indices.view(-1, 1, 1, 1) + tokens
+        # a new token sees the slots up to its own; Reshape alone, because TensorRT refuses Unsqueeze here in bf16
+        slots = torch.arange(self.max_length, device=write_indices.device).view(1, 1, 1, -1)
+        tokens = torch.arange(position_ids.shape[2], device=write_indices.device).view(1, 1, -1, 1)
+        mask = slots <= write_indices.view(-1, 1, 1, 1) + tokens
+
+        features = () if deepstack is None else tuple(deepstack[i] for i in range(deepstack.shape[0]))
+        return cos.to(self.dtype), sin.to(self.dtype), mask, *features
+
+
+class Layer(nn.Module):
+    """A pre-norm decoder layer, written out over the submodules of a transformers layer.
+
+    Which optional parts it has (biases, norms of queries and keys, grafts) is read off its submodules.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        write_indices: Tensor,
+        past_keys: Tensor,
+        past_values: Tensor,
+        visual_token_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        memory: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden_states [B, S, d]; cos, sin, mask as from `Positions`; memory: keys and values by kind of graft ->
+        hidden_states, present keys, present values."""
+        attn, mlp = self.layer.self_attn, self.layer.mlp
+        batch, length, width = hidden_states.shape
+
+        def read(graft: Any, x: Tensor) -> Tensor:
+            assert memory is not None and memory_mask is not None and visual_token_mask is not None
+            return functions.call(graft, x, *memory[graft.kind], memory_mask, visual_token_mask)
+
+        for graft in grafts_at(self.layer, "before_layer"):
+            hidden_states = read(graft, hidden_states)
+
+        # Tokens as rows [B * S, d] where they are treated one by one, so that a linear layer is one Gemm
+        h = hidden_states.view(-1, width)
+        x = norm(self.layer.input_layernorm, h)
+        q, k, v = (
+            projection(x).view(batch, length, projection.out_features // attn.head_dim, attn.head_dim)
+            for projection in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+        if hasattr(attn, "q_norm"):
+            q, k = norm(attn.q_norm, q), norm(attn.k_norm, k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        keys = ops.cache_update(past_keys, ops.rope(k, cos, sin), write_indices)
+        values = ops.cache_update(past_values, v, write_indices)
+        attended = ops.attention(ops.rope(q, cos, sin), keys, values, mask, attn.scaling)
+        residual = h + attn.o_proj(attended.transpose(1, 2).reshape(-1, attn.o_proj.in_features))
+
+        x = norm(self.layer.post_attention_layernorm, residual)
+        h = residual + mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+        hidden_states = h.view(batch, length, width)
+        for graft in grafts_at(self.layer, "beside_mlp"):
+            hidden_states = hidden_states + read(graft, residual.view(batch, length, width))
+        return hidden_states, keys, values
+
+
+class Head(nn.Module):
+    """The final norm and the vocabulary projection, of the wanted tokens alone."""
+
+    def __init__(self, final_norm: nn.Module, lm_head: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.lm_head = final_norm, lm_head
+
+    def forward(self, hidden_states: Tensor, logits_indices: Tensor) -> tuple[Tensor]:
+        """hidden_states [B, S, d], logits_indices [B, T] -> logits [B, T, V]."""
+        batch, length, width = hidden_states.shape
+        first = torch.arange(batch, device=logits_indices.device).view(-1, 1) * length
+        wanted = hidden_states.view(-1, width).index_select(0, (first + logits_indices).view(-1))
+        logits: Tensor = self.lm_head(norm(self.norm, wanted))
+        return (logits.view(batch, logits_indices.shape[1], logits.shape[1]),)
 
 
 def norm(module: Any, x: Tensor) -> Tensor:
@@ -111,63 +130,133 @@ def norm(module: Any, x: Tensor) -> Tensor:
     return ops.rms_norm(x, module.weight, module.variance_epsilon)
 
 
-def decoder_program(
-    family: Family, config: PretrainedConfig, model: PreTrainedModel, dtype: torch.dtype, max_length: int
-) -> Program:
+def decoder_graph(
+    family: Family,
+    config: PretrainedConfig,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    max_length: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> ir.Model:
     """The decoder of `model`, which is on the meta device and of `dtype`, over caches of `max_length` slots.
 
-    Raises BundleError where the decoder does what this graph cannot say: another layer shape, sliding windows,
-    rotary frequencies that depend on the length.
+    Inputs and outputs as in docs/architecture.md; initialisers bear the model's parameter names and have no values.
+    `progress(done, total)` is called after each layer. Raises BundleError where the decoder does what this graph cannot
+    say: another shape of layer, sliding windows, rotary frequencies that depend on the length.
     """
     text = family.text_config(config)
     _check(family, text)
-    decoder = model.get_submodule(family.text_model)
-    with torch.device("cpu"):  # on the meta device, and not in the checkpoint: computed here
-        rotary = type(decoder.rotary_emb)(config=text)  # type: ignore[operator]
-    constants = {
-        "inv_freq": rotary.inv_freq.float(),
-        "rope_axes": torch.tensor(tuple(family.rope_axes(config)), dtype=torch.int64),
-    }
-    module = Decoder(decoder, model.get_submodule(family.lm_head), constants, float(rotary.attention_scaling))
+    decoder: Any = model.get_submodule(family.text_model)
+    parts = _Parts(family, config, dtype, max_length)
+    assembly = Assembly("decoder")
 
-    batch, length, slots, wanted = 2, 3, 5, 2
-    B, S, M, T = (torch.export.Dim(name) for name in ("B", "S", "M", "T"))
-    width = text.hidden_size
+    shared = assembly.add(parts.positions(decoder.rotary_emb).trace(), {}, {})
+    deepstack = [shared[f"deepstack.{i}"] for i in range(family.deepstack_layers(config))]
+    common: dict[str, ir.Value | str] = {name: shared[name] for name in ("cos", "sin", "mask")}
+    common |= {name: name for name in ("write_indices", "visual_token_mask", "memory_mask")}
+    hidden_states: ir.Value | str = "inputs_embeds"
+    traced: dict[str, ir.Model] = {}
+    present = []
+    for index, layer in enumerate(decoder.layers):
+        inputs = common | {"hidden_states": hidden_states}
+        for kind in layer_entries(layer, parts.width, dtype):
+            for part in ("keys", "values"):
+                inputs[f"memory_{part}.{kind}"] = f"memory_{part}.{index}.{kind}"
+        program = parts.layer(layer)
+        key = _kind(layer)
+        if key not in traced:
+            traced[key] = program.trace()
+        outputs = assembly.add(traced[key], inputs, parameter_names(program.module, model), suffix=f".{index}")
+        hidden_states = outputs["hidden_states"]
+        if index < len(deepstack):
+            hidden_states = assembly.add_node("Add", [hidden_states, deepstack[index]], f"deepstack_added.{index}")
+        present += [outputs["present_keys"], outputs["present_values"]]
+        if progress:
+            progress(index + 1, len(decoder.layers))
 
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    head = parts.head(decoder.norm, model.get_submodule(family.lm_head))
+    inputs = {"hidden_states": hidden_states, "logits_indices": "logits_indices"}
+    logits = assembly.add(head.trace(), inputs, parameter_names(head.module, model), suffix=".head")["logits"]
+    logits.name = "logits"
 
-    inputs: dict[str, tuple[Tensor, dict[int, Any]]] = {
-        "inputs_embeds": (empty(batch, length, width), {0: B, 1: S}),
-        "position_ids": (empty(position_axes(family, config), batch, length, dtype=torch.int64), {1: B, 2: S}),
-        "write_indices": (empty(batch, dtype=torch.int64), {0: B}),
-        "logits_indices": (empty(batch, wanted, dtype=torch.int64), {0: B, 1: T}),
-    }
-    if num_deepstack := family.deepstack_layers(config):
-        inputs["deepstack"] = (empty(num_deepstack, batch, length, width), {1: B, 2: S})
-    example: dict[str, Any] = {name: tensor for name, (tensor, _) in inputs.items()}
-    shapes: dict[str, Any] = {name: dims for name, (_, dims) in inputs.items()}
-    names = list(inputs)
-
+    names = ["inputs_embeds", "position_ids", "write_indices", "logits_indices"]
+    names += ["deepstack"] if deepstack else []
     entries = memory_entries(decoder)
-    if entries:
-        example["visual_token_mask"] = empty(batch, length, dtype=torch.bool)
-        example["memory_mask"] = empty(batch, slots, dtype=torch.bool)
-        example["memory"] = {
-            e.name: tuple(empty(batch, e.num_key_value_heads, slots, e.head_dim) for _ in range(2)) for e in entries
-        }
-        shapes |= {"visual_token_mask": {0: B, 1: S}, "memory_mask": {0: B, 1: M}}
-        shapes["memory"] = {e.name: ({0: B, 2: M}, {0: B, 2: M}) for e in entries}
-        names += ["visual_token_mask", "memory_mask"]
-        names += [f"memory_{part}.{e.name}" for e in entries for part in ("keys", "values")]
+    names += ["visual_token_mask", "memory_mask"] if entries else []
+    names += [f"memory_{part}.{entry.name}" for entry in entries for part in ("keys", "values")]
+    names += [f"past_{part}.{i}" for i in range(len(decoder.layers)) for part in ("keys", "values")]
+    return assembly.finish(names, [logits, *present])
 
-    cache = (text.num_key_value_heads, max_length, family.head_dim(config))
-    layers = range(len(decoder.layers))  # type: ignore[arg-type]
-    example["past"] = [(empty(batch, *cache), empty(batch, *cache)) for _ in layers]
-    shapes["past"] = [({0: B}, {0: B}) for _ in layers]
-    names += [f"past_{part}.{i}" for i in layers for part in ("keys", "values")]
-    output_names = ["logits", *(f"present_{part}.{i}" for i in layers for part in ("keys", "values"))]
-    return Program(module, example, shapes, names, output_names, constants, parameter_names(module, model))
+
+class _Parts:
+    """The programs of the decoder's parts."""
+
+    def __init__(self, family: Family, config: PretrainedConfig, dtype: torch.dtype, max_length: int) -> None:
+        self.family, self.config, self.dtype, self.max_length = family, config, dtype, max_length
+        self.width = family.text_config(config).hidden_size
+        self.head_dim = family.head_dim(config)
+
+    def positions(self, rotary_emb: Any) -> Program:
+        with torch.device("cpu"):  # not in the checkpoint, and without values on the meta device
+            rotary = type(rotary_emb)(config=self.family.text_config(self.config))
+        constants = {
+            "inv_freq": rotary.inv_freq.float(),
+            "rope_axes": torch.tensor(tuple(self.family.rope_axes(self.config)), dtype=torch.int64),
+        }
+        inputs = {
+            "position_ids": placeholder(position_axes(self.family, self.config), "B", "S", dtype=torch.int64),
+            "write_indices": placeholder("B", dtype=torch.int64),
+        }
+        features = range(self.family.deepstack_layers(self.config))
+        if features:
+            inputs["deepstack"] = placeholder(len(features), "B", "S", self.width, dtype=self.dtype)
+        module = Positions(constants, float(rotary.attention_scaling), self.max_length, self.dtype)
+        outputs = ["cos", "sin", "mask", *(f"deepstack.{i}" for i in features)]
+        return Program.of(module, inputs, outputs, constants=constants)
+
+    def layer(self, layer: Any) -> Program:
+        def floats(*shape: int | str) -> Placeholder:
+            return placeholder(*shape, dtype=self.dtype)
+
+        attn = layer.self_attn
+        kv_heads = attn.k_proj.out_features // attn.head_dim
+        angles = floats("B", "S", attn.head_dim // 2)
+        cache = floats("B", kv_heads, self.max_length, attn.head_dim)
+        inputs: dict[str, Any] = {
+            "hidden_states": self.hidden_states,
+            "cos": angles,
+            "sin": angles,
+            "mask": placeholder("B", 1, "S", self.max_length, dtype=torch.bool),
+            "write_indices": placeholder("B", dtype=torch.int64),
+            "past_keys": cache,
+            "past_values": cache,
+        }
+        names = list(inputs)
+        if entries := layer_entries(layer, self.width, self.dtype):
+            inputs["visual_token_mask"] = placeholder("B", "S", dtype=torch.bool)
+            inputs["memory_mask"] = placeholder("B", "M", dtype=torch.bool)
+            inputs["memory"] = {
+                kind: (floats("B", heads, "M", head_dim),) * 2 for kind, (heads, head_dim) in entries.items()
+            }
+            names += ["visual_token_mask", "memory_mask"]
+            names += [f"memory_{part}.{kind}" for kind in entries for part in ("keys", "values")]
+        outputs = ["hidden_states", "present_keys", "present_values"]
+        return Program.of(Layer(layer), inputs, outputs, input_names=names)
+
+    def head(self, final_norm: nn.Module, lm_head: nn.Module) -> Program:
+        indices = placeholder("B", "T", dtype=torch.int64)
+        inputs = {"hidden_states": self.hidden_states, "logits_indices": indices}
+        return Program.of(Head(final_norm, lm_head), inputs, ["logits"])
+
+    @property
+    def hidden_states(self) -> Placeholder:
+        return placeholder("B", "S", self.width, dtype=self.dtype)
+
+
+def _kind(layer: Any) -> str:
+    """Layers of one kind have the same graph over other weights."""
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()]
+    return f"{layer}{shapes}{layer.self_attn.scaling}"
 
 
 def position_axes(family: Family, config: PretrainedConfig) -> int:

@@ -1,32 +1,24 @@
 """embed.onnx: token ids -> embeddings."""
 
+import onnx_ir as ir
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from exporters.onnx.trace import Program, parameter_names
+from exporters.onnx.functions import IR_VERSION, OPSET
+from exporters.onnx.trace import parameter_names
+from exporters.onnx.weights import IR_DTYPES
 
 
-class Embed(nn.Module):
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """int64 [B, S] -> [B, S, d]."""
-        return F.embedding(input_ids, self.weight)
-
-
-def embed_program(model: PreTrainedModel) -> Program:
-    """The embedding table of `model`, which is on the meta device."""
-    module = Embed(model.get_input_embeddings().weight)
-    return Program(
-        module=module,
-        example={"input_ids": torch.empty(2, 3, dtype=torch.int64, device="meta")},
-        dynamic_shapes={"input_ids": {0: torch.export.Dim("B"), 1: torch.export.Dim("S")}},
-        input_names=["input_ids"],
-        output_names=["inputs_embeds"],
-        constants={},
-        parameters=parameter_names(module, model),
-    )
+def embed_graph(model: PreTrainedModel, dtype: torch.dtype) -> ir.Model:
+    """The embedding table of `model`, which is on the meta device; one Gather, so there is nothing to trace."""
+    table = model.get_input_embeddings()
+    name = next(iter(parameter_names(table, model).values()))
+    vocabulary, width = table.weight.shape
+    weight = ir.val(name, IR_DTYPES[dtype], [vocabulary, width])
+    input_ids = ir.val("input_ids", ir.DataType.INT64, ["B", "S"])
+    gather = ir.node("Gather", [weight, input_ids], {"axis": 0}, name="node_inputs_embeds")
+    output = gather.outputs[0]
+    output.name, output.type, output.shape = "inputs_embeds", weight.type, ir.Shape(["B", "S", width])
+    graph = ir.Graph([input_ids], [output], nodes=[gather], name="embed", opset_imports={"": OPSET})
+    graph.initializers.add(weight)
+    return ir.Model(graph, ir_version=IR_VERSION)

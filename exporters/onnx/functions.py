@@ -7,6 +7,8 @@ of a plain torch definition in `surgeon/memory`, and must agree with it.
 from collections.abc import Callable
 from typing import Any
 
+import onnx
+import onnx_ir as ir
 import torch
 from onnxscript import FLOAT, INT32, script, values
 from torch import Tensor
@@ -16,6 +18,7 @@ from surgeon.memory.pvm import PersistentVisualMemory as PVM
 from surgeon.memory.pvm import persistent_visual_memory as pvm_definition
 
 OPSET = 24
+IR_VERSION = 10
 DOMAIN = "surgeon"
 op: Any = values.Opset("", OPSET)
 _domain = values.Opset(DOMAIN, 1)
@@ -105,8 +108,33 @@ def _(hidden_states: Tensor, *args: Any) -> Tensor:
 
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
-    """Torch operator -> the ONNX function that it becomes."""
-    return {torch.ops.surgeon.persistent_visual_memory.default: PersistentVisualMemory}
+    """Torch operator -> a node that calls the ONNX function by name; `definitions` has what it means."""
+    return {torch.ops.surgeon.persistent_visual_memory.default: _node(PersistentVisualMemory)}
+
+
+def _node(function: Any) -> values.Op:
+    """What translates into one node: an operator with a schema and no body. Functions with one are inlined by the
+    exporter, whose opset conversion does not look into functions. Inputs named `*_mask` are bool, other ones float."""
+    schema = onnx.defs.OpSchema
+    proto = function.to_function_proto()
+    inputs = [
+        schema.FormalParameter(name, "tensor(bool)" if name.endswith("_mask") else "T") for name in proto.input
+    ]
+    described = schema(
+        proto.name,
+        proto.domain,
+        function.opset.version,
+        inputs=inputs,
+        outputs=[schema.FormalParameter(name, "T") for name in proto.output],
+        type_constraints=[("T", [f"tensor({dtype})" for dtype in ("float", "float16", "bfloat16")], "")],
+        attributes=[schema.Attribute(name, schema.AttrType.FLOAT, "") for name in proto.attribute],
+    )
+    return values.Op(_domain, proto.name, described)
+
+
+def definitions() -> list[ir.Function]:
+    """Every function of the domain. The exporter would inline those that are in the model while it is made."""
+    return [ir.from_proto(function.to_function_proto()) for function in (PersistentVisualMemory,)]
 
 
 def call(

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from exporters.onnx.trace import Program, parameter_names
+from exporters.onnx.assembly import single
+from exporters.onnx.trace import Program, parameter_names, placeholder
 from surgeon import ops
 from surgeon.families import Family
 from surgeon.memory.graft import Graft
@@ -32,13 +34,19 @@ class MemoryEntry:
 
 def memory_entries(decoder: Any) -> list[MemoryEntry]:
     """The grafts of a decoder on the meta device, by layer, in the order in which they were grafted."""
-    entries = []
-    for index, layer in enumerate(decoder.layers):
-        for graft in _grafts(layer):
-            probe = torch.empty((1, 1, decoder.config.hidden_size), dtype=decoder.norm.weight.dtype, device="meta")
-            keys, _ = graft.project(probe)
-            entries.append(MemoryEntry(index, graft.kind, keys.shape[1], keys.shape[3]))
-    return entries
+    width, dtype = decoder.config.hidden_size, decoder.norm.weight.dtype
+    return [
+        MemoryEntry(index, kind, *heads)
+        for index, layer in enumerate(decoder.layers)
+        for kind, heads in layer_entries(layer, width, dtype).items()
+    ]
+
+
+def layer_entries(layer: nn.Module, width: int, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
+    """Kind of graft -> number and size of the heads of its keys, for a layer on the meta device."""
+    probe = torch.empty((1, 1, width), dtype=dtype, device="meta")
+    shapes = {graft.kind: graft.project(probe)[0].shape for graft in _grafts(layer)}
+    return {kind: (shape[1], shape[3]) for kind, shape in shapes.items()}
 
 
 class Memory(nn.Module):
@@ -59,23 +67,18 @@ class _ExportRMSNorm(RMSNorm):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
-def memory_program(family: Family, config: PretrainedConfig, model: PreTrainedModel, dtype: torch.dtype) -> Program:
+def memory_graph(
+    family: Family, config: PretrainedConfig, model: PreTrainedModel, dtype: torch.dtype
+) -> ir.Model:
     """The memory graph of a patched `model`, which is on the meta device, of `dtype`, and only good for export after."""
     decoder = model.get_submodule(family.text_model)
     module = Memory([graft for layer in decoder.layers for graft in _grafts(layer)])  # type: ignore[union-attr]
     for child in module.modules():
         if type(child) is RMSNorm:
             child.__class__ = _ExportRMSNorm
-    example = torch.empty(2, 5, family.text_config(config).hidden_size, dtype=dtype, device="meta")
-    return Program(
-        module=module,
-        example={"visual_embeds": example},
-        dynamic_shapes={"visual_embeds": {0: torch.export.Dim("B"), 1: torch.export.Dim("M")}},
-        input_names=["visual_embeds"],
-        output_names=[f"memory_{part}.{e.name}" for e in memory_entries(decoder) for part in ("keys", "values")],
-        constants={},
-        parameters=parameter_names(module, model),
-    )
+    inputs = {"visual_embeds": placeholder("B", "M", family.text_config(config).hidden_size, dtype=dtype)}
+    outputs = [f"memory_{part}.{e.name}" for e in memory_entries(decoder) for part in ("keys", "values")]
+    return single("memory", Program.of(module, inputs, outputs), parameter_names(module, model))
 
 
 def _grafts(layer: nn.Module) -> list[Graft]:

@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import onnx_ir as ir
 import torch
+import torch.utils._pytree as pytree
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
     CommonSubexpressionEliminationPass,
@@ -22,8 +23,27 @@ from onnx_ir.passes.common import (
 )
 from torch import nn
 
-from exporters.onnx.functions import OPSET
+from exporters.onnx.functions import OPSET, definitions
 from exporters.onnx.lowering import LABEL, translation_table
+
+
+_SIZES = {"B": 2, "S": 3, "M": 5, "T": 4}
+"""Sizes that vary, in examples: told apart, and none is 1, which torch.export would take for a constant."""
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """An input of a module that is traced: an example without values, and which of its axes vary."""
+
+    tensor: torch.Tensor
+    dims: dict[int, Any]
+
+
+def placeholder(*shape: int | str, dtype: torch.dtype) -> Placeholder:
+    """Axes given by name vary: B rows, S tokens, M visual tokens, T wanted logits."""
+    sizes = [_SIZES[size] if isinstance(size, str) else size for size in shape]
+    dims = {axis: torch.export.Dim(name) for axis, name in enumerate(shape) if isinstance(name, str)}
+    return Placeholder(torch.empty(sizes, dtype=dtype, device="meta"), dims)
 
 
 @dataclass(frozen=True)
@@ -39,16 +59,36 @@ class Program:
     output_names: Sequence[str]
     constants: Mapping[str, torch.Tensor]
     """Values of the buffers that no checkpoint holds, by name, on the CPU."""
-    parameters: Mapping[str, str]
-    """The module's parameter names -> the model's own."""
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        inputs: Mapping[str, Any],
+        output_names: Sequence[str],
+        input_names: Sequence[str] | None = None,
+        constants: Mapping[str, torch.Tensor] | None = None,
+    ) -> Self:
+        """From Placeholders, by keyword; `input_names` where a keyword is a structure of them."""
+        leaf: Any = {"is_leaf": lambda node: isinstance(node, Placeholder)}
+        # a tensor of its own for each input: torch.export takes one tensor in two places for one input
+        example = pytree.tree_map(lambda p: torch.empty_like(p.tensor), dict(inputs), **leaf)
+        dims = pytree.tree_map(lambda p: p.dims, dict(inputs), **leaf)
+        return cls(module, example, dims, input_names or list(inputs), output_names, constants or {})
 
     def trace(self) -> ir.Model:
-        return trace(self.module, self.example, self.dynamic_shapes, self.input_names, self.output_names)
+        """The module's graph. Initialisers bear the module's parameter names; those in `constants` have values."""
+        model = trace(self.module, self.example, self.dynamic_shapes, self.input_names, self.output_names)
+        for name, value in self.constants.items():
+            model.graph.initializers[name].const_value = ir.tensor(value.numpy(), name=name)
+        return model
 
 
 def parameter_names(module: nn.Module, model: nn.Module) -> dict[str, str]:
     """The parameter names of a module that is made of a model's submodules -> the model's own names of them."""
-    names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), name)
     return {name: names[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
 
 
@@ -83,7 +123,12 @@ def trace(
         for value in model.graph.initializers.values():
             value.const_value = None  # a meta tensor, which nothing may ask for its values
         _name_dimensions(model, example, dynamic_shapes)
-        _clean(model)
+        for function in definitions():
+            model.functions[function.identifier()] = function
+        clean(model)
+    for value in _values(model.graph):
+        if value.name in {*input_names, *output_names}:
+            value.name = f"{value.name}_"  # a name that the exporter gave, and that is wanted for another value
     for values, names in ((model.graph.inputs, input_names), (model.graph.outputs, output_names)):
         for value, name in zip(values, names, strict=True):
             value.name = name
@@ -144,7 +189,7 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _clean(model: ir.Model) -> None:
+def clean(model: ir.Model) -> None:
     """Apply the labels, and remove what the exporter left: stack traces, dead and double nodes, unused outputs."""
     for node in model.graph:
         if node.op_type == "Attention":
@@ -158,14 +203,16 @@ def _clean(model: ir.Model) -> None:
             source.name = name
             node.outputs[0].replace_all_uses_with(source)
             model.graph.remove(node, safe=True)
-    ir.passes.Sequential(
+    passes = ir.passes.Sequential(
         ClearMetadataAndDocStringPass(),
         IdentityEliminationPass(),
-        CommonSubexpressionEliminationPass(),
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=1),
         DeduplicateInitializersPass(),
+        CommonSubexpressionEliminationPass(),
         RemoveUnusedNodesPass(),
         RemoveUnusedFunctionsPass(),
         RemoveUnusedOpsetsPass(),
-    )(model)
+    )
+    with _quiet():
+        passes(model)
     model.doc_string = None

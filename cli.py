@@ -1,0 +1,310 @@
+"""The command line: parse, call, print."""
+
+import dataclasses
+import json
+import traceback
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from surgeon import __version__
+from surgeon.errors import SurgeonError
+
+# torch and transformers take seconds to import: each command imports what it needs when it runs.
+
+
+class SurgeonGroup(click.Group):
+    """Turns what a command raises into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except (Exception, KeyboardInterrupt) as error:  # the last resort: what nobody foresaw is one line too
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            message, code = _explain(error)
+        click.echo(" ".join(message.splitlines()), err=True)
+        ctx.exit(code)
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """The line to print, and the exit code."""
+    match error:
+        case KeyboardInterrupt():
+            return "interrupted", 130
+        case SurgeonError():
+            return f"error: {error}", error.exit_code
+    reason = next(iter(str(error).strip().splitlines()), "")
+    return f"error: unexpected {type(error).__name__}: {reason} (run with --debug to see where)", 3
+
+
+@click.group(cls=SurgeonGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show tracebacks, and what the libraries underneath print.")
+@click.version_option(__version__, message="surgeon %(version)s")
+def cli(debug: bool) -> None:
+    """Surgery on pretrained vision-language models: graft memory, prove nothing broke, export.
+
+    \b
+    surgeon inspect CKPT
+    surgeon patch CKPT OUT --pass pvm:layers=8,16,24,latent=512
+    surgeon export OUT BUNDLE --dtype fp16 --max-length 4096
+    surgeon generate BUNDLE --image cat.png --prompt "What is this?"
+
+    CKPT is a directory in transformers' layout (config.json, *.safetensors, tokenizer) or a Hugging Face hub id.
+    Exit codes: 0 done, 1 a check failed, 2 wrong use or input, 3 a fault of this tool, 130 interrupted.
+    """
+    if not debug:
+        from surgeon.console import quiet
+
+        quiet()
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else there.")
+
+
+def is_bundle(path: str) -> bool:
+    return (Path(path) / "bundle.json").is_file()
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@cli.command()
+@click.argument("path", metavar="CKPT|BUNDLE")
+@json_option
+def inspect(path: str, as_json: bool) -> None:
+    """What a checkpoint is: family, sizes, where grafts can go, what is grafted, parameters per part.
+
+    No weight is read, and a directory with a config.json alone is enough.
+
+    \b
+    surgeon inspect ./Qwen3-VL-8B-Instruct
+    surgeon inspect ./patched --json | jq '.grafts'
+    """
+    from surgeon import console
+
+    if is_bundle(path):
+        from exporters.onnx.manifest import Manifest
+
+        manifest = Manifest.load(path).model_dump(mode="json")
+        print_json(manifest) if as_json else console.show_bundle(path, manifest)
+    else:
+        from surgeon.inspect import inspect_checkpoint
+
+        found = inspect_checkpoint(path)
+        print_json(found.model_dump(mode="json")) if as_json else console.show_inspection(found)
+
+
+@cli.command()
+@json_option
+def passes(as_json: bool) -> None:
+    """The passes, and the options of each.
+
+    A pass is a rewrite of the model; `patch --pass NAME:option=value,...` runs it.
+
+    \b
+    surgeon passes
+    """
+    from passes import registry
+    from surgeon.console import show_passes
+    from surgeon.inspect import describe_passes
+
+    described = describe_passes(registry())
+    print_json([each.model_dump(mode="json") for each in described]) if as_json else show_passes(described)
+
+
+@cli.command("patch")
+@click.argument("source", metavar="CKPT")
+@click.argument("target", metavar="OUT", required=False, type=click.Path(path_type=Path))
+@click.option("--pass", "arguments", multiple=True, metavar="NAME:OPT=VAL,...", help="A pass to run; repeat for more.")
+@click.option("-r", "--recipe", type=click.Path(path_type=Path), help="A YAML file with the passes to run.")
+@click.option("--dry-run", is_flag=True, help="Plan and count only: no weight is read, nothing is written.")
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "copy", "link"]),
+    default="auto",
+    show_default=True,
+    help="How the source's weight files get into OUT. auto: reflink, else copy. link: reflink, else hard link (no room "
+    "taken, but a later write in place to one reaches the other), else copy.",
+)
+@click.option("--seed", type=click.IntRange(0), help="Seed of the new parameters.  [default: the recipe's, else 0]")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is complete.")
+@json_option
+def patch_command(
+    source: str,
+    target: Path | None,
+    arguments: tuple[str, ...],
+    recipe: Path | None,
+    dry_run: bool,
+    weights: Literal["auto", "copy", "link"],
+    seed: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write a patched copy of a checkpoint: the source's weights as they are, the new ones in a file of their own.
+
+    Until it is trained the copy computes exactly what the source does. OUT appears complete or not at all; the recipe
+    that made it is in OUT/surgeon-recipe.yaml.
+
+    \b
+    surgeon patch CKPT OUT --pass pvm:layers=8,16,24,latent=512
+    surgeon patch CKPT OUT --recipe examples/recipes/qwen3-vl-8b-pvm.yaml --weights link
+    surgeon patch CKPT --pass pvm:layers=every:4 --dry-run
+    """
+    if bool(arguments) == bool(recipe):
+        raise click.UsageError("say what to do, with --pass NAME:OPT=VAL,... or with --recipe FILE, not both")
+    if target is None and not dry_run:
+        raise click.UsageError("missing argument OUT: where to write the patched checkpoint (or add --dry-run)")
+
+    from passes import registry
+    from surgeon import console
+    from surgeon.checkpoint import Checkpoint, check_target
+    from surgeon.patch import patch, plan
+    from surgeon.recipe import Recipe
+
+    chosen = Recipe.read(recipe) if recipe else Recipe.from_arguments(arguments)
+    seed = chosen.seed if seed is None else seed
+    to_run = chosen.make_passes(registry())
+    if dry_run:
+        with Checkpoint.open(source, weights="optional") as checkpoint:
+            report = plan(checkpoint, to_run, seed)[1]
+        if target is not None:
+            check_target(target, overwrite, protect=[checkpoint.directory])
+    else:
+        assert target is not None
+        with console.progress() as progress:
+            report = patch(source, target, to_run, seed=seed, weights=weights, overwrite=overwrite, progress=progress)
+    if as_json:
+        about = {"target": None if dry_run else str(target), "dry_run": dry_run, "seed": seed}
+        print_json({**about, "new_parameters": report.new_parameters, **dataclasses.asdict(report)})
+    else:
+        console.show_patch(report, None if dry_run else target)
+
+
+@cli.command()
+@click.argument("source", metavar="CKPT")
+@click.argument("target", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    required=True,
+    help="What the graphs compute in. Weights of another dtype are converted once; the others stay where they are.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(2),
+    default=4096,
+    show_default=True,
+    help="Tokens that the key-value cache holds: prompt, pictures and answer together.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace BUNDLE, once the new one is complete.")
+@json_option
+def export(source: str, target: Path, dtype: str, max_length: int, overwrite: bool, as_json: bool) -> None:
+    """Write an ONNX bundle of a checkpoint, plain or patched: the graphs, and everything a runtime needs to know.
+
+    The graphs point into the checkpoint's weights where they can, so keep it where it is.
+
+    \b
+    surgeon export OUT BUNDLE --dtype fp16 --max-length 8192
+    """
+    from exporters.onnx.bundle import DTYPES, export_bundle
+    from surgeon import console
+
+    with console.progress() as progress:
+        manifest = export_bundle(
+            source, target, dtype=DTYPES[dtype], max_length=max_length, overwrite=overwrite, progress=progress
+        )
+    written = manifest.model_dump(mode="json")
+    print_json(written) if as_json else console.show_bundle(target, written)
+
+
+@cli.command()
+@click.argument("path", metavar="CKPT|BUNDLE")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="A picture; repeat for more.")
+@click.option("--prompt", required=True, help="What to ask.")
+@click.option("--system", help="The system prompt.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="The longest answer.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default="0, greedy", help="Sample at this.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from the likeliest P of probability.")
+@click.option("--top-k", type=click.IntRange(1), help="Sample from the K likeliest tokens.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the sampling.")
+@json_option
+def generate(
+    path: str,
+    images: tuple[Path, ...],
+    prompt: str,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Answer a prompt about pictures, with a checkpoint in torch or with a bundle in ONNX Runtime.
+
+    The text comes on stdout as it is made. Pictures are shown to the model in the order they are given.
+
+    \b
+    surgeon generate CKPT --image cat.png --prompt "What is this?"
+    surgeon generate BUNDLE --image a.png --image b.png --prompt "Compare them." --temperature 0.7 --top-p 0.9
+    """
+    if not temperature and (top_p is not None or top_k is not None):
+        raise click.UsageError("--top-p and --top-k shape sampling, and without --temperature nothing is sampled")
+    from surgeon.generation import Sampling
+    from surgeon.inputs import Prompt
+
+    asked, sampling = Prompt(prompt, images, system), Sampling(temperature, top_k, top_p, seed)
+
+    def show(text: str) -> None:
+        if not as_json:
+            click.echo(text, nl=False)
+
+    found: Any
+    if is_bundle(path):
+        from exporters import runtime
+
+        bundle = runtime.BundleRuntime(path)
+        (found,) = runtime.generate(bundle, [asked], max_new_tokens, sampling, lambda row, text: show(text))
+    else:
+        from surgeon.torch_generate import answer
+
+        found = answer(path, asked, max_new_tokens, sampling, show)
+    print_json(dataclasses.asdict(found)) if as_json else click.echo()
+
+
+@cli.command()
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path),
+    default=Path("."),
+    help="The directory whose file system is tried.  [default: this one]",
+)
+@json_option
+def doctor(directory: Path, as_json: bool) -> None:
+    """What is installed, which backends work on this machine, and why the others do not.
+
+    Each backend is really tried: a session is made, a tensor is computed.
+
+    \b
+    surgeon doctor --dir /data/checkpoints
+    """
+    from surgeon.console import show_diagnosis
+    from surgeon.doctor import diagnose
+
+    found = diagnose(directory)
+    print_json(dataclasses.asdict(found)) if as_json else show_diagnosis(found)
+
+
+def main() -> None:
+    """The `surgeon` command."""
+    cli(prog_name="surgeon")
+
+
+if __name__ == "__main__":
+    main()

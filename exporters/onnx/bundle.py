@@ -1,0 +1,218 @@
+"""A bundle: a checkpoint's ONNX graphs, the weight files they point into, and what a runtime needs beside them."""
+
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from transformers import PretrainedConfig
+
+import surgeon
+from exporters.onnx import manifest as manifests
+from exporters.onnx.decoder import decoder_graph, position_axes
+from exporters.onnx.embed import embed_graph
+from exporters.onnx.manifest import GraphFile, Manifest, Memory, Port, Sizes, Source, Tokens, WeightFile
+from exporters.onnx.memory import memory_entries, memory_graph
+from exporters.onnx.vision import vision_graph
+from exporters.onnx.weights import Progress, bind
+from surgeon.checkpoint import Checkpoint, staged
+from surgeon.errors import OptionError
+from surgeon.families import Family, family
+from surgeon.models import build_meta, grafts_of, read_config
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+GRAPHS = ("embed", "vision", "memory", "decoder")
+PROCESSOR = "processor"
+"""The folder with config.json, tokenizer, chat template, image processor and generation config."""
+
+_PROCESSOR_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+_NUMPY_NAMES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT64: "int64",
+    ir.DataType.BOOL: "bool",
+}
+
+
+def export_bundle(
+    checkpoint: str | Path,
+    target: Path,
+    *,
+    dtype: torch.dtype,
+    max_length: int,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    graphs: Collection[str] | None = None,
+) -> Manifest:
+    """Export a plain or patched checkpoint (a directory or a hub id) to a new directory `target`; -> its manifest.
+
+    dtype: of the graphs, float32, float16 or bfloat16. max_length: slots of the key/value caches, prompt and answer
+    together. graphs: some of `GRAPHS`; by default all that the model has. `progress(stage, done, total)` is called
+    as the work goes on. No weight is loaded; weights of another dtype are converted one at a time.
+
+    Raises OptionError for a dtype, length or graph that cannot be, CheckpointError and FamilyError for the checkpoint,
+    BundleError for a model that cannot be exported, TargetError for the target. `target` appears whole or not at all.
+    """
+    if dtype not in DTYPES.values():
+        raise OptionError(f"cannot export graphs of {dtype}; choose one of {', '.join(DTYPES)}")
+    if unknown := set(graphs or ()) - set(GRAPHS):
+        raise OptionError(f"no graph {sorted(unknown)[0]!r}; there are {', '.join(GRAPHS)}")
+    with Checkpoint.open(checkpoint) as opened:
+        config = read_config(opened.config)
+        described = family(config.model_type)
+        _check_length(max_length, described.text_config(config))
+        with staged(target, overwrite, protect=[opened.directory]) as directory:
+            return _write(opened, described, config, directory, dtype, max_length, progress, graphs)
+
+
+def _check_length(max_length: int, text: Any) -> None:
+    longest = text.max_position_embeddings
+    if not 1 <= max_length <= longest:
+        raise OptionError(f"max_length {max_length} is out of range; this model takes 1 to {longest} tokens")
+
+
+def _write(
+    checkpoint: Checkpoint,
+    described: Family,
+    config: PretrainedConfig,
+    directory: Path,
+    dtype: torch.dtype,
+    max_length: int,
+    progress: Progress | None,
+    graphs: Collection[str] | None,
+) -> Manifest:
+    model = build_meta(config, dtype)
+    decoder: Any = model.get_submodule(described.text_model)
+    entries = memory_entries(decoder)
+
+    def layers(done: int, total: int) -> None:
+        if progress:
+            progress("tracing decoder layers", done, total)
+
+    makers: dict[str, Callable[[], ir.Model]] = {
+        "embed": lambda: embed_graph(model, dtype),
+        "vision": lambda: vision_graph(described, model, dtype),
+        "memory": lambda: memory_graph(described, config, model, dtype),
+        "decoder": lambda: decoder_graph(described, config, model, dtype, max_length, layers),
+    }
+    if not entries:
+        del makers["memory"]
+    wanted = [name for name in makers if graphs is None or name in graphs]
+    made: dict[str, ir.Model] = {}
+    for done, name in enumerate(wanted):
+        if progress:
+            progress("tracing graphs", done, len(wanted))
+        made[name] = makers[name]()
+    if progress:
+        progress("tracing graphs", len(wanted), len(wanted))
+
+    placed = bind(made.values(), model, checkpoint, directory, progress)
+    for name, graph in made.items():
+        _save(graph, directory / f"{name}.onnx")
+    _copy_processor(checkpoint, directory / PROCESSOR)
+
+    text = described.text_config(config)
+    manifest = Manifest(
+        tool_version=surgeon.__version__,
+        source=Source(
+            name=checkpoint.directory.resolve().name,
+            fingerprint=checkpoint.fingerprint(),
+            model_type=described.model_type,
+            grafts=grafts_of(config),
+        ),
+        dtype=_name(dtype),
+        max_length=max_length,
+        sizes=Sizes(
+            num_hidden_layers=len(decoder.layers),
+            num_key_value_heads=text.num_key_value_heads,
+            head_dim=described.head_dim(config),
+            hidden_size=text.hidden_size,
+            vocab_size=text.vocab_size,
+            position_axes=position_axes(described, config),
+            deepstack=described.deepstack_layers(config),
+        ),
+        tokens=_tokens(checkpoint, described, config),
+        memory=[
+            Memory(layer=e.layer, kind=e.kind, num_key_value_heads=e.num_key_value_heads, head_dim=e.head_dim)
+            for e in entries
+        ],
+        graphs={name: _describe(graph, directory / f"{name}.onnx") for name, graph in made.items()},
+        weights={
+            file.path: WeightFile(
+                bytes=(directory / file.path).stat().st_size,
+                header_sha256=str(manifests.header_sha256(directory / file.path)),
+                how=file.how,
+            )
+            for file in placed
+        },
+    )
+    manifest.save(directory)
+    return manifest
+
+
+def _name(dtype: torch.dtype) -> Any:
+    return str(dtype).removeprefix("torch.")
+
+
+def _save(graph: ir.Model, path: Path) -> None:
+    ir.save(graph, path)
+    # onnx.checker refuses external data in files with several hard links, which these are: they stand in as inputs
+    proto = onnx.load(path, load_external_data=False)
+    inline = [tensor for tensor in proto.graph.initializer if tensor.data_location != tensor.EXTERNAL]
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == tensor.EXTERNAL:
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(inline)
+    onnx.checker.check_model(proto)
+
+
+def _describe(graph: ir.Model, path: Path) -> GraphFile:
+    return GraphFile(
+        file=path.name,
+        sha256=str(manifests.sha256(path)),
+        inputs=list(_ports(graph.graph.inputs)),
+        outputs=list(_ports(graph.graph.outputs)),
+    )
+
+
+def _ports(values: Collection[ir.Value]) -> Iterator[Port]:
+    for value in values:
+        assert value.shape is not None and value.dtype is not None
+        shape = [size if isinstance(size, int) else str(size) for size in value.shape]
+        yield Port(name=str(value.name), dtype=_NUMPY_NAMES[value.dtype], shape=shape)
+
+
+def _copy_processor(checkpoint: Checkpoint, folder: Path) -> None:
+    folder.mkdir()
+    for path in checkpoint.side_files:
+        if path.suffix in _PROCESSOR_SUFFIXES:
+            shutil.copyfile(path, folder / path.name)
+    (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n")
+
+
+def _tokens(checkpoint: Checkpoint, described: Family, config: PretrainedConfig) -> Tokens:
+    """Generation's ids: those of generation_config.json, else those of the config."""
+    generation: dict[str, Any] = {}
+    path = checkpoint.directory / "generation_config.json"
+    if path.is_file():
+        generation = json.loads(path.read_text())
+
+    def lookup(key: str) -> Any:
+        for value in (generation.get(key), getattr(config, key, None), getattr(described.text_config(config), key, None)):
+            if value is not None:
+                return value
+        return None
+
+    eos = lookup("eos_token_id")
+    return Tokens(
+        image=described.image_token_id(config),
+        visual=list(described.visual_token_ids(config)),
+        eos=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
+        pad=lookup("pad_token_id"),
+    )

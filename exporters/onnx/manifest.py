@@ -1,0 +1,165 @@
+"""bundle.json: everything about a bundle that whoever runs it needs, and what tells a damaged one."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from surgeon.checkpoint.headers import header_bytes
+from surgeon.errors import BundleError, CheckpointError
+
+FILE = "bundle.json"
+FORMAT = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Strict):
+    """The checkpoint that was exported."""
+
+    name: str
+    fingerprint: str
+    model_type: str
+    """The family's, without the prefix of a patched checkpoint."""
+    grafts: list[dict[str, Any]]
+    """The config's record of grafts; empty for a plain model."""
+
+
+class Sizes(_Strict):
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    position_axes: int
+    deepstack: int
+    """How many DeepStack features vision.onnx gives and decoder.onnx takes; 0 where there is none."""
+
+
+class Tokens(_Strict):
+    image: int
+    visual: list[int]
+    """Every token id whose embedding is a visual one."""
+    eos: list[int]
+    pad: int | None
+
+
+class Port(_Strict):
+    """An input or output of a graph."""
+
+    name: str
+    dtype: str
+    """As numpy writes it: "float32", "float16", "int64", "bool"; and "bfloat16"."""
+    shape: list[int | str]
+    """Sizes, or the symbols of docs/architecture.md."""
+
+
+class GraphFile(_Strict):
+    file: str
+    sha256: str
+    inputs: list[Port]
+    outputs: list[Port]
+
+
+class WeightFile(_Strict):
+    bytes: int
+    header_sha256: str
+    how: Literal["reflink", "hardlink", "copy", "converted"]
+
+
+class Memory(_Strict):
+    """A graft's entry in the visual memory: `memory_keys.<layer>.<kind>` and `memory_values.<layer>.<kind>`."""
+
+    layer: int
+    kind: str
+    num_key_value_heads: int
+    head_dim: int
+
+
+class Manifest(_Strict):
+    """The content of bundle.json."""
+
+    format: int = FORMAT
+    tool_version: str
+    source: Source
+    dtype: Literal["float32", "float16", "bfloat16"]
+    max_length: int
+    sizes: Sizes
+    tokens: Tokens
+    memory: list[Memory]
+    graphs: dict[str, GraphFile]
+    weights: dict[str, WeightFile]
+    """By path relative to the bundle."""
+
+    def save(self, directory: Path) -> None:
+        (directory / FILE).write_text(self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Self:
+        """Read and check a bundle's manifest. No weight is read: weight files are known by their size and header.
+
+        Raises BundleError where there is no bundle, its format is of a newer version, or a file is missing or another.
+        """
+        directory = Path(directory)
+        try:
+            text = (directory / FILE).read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(f"{directory} is not a bundle: it has no {FILE}; make one with `surgeon export`") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{directory / FILE}: cannot read it: {error}") from error
+        manifest = cls.parse(text, directory / FILE)
+        for graph in manifest.graphs.values():
+            _check(directory, graph.file, None, graph.sha256, sha256(directory / graph.file))
+        for path, weights in manifest.weights.items():
+            _check(directory, path, weights.bytes, weights.header_sha256, header_sha256(directory / path))
+        return manifest
+
+    @classmethod
+    def parse(cls, text: str, path: Path) -> Self:
+        """The manifest that `text`, the content of `path`, holds. Raises BundleError."""
+        try:
+            version = _Version.model_validate_json(text).format
+            if version > FORMAT:
+                raise BundleError(
+                    f"{path} has format {version}, this version of surgeon reads up to {FORMAT}; update surgeon"
+                )
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise BundleError(f"{path}: {where}: {first['msg']}; export the bundle again") from error
+
+
+class _Version(BaseModel):
+    format: int
+
+
+def sha256(path: Path) -> str | None:
+    """Of a file's content, hex; None where there is no such file."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def header_sha256(path: Path) -> str | None:
+    """Of a safetensors file's header, hex; None where there is no such file or it has no whole header."""
+    try:
+        return hashlib.sha256(header_bytes(path)).hexdigest()
+    except CheckpointError:
+        return None
+
+
+def _check(directory: Path, name: str, size: int | None, digest: str, found: str | None) -> None:
+    path = directory / name
+    if not path.is_file():
+        raise BundleError(f"{directory}: {name} is missing; export the bundle again, or copy it whole")
+    if size is not None and path.stat().st_size != size:
+        raise BundleError(
+            f"{directory}: {name} has {path.stat().st_size} bytes, {FILE} says {size}; export the bundle again"
+        )
+    if found != digest:
+        raise BundleError(f"{directory}: {name} is not the file that {FILE} describes; export the bundle again")

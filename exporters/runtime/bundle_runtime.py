@@ -1,0 +1,341 @@
+"""Run a bundle with ONNX Runtime: pictures and prompts in, logits out, token by token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from exporters.onnx.manifest import Manifest
+from exporters.runtime.session import Provider, Session, SessionOptions, as_tensor, as_value, choose_provider
+from surgeon.errors import BundleError
+from surgeon.inputs import Inputs, Message, ModelInputs, Prompt
+
+PROCESSOR = "processor"
+"""The folder of a bundle with tokenizer, chat template, image processor and config."""
+Wanted = Literal["last", "all"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as the decoder gets it: features fp32 [M, d], deepstack fp32 [K, M, d] where the family has it."""
+
+    features: np.ndarray
+    deepstack: np.ndarray | None
+
+
+@dataclass
+class State:
+    """Everything of one request (a batch of rows): its caches, its visual memory and how far each row is. Nothing of it
+    is kept anywhere else, so states may be used in any order."""
+
+    lengths: np.ndarray
+    """Tokens of each row so far, int64 [B]."""
+    next_positions: np.ndarray
+    """The position id of each row's next token, int64 [B]."""
+    caches: dict[str, Tensor]
+    """`past_keys.<i>`, `past_values.<i>` [B, Hkv, Smax, hd]; written in place."""
+    memory: dict[str, Tensor]
+    """`memory_keys.<entry>`, `memory_values.<entry>` [B, Hm, M, hd]."""
+    memory_mask: np.ndarray
+    """bool [B, M]: which slots of the memory a row uses."""
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+    """The extra outputs of the latest call, by name, fp32 where they are floating."""
+    binding: ort.IOBinding | None = None
+    """Of a decoding step, with everything bound that does not change from step to step."""
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """New tokens of some rows, padded on the right, as the decoder takes them."""
+
+    inputs_embeds: np.ndarray
+    position_ids: np.ndarray
+    write_indices: np.ndarray
+    logits_indices: np.ndarray
+    visual_token_mask: np.ndarray
+    deepstack: np.ndarray | None
+
+
+class BundleRuntime:
+    """A bundle, ready to run. It holds weights and sessions; what belongs to a request is in its `State`."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        provider: Provider = "auto",
+        fast_attention: bool = True,
+        threads: int | None = None,
+        low_memory: bool = False,
+        extra_outputs: Sequence[str] = (),
+    ) -> None:
+        """`threads`: of one operator; `low_memory`: map weights instead of packing them (slower); `fast_attention`:
+        ONNX Runtime's own operators in place of standard Attention; `extra_outputs`: names of values in decoder.onnx,
+        such as `hidden_states.3`, that each call leaves in `State.extra`. Sessions are made when first used.
+
+        Raises BundleError for a bundle that is missing or damaged, and for a provider that does not work here.
+        """
+        self.path = Path(path)
+        self.manifest = Manifest.load(self.path)
+        self.options = SessionOptions(choose_provider(provider), threads, low_memory, fast_attention)
+        self.extra_outputs = tuple(extra_outputs)
+        self.inputs = Inputs.from_directory(self.path / PROCESSOR)
+        self.family, self.config = self.inputs.family, self.inputs.config
+        self.max_length = self.manifest.max_length
+
+    # -- sessions ----------------------------------------------------------------------------------------------
+    @cached_property
+    def vision(self) -> Session:
+        return self._session("vision")
+
+    @cached_property
+    def embed(self) -> Session:
+        return self._session("embed")
+
+    @cached_property
+    def memory(self) -> Session:
+        return self._session("memory")
+
+    @cached_property
+    def decoder(self) -> Session:
+        return self._session("decoder", self.extra_outputs)
+
+    def _session(self, name: str, extra_outputs: Sequence[str] = ()) -> Session:
+        return Session(self.path / self.manifest.graphs[name].file, self.options, extra_outputs)
+
+    # -- a request ---------------------------------------------------------------------------------------------
+    def prepare(self, prompts: Sequence[Prompt | list[Message]]) -> ModelInputs:
+        """Prompts or conversations as model inputs. Raises InputError for what cannot be used."""
+        return self.inputs.prepare(prompts, padding_side="right")
+
+    def encode_images(self, inputs: ModelInputs) -> list[list[Picture]]:
+        """Each row's pictures, one call of the vision graph for each."""
+        return [
+            [self._encode(pixels, grid) for pixels, grid in zip(row_pixels, row_grids, strict=True)]
+            for row_pixels, row_grids in zip(inputs.pixel_values, inputs.grids, strict=True)
+        ]
+
+    def _encode(self, pixel_values: np.ndarray, grid: tuple[int, int, int]) -> Picture:
+        outputs = self.vision.run(self.family.vision_inputs(self.config, pixel_values, grid))
+        deepstack = outputs["deepstack"].numpy() if "deepstack" in outputs else None
+        return Picture(outputs["features"].numpy(), deepstack)
+
+    def start(self, inputs: ModelInputs, logits: Wanted = "last") -> tuple[State, np.ndarray]:
+        """Begin a request: pictures, memory and prompts -> its state, and logits fp32 of each row's last token [B, V],
+        or with `logits="all"` of every prompt position [B, S, V], S the longest row; what is behind a shorter row's
+        end means nothing.
+
+        Raises BundleError for a prompt that is longer than the bundle's maximum.
+        """
+        rows = _rows(inputs)
+        state = self._empty_state(len(rows))
+        self._check_room(state, rows)
+        tokens = self._tokens(state, inputs, rows, logits)
+        found = self._forward(state, slice(None), tokens)
+        self._advance(state, rows, tokens)
+        return state, found if logits == "all" else found[:, 0]
+
+    def step(self, state: State, tokens: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
+        """Feed each row's next token, int64 [B] -> logits fp32 [B, V]. Rows that are not in `active` (bool [B]) stay as
+        they are, and their logits mean nothing. Raises BundleError where an active row is full."""
+        active = np.ones(state.batch_size, dtype=bool) if active is None else active
+        if (state.lengths[active] >= self.max_length).any():
+            raise BundleError(f"a row has the bundle's maximum of {self.max_length} tokens; none can follow")
+        changing = {
+            "inputs_embeds": self._embed(tokens.astype(np.int64)[:, None]),
+            "position_ids": self._text_positions(state.next_positions[:, None]),
+            # what an inactive row writes is overwritten by its next token, which a full row never has
+            "write_indices": np.minimum(state.lengths, self.max_length - 1),
+        }
+        if state.binding is None:
+            state.binding = self._bind_step(state, changing)
+        else:
+            self.decoder.bind_inputs(state.binding, changing)
+            for name in ("logits", *self.extra_outputs):
+                self.decoder.bind_new_output(state.binding, name)
+        found = self._read(state, self.decoder.execute(state.binding))
+        state.lengths += active
+        state.next_positions += active
+        return found[:, 0]
+
+    def append(self, state: State, inputs: ModelInputs, logits: Wanted = "last") -> np.ndarray:
+        """Feed each row of a request further tokens, perhaps with new pictures: a later turn. `inputs` holds the new
+        tokens and pictures alone. -> logits as from `start`.
+
+        Pictures enter the memory beside those that are there, and positions continue. Raises BundleError for a row
+        that would become longer than the bundle's maximum.
+        """
+        rows = _rows(inputs)
+        if len(rows) != state.batch_size:
+            raise BundleError(f"the request has {state.batch_size} row(s), {len(rows)} were given to append")
+        self._check_room(state, rows)
+        tokens = self._tokens(state, inputs, rows, logits)
+        # Row by row: a batch's padding might not fit behind a long row, and ONNX Runtime's attention takes several new
+        # tokens on a filled cache for one row at a time.
+        found, extra = [], []
+        for row, ids in enumerate(rows):
+            one = slice(row, row + 1)
+            found.append(self._forward(state, one, _of_row(tokens, row, len(ids), logits)))
+            extra.append(state.extra)
+        state.extra = {name: _stack([row[name] for row in extra]) for name in self.extra_outputs}
+        self._advance(state, rows, tokens)
+        stacked = _stack(found)
+        return stacked if logits == "all" else stacked[:, 0]
+
+    # -- inside ------------------------------------------------------------------------------------------------
+    def _empty_state(self, batch_size: int) -> State:
+        decoder, sizes = self.decoder, {"B": batch_size, "M": 1}
+        return State(
+            lengths=np.zeros(batch_size, dtype=np.int64),
+            next_positions=np.zeros(batch_size, dtype=np.int64),
+            caches={n: decoder.zeros(n, sizes) for n in decoder.inputs if n.startswith("past_")},
+            memory={n: decoder.zeros(n, sizes) for n in decoder.inputs if n.startswith(_MEMORY)},
+            memory_mask=np.zeros((batch_size, 1), dtype=bool),
+        )
+
+    def _check_room(self, state: State, rows: Sequence[np.ndarray]) -> None:
+        for row, ids in enumerate(rows):
+            length = int(state.lengths[row]) + len(ids)
+            if length > self.max_length:
+                raise BundleError(
+                    f"row {row} has {length} tokens, the bundle was exported for {self.max_length}: "
+                    "shorten the prompt, scale its pictures down, or export again with a larger --max-length"
+                )
+
+    def _tokens(self, state: State, inputs: ModelInputs, rows: Sequence[np.ndarray], logits: Wanted) -> _Tokens:
+        """New tokens of all rows; their pictures are encoded, put in their places, and entered into the memory."""
+        batch, length = len(rows), max(map(len, rows))
+        input_ids = np.zeros((batch, length), dtype=np.int64)
+        present = np.zeros((batch, length), dtype=np.int64)
+        for row, ids in enumerate(rows):
+            input_ids[row, : len(ids)], present[row, : len(ids)] = ids, 1
+        positions, _ = self.family.position_ids(self.config, input_ids, present, inputs.grids)
+        images = (input_ids == self.family.image_token_id(self.config)) & (present == 1)
+        embeds, deepstack = self._embed(input_ids), self._no_deepstack(batch, length)
+        pictures = self.encode_images(inputs)
+        visual: list[np.ndarray] = []
+        for row, row_pictures in enumerate(pictures):
+            visual.append(np.concatenate([p.features for p in row_pictures] or [embeds[row, :0]]))
+            embeds[row, images[row]] = visual[-1]
+            if deepstack is not None and row_pictures:
+                features = [p.deepstack for p in row_pictures if p.deepstack is not None]
+                deepstack[:, row, images[row]] = np.concatenate(features, axis=1)
+        if any(map(len, visual)) and state.memory:
+            self._remember(state, visual)
+        last = np.array([[len(ids) - 1] for ids in rows], dtype=np.int64)
+        every = np.broadcast_to(np.arange(length), (batch, length))
+        return _Tokens(
+            inputs_embeds=embeds,
+            position_ids=positions + state.next_positions[None, :, None],
+            write_indices=state.lengths.copy(),
+            logits_indices=every if logits == "all" else last,
+            visual_token_mask=images,
+            deepstack=deepstack,
+        )
+
+    def _remember(self, state: State, visual: Sequence[np.ndarray]) -> None:
+        """Enter each row's visual embeddings [M, d] into the memory, behind what is there."""
+        longest = max(map(len, visual))
+        embeds = np.stack([np.pad(row, ((0, longest - len(row)), (0, 0))) for row in visual])
+        mask = np.arange(longest) < np.array([[len(row)] for row in visual])
+        new = {name: as_tensor(value) for name, value in self.memory.run({"visual_embeds": embeds}).items()}
+        if state.memory_mask.any():
+            new = {name: torch.cat((state.memory[name], tensor), 2) for name, tensor in new.items()}
+            mask = np.concatenate((state.memory_mask, mask), axis=1)
+        state.memory, state.memory_mask = new, mask
+        state.binding = None
+
+    def _forward(self, state: State, rows: slice, tokens: _Tokens) -> np.ndarray:
+        """Run the decoder on some rows of a state; -> logits [B, T, V]."""
+        feeds: dict[str, np.ndarray | ort.OrtValue] = {
+            "inputs_embeds": tokens.inputs_embeds,
+            "position_ids": tokens.position_ids,
+            "write_indices": tokens.write_indices,
+            "logits_indices": tokens.logits_indices,
+        }
+        if tokens.deepstack is not None:
+            feeds["deepstack"] = tokens.deepstack
+        if state.memory:
+            feeds["visual_token_mask"] = tokens.visual_token_mask
+            feeds["memory_mask"] = state.memory_mask[rows]
+            feeds |= {name: as_value(tensor[rows].contiguous()) for name, tensor in state.memory.items()}
+        caches = {name: as_value(tensor[rows]) for name, tensor in state.caches.items()}
+        present = {name.replace("past_", "present_"): value for name, value in caches.items()}
+        binding = self.decoder.bind(feeds | caches, present)
+        return self._read(state, self.decoder.execute(binding))
+
+    def _bind_step(self, state: State, changing: dict[str, np.ndarray]) -> ort.IOBinding:
+        batch = state.batch_size
+        fixed: dict[str, np.ndarray | ort.OrtValue] = {"logits_indices": np.zeros((batch, 1), dtype=np.int64)}
+        deepstack = self._no_deepstack(batch, 1)
+        if deepstack is not None:
+            fixed["deepstack"] = deepstack
+        if state.memory:
+            fixed["visual_token_mask"] = np.zeros((batch, 1), dtype=bool)
+            fixed["memory_mask"] = state.memory_mask
+            fixed |= {name: as_value(tensor.contiguous()) for name, tensor in state.memory.items()}
+        caches = {name: as_value(tensor) for name, tensor in state.caches.items()}
+        present = {name.replace("past_", "present_"): value for name, value in caches.items()}
+        return self.decoder.bind(changing | fixed | caches, present)
+
+    def _read(self, state: State, outputs: dict[str, ort.OrtValue]) -> np.ndarray:
+        state.extra = {name: outputs[name].numpy() for name in self.extra_outputs}
+        logits: np.ndarray = outputs["logits"].numpy()
+        return logits
+
+    def _advance(self, state: State, rows: Sequence[np.ndarray], tokens: _Tokens) -> None:
+        for row, ids in enumerate(rows):
+            state.next_positions[row] = tokens.position_ids[:, row, : len(ids)].max() + 1
+            state.lengths[row] += len(ids)
+
+    def _embed(self, input_ids: np.ndarray) -> np.ndarray:
+        embeds: np.ndarray = self.embed.run({"input_ids": input_ids})["inputs_embeds"].numpy()
+        return embeds
+
+    def _no_deepstack(self, batch: int, length: int) -> np.ndarray | None:
+        sizes = self.manifest.sizes
+        if not sizes.deepstack:
+            return None
+        return np.zeros((sizes.deepstack, batch, length, sizes.hidden_size), dtype=np.float32)
+
+    def _text_positions(self, positions: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(positions, (self.manifest.sizes.position_axes, *positions.shape))
+
+
+_MEMORY = ("memory_keys.", "memory_values.")
+
+
+def _rows(inputs: ModelInputs) -> list[np.ndarray]:
+    """Each row's token ids without its padding, wherever that is."""
+    masks = inputs.attention_mask.astype(bool)
+    return [ids[mask] for ids, mask in zip(inputs.input_ids, masks, strict=True)]
+
+
+def _of_row(tokens: _Tokens, row: int, length: int, logits: Wanted) -> _Tokens:
+    """One row's tokens, without padding."""
+    one = slice(row, row + 1)
+    return _Tokens(
+        inputs_embeds=tokens.inputs_embeds[one, :length],
+        position_ids=tokens.position_ids[:, one, :length],
+        write_indices=tokens.write_indices[one],
+        logits_indices=tokens.logits_indices[one, : length if logits == "all" else 1],
+        visual_token_mask=tokens.visual_token_mask[one, :length],
+        deepstack=None if tokens.deepstack is None else tokens.deepstack[:, one, :length],
+    )
+
+
+def _stack(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows [1, S, ...] of different lengths as one batch, padded with zeros."""
+    longest = max(row.shape[1] for row in rows)
+    rest = [(0, 0)] * (rows[0].ndim - 2)
+    return np.concatenate([np.pad(row, ((0, 0), (0, longest - row.shape[1]), *rest)) for row in rows])

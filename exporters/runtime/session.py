@@ -1,0 +1,226 @@
+"""ONNX Runtime sessions of a bundle's graphs."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+
+from exporters.runtime.ort_rewrites import (
+    EmulateBFloat16,
+    Float32Boundary,
+    GroupedQueryAttention,
+    OrtRewrite,
+    PackedMultiHeadAttention,
+)
+from surgeon.errors import BundleError
+
+Provider = Literal["auto", "cpu", "cuda"]
+Feeds = Mapping[str, "np.ndarray | ort.OrtValue"]
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(double)": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How a bundle's graphs are run."""
+
+    provider: Literal["cpu", "cuda"] = "cpu"
+    threads: int | None = None
+    """Threads of one operator; None: as many as there are physical cores."""
+    low_memory: bool = False
+    """Map weights from their files instead of packing them: no copy in memory, but slower (by about 40 % a token)."""
+    fast_attention: bool = True
+    """Rewrite attention to ONNX Runtime's own operators."""
+
+
+def choose_provider(provider: Provider) -> Literal["cpu", "cuda"]:
+    """The execution provider to use: `auto` is CUDA where it works, else the CPU. Raises BundleError for one that
+    does not work here."""
+    if provider == "cpu":
+        return "cpu"
+    if provider not in ("auto", "cuda"):
+        raise BundleError(f"unknown provider {provider!r}; there are auto, cpu and cuda")
+    reason = _why_not_cuda()
+    if reason is None:
+        return "cuda"
+    if provider == "cuda":
+        raise BundleError(f"the CUDA provider does not work here: {reason}; use provider 'cpu' or 'auto'")
+    return "cpu"
+
+
+@cache
+def _why_not_cuda() -> str | None:
+    """What is missing for the CUDA provider; None where a session with it was really made."""
+    if _PROVIDERS["cuda"] not in ort.get_available_providers():
+        return "this onnxruntime is built without it (install onnxruntime-gpu)"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    value = ir.val("x", ir.DataType.FLOAT, [1])
+    node = ir.node("Identity", [value])
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "y", value.type, value.shape
+    graph = ir.Graph([value], node.outputs, nodes=[node], name="probe", opset_imports={"": 17})
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    probe = ir.to_proto(ir.Model(graph, ir_version=9)).SerializeToString()
+    # where its libraries do not load, the session is made without it
+    session = ort.InferenceSession(probe, options, providers=[_PROVIDERS["cuda"], _PROVIDERS["cpu"]])
+    if _PROVIDERS["cuda"] not in session.get_providers():
+        return "its libraries do not load (CUDA or cuDNN of the version that onnxruntime-gpu is built for)"
+    return None
+
+
+class Session:
+    """One graph of a bundle, rewritten for ONNX Runtime in memory; no file is written.
+
+    Its inputs and outputs are fp32 wherever the graph has fp16 or bf16, but for those that stay on the device, whose
+    names start with `past_`, `present_` or `memory_`.
+    """
+
+    def __init__(self, path: Path, options: SessionOptions, extra_outputs: Sequence[str] = ()) -> None:
+        """`extra_outputs`: names of values inside the graph that are to be outputs too, after its own.
+
+        Raises BundleError for a graph that is missing or cannot be loaded, or a name that is not in it.
+        """
+        self.path, self.options = path, options
+        if not path.is_file():
+            raise BundleError(f"{path} is missing: the bundle is incomplete, export it again")
+        model = ir.load(path)
+        self.graph_dtypes = {str(v.name): v.dtype for v in (*model.graph.inputs, *model.graph.outputs)}
+        _add_outputs(model, extra_outputs, path)
+        self.rewrites: dict[str, int] = {}
+        """How many nodes each rewrite replaced."""
+        for rewrite in _rewrites(model, options):
+            rewrite(model)
+            self.rewrites[type(rewrite).__name__] = rewrite.replaced
+        self.session = _load(model, path, options)
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.outputs = [value.name for value in self.session.get_outputs()]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a floating input, as the session takes it."""
+        return _DTYPES[self.inputs[name].type]
+
+    def zeros(self, name: str, sizes: Mapping[str, int]) -> torch.Tensor:
+        """Zeros on the session's device of an input's shape and dtype; `sizes`: of its symbolic dimensions."""
+        shape = [n if isinstance(n, int) else sizes[n] for n in self.inputs[name].shape]
+        return torch.zeros(shape, dtype=self.dtype(name), device=self.options.provider)
+
+    def bind(self, feeds: Feeds, outputs: Mapping[str, ort.OrtValue]) -> ort.IOBinding:
+        """A binding of inputs and outputs: those in `outputs` are written there, memory onto the session's device,
+        the others onto the host. It may be run again after some of it was bound anew."""
+        binding = self.session.io_binding()
+        self.bind_inputs(binding, feeds)
+        for name in self.outputs:
+            if name in outputs:
+                binding.bind_ortvalue_output(name, outputs[name])
+            else:
+                self.bind_new_output(binding, name)
+        return binding
+
+    def bind_inputs(self, binding: ort.IOBinding, feeds: Feeds) -> None:
+        for name, value in feeds.items():
+            if isinstance(value, ort.OrtValue):
+                binding.bind_ortvalue_input(name, value)
+            else:
+                binding.bind_cpu_input(name, self._as_input(name, value))
+
+    def bind_new_output(self, binding: ort.IOBinding, name: str) -> None:
+        """Let the next run allocate the output."""
+        binding.bind_output(name, self.options.provider if stays_on_device(name) else "cpu")
+
+    def execute(self, binding: ort.IOBinding) -> dict[str, ort.OrtValue]:
+        """Run a binding made by `bind`; -> all outputs."""
+        self.session.run_with_iobinding(binding)
+        return dict(zip(self.outputs, binding.get_outputs(), strict=True))
+
+    def run(self, feeds: Feeds) -> dict[str, ort.OrtValue]:
+        """Run once, all outputs newly allocated."""
+        return self.execute(self.bind(feeds, {}))
+
+    def _as_input(self, name: str, value: np.ndarray) -> np.ndarray:
+        if value.dtype == np.float32 and self._rounds_inputs and self.graph_dtypes[name] == ir.DataType.BFLOAT16:
+            value = torch.from_numpy(value).bfloat16().float().numpy()
+        return np.ascontiguousarray(value)
+
+    @property
+    def _rounds_inputs(self) -> bool:
+        return self.rewrites.get(EmulateBFloat16.__name__, 0) > 0
+
+
+def stays_on_device(name: str) -> bool:
+    """Whether an input or output is of caches or memory, which the host does not look into."""
+    return name.startswith(("past_", "present_", "memory_keys", "memory_values"))
+
+
+def as_tensor(value: ort.OrtValue) -> torch.Tensor:
+    """The same memory as a torch tensor."""
+    return torch.from_dlpack(value._ortvalue)
+
+
+def as_value(tensor: torch.Tensor) -> ort.OrtValue:
+    """The same memory as an OrtValue; `tensor` is contiguous."""
+    return ort.OrtValue.from_dlpack(tensor)
+
+
+def _rewrites(model: ir.Model, options: SessionOptions) -> Iterator[OrtRewrite]:
+    dtypes = {value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
+    # CUDA's contrib kernels for attention take fp16 and bf16 alone
+    if options.fast_attention and (options.provider == "cpu" or ir.DataType.FLOAT not in dtypes):
+        yield GroupedQueryAttention()
+        yield PackedMultiHeadAttention()
+    if options.provider == "cpu":
+        yield EmulateBFloat16()
+    yield Float32Boundary(keep=stays_on_device)
+
+
+def _add_outputs(model: ir.Model, names: Sequence[str], path: Path) -> None:
+    values = {str(value.name): value for node in model.graph for value in node.outputs}
+    for name in names:
+        if name not in values:
+            near = difflib.get_close_matches(name, values, n=3)
+            hint = f"; the nearest are {', '.join(near)}" if near else ""
+            raise BundleError(f"{path.name} has no value named {name!r}{hint}")
+        if values[name] not in model.graph.outputs:
+            model.graph.outputs.append(values[name])
+
+
+def _load(model: ir.Model, path: Path, options: SessionOptions) -> ort.InferenceSession:
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    if options.threads is not None:
+        settings.intra_op_num_threads = options.threads
+    if options.low_memory:
+        settings.add_session_config_entry("session.disable_prepacking", "1")
+    # the model comes as bytes: this is where its weight files are found
+    folder = str(path.parent.resolve())
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    providers = [_PROVIDERS[name] for name in dict.fromkeys((options.provider, "cpu"))]
+    try:
+        return ort.InferenceSession(ir.to_proto(model).SerializeToString(), settings, providers=providers)
+    except _LOAD_ERRORS as error:
+        raise BundleError(f"{path}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from error
+
+
+_native = ort.capi.onnxruntime_pybind11_state
+_LOAD_ERRORS = (
+    _native.Fail,
+    _native.InvalidArgument,
+    _native.InvalidGraph,
+    _native.InvalidProtobuf,
+    _native.NoSuchFile,
+    _native.NotImplemented,
+    _native.RuntimeException,
+)
