@@ -17,6 +17,7 @@ from surgeon.doctor import Diagnosis
 from surgeon.inspect import Inspection, PassDescription
 
 if TYPE_CHECKING:
+    from surgeon.parity.validate import Report
     from surgeon.patch import PatchReport
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -154,6 +155,41 @@ def show_patch(report: "PatchReport", target: Path | None) -> None:
         files = [file for file, way in report.shared.items() if way == method]
         more = f" and {len(files) - 4} more" if len(files) > 4 else ""
         print(f"weights of the source by {method}: {', '.join(files[:4])}{more}")
+
+
+def show_report(report: "Report") -> None:
+    """The validator's verdict, one line a case."""
+    print(f"reference  {report.reference} ({report.stages[0]}, {report.dtypes[0]})")
+    print(f"subject    {report.subject} ({report.stages[1]}, {report.dtypes[1]})")
+    print(f"rung       {report.rung.name}: {report.rung.why}")
+    for note in report.notes:
+        print(f"note       {note}")
+    print()
+    rows = []
+    for case in report.cases:
+        worst = max(case.prefill.max_abs, case.decode.max_abs)
+        bad = case.prefill.non_finite + case.decode.non_finite
+        rows.append(
+            (
+                case.name,
+                f"{case.prompt_tokens} + {case.rows} x {case.steps}",
+                f"{bad} NaN/inf" if bad else "0, bit-equal" if worst == 0 else f"{worst:.2e}",
+                f"{min(case.prefill.cosine, case.decode.cosine):.6f}",
+                f"{max(case.prefill.kl_mean, case.decode.kl_mean):.1e}",
+                f"{min(case.prefill.top1, case.decode.top1):.4f}",
+                f"{case.tokens_equal}/{case.rows * case.steps}",
+                "FAILED" if case.failures else "reported" if report.rung.name == "tuned" else "held",
+            )
+        )
+    columns = ("case", "tokens", "max abs", "min cosine", "mean KL", "top-1", "greedy", "verdict")
+    print_table(columns, rows)
+    for case in report.cases:
+        for failure in case.failures:
+            print(f"{case.name}: {failure}")
+        if case.first_wrong:
+            print(f"{case.name}: first wrong tensor {case.first_wrong}")
+    print()
+    print(f"{'passed' if report.passed else 'FAILED'} in {report.seconds:.1f} s")
 
 
 def show_diagnosis(found: Diagnosis) -> None:

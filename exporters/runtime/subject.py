@@ -1,0 +1,119 @@
+"""A bundle as the validator sees it, and the pair of subjects that a comparison needs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from exporters.runtime.bundle_runtime import BundleRuntime
+from surgeon.errors import SurgeonError
+from surgeon.inputs import Prompt
+from surgeon.memory.patched import RECORD
+from surgeon.models import graft_class
+from surgeon.parity.ladder import TUNED, Rung, rung_between
+from surgeon.parity.subject import Subject, Trace
+from surgeon.parity.torch_subject import TorchSubject
+
+
+class BundleSubject:
+    """A bundle in ONNX Runtime, its numbers as the engine's own: decoding through the caches, one step a token."""
+
+    stage = "bundle"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        self.runtime = BundleRuntime(path)
+        self.dtype = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[self.runtime.manifest.dtype]
+        self.record: Mapping[str, Any] | None = getattr(self.runtime.config, RECORD, None)
+
+    def gates(self) -> dict[str, float]:
+        """Every graft's gates, by parameter name: the value farthest from zero."""
+        gates = {gate for entry in (self.record or {}).get("grafts", []) for gate in graft_class(entry["kind"]).gates}
+        if not gates:
+            return {}
+        path = Path(self.path) / self.runtime.manifest.graphs["decoder"].file
+        found = {}
+        for name, value in ir.load(path).graph.initializers.items():
+            if name.rsplit(".", 1)[-1] in gates and value.const_value is not None:
+                found[name] = float(np.abs(value.const_value.numpy().astype(np.float32)).max())
+        return found
+
+    def trace(self, prompts: Sequence[Prompt], steps: int, tokens: np.ndarray | None = None) -> Trace:
+        inputs = self.runtime.prepare(prompts)
+        state, prompt_logits = self.runtime.start(inputs, logits="all")
+        lengths = inputs.lengths
+        logits = [np.stack([row[n - 1] for row, n in zip(prompt_logits, lengths, strict=True)])]
+        fed: list[np.ndarray] = []
+        for step in range(steps):
+            fed.append(logits[-1].argmax(-1) if tokens is None else tokens[:, step])
+            if step < steps - 1:
+                logits.append(self.runtime.step(state, fed[-1]))
+        return Trace(
+            [row[:n] for row, n in zip(inputs.input_ids, lengths, strict=True)],
+            [row[:n] for row, n in zip(prompt_logits, lengths, strict=True)],
+            np.stack(logits, 1),
+            np.stack(fed, 1),
+        )
+
+    def tensors(self, prompts: Sequence[Prompt]) -> dict[str, list[np.ndarray]]:
+        layers = self.runtime.manifest.sizes.num_hidden_layers
+        names = [f"hidden_states.{i}" for i in range(layers)]
+        searching = BundleRuntime(self.path, extra_outputs=names)
+        inputs = searching.prepare(prompts)
+        state, _ = searching.start(inputs)
+        return {
+            name: [row[:n].astype(np.float32) for row, n in zip(state.extra[name], inputs.lengths, strict=True)]
+            for name in names
+        }
+
+
+def is_bundle(path: str | Path) -> bool:
+    return (Path(path) / "bundle.json").is_file()
+
+
+def open_pair(a: str | Path, b: str | Path) -> tuple[Subject, Subject, Rung]:
+    """Load two checkpoints or bundles, the reference first whichever way they were named, and the rung between them.
+
+    A checkpoint is the reference of a bundle and runs in fp32 then, whatever it is stored in; an unpatched checkpoint
+    is the reference of a patched one. Raises SurgeonError where the two are not forms of one model.
+    """
+    if is_bundle(a) and not is_bundle(b):
+        a, b = b, a
+    if is_bundle(b):
+        subject: Any = BundleSubject(b)
+        reference: Any = BundleSubject(a) if is_bundle(a) else TorchSubject(a, "fp32")
+    else:
+        reference, subject = TorchSubject(a), TorchSubject(b)
+    if reference.stage == subject.stage and _comes_later(reference, subject):
+        reference, subject = subject, reference
+    _check_same_model(reference, subject)
+    # Whether what one has grafted and the other has not is still exactly nothing.
+    added = _grafts(reference) != _grafts(subject)
+    identity = added and not any(subject.gates().values())
+    rung = rung_between((reference.stage, subject.stage), (reference.dtype, subject.dtype), identity)
+    return reference, subject, TUNED if added and not identity else rung
+
+
+_PRECISION = ("fp32", "fp16", "bf16")
+
+
+def _comes_later(a: Subject, b: Subject) -> bool:
+    """Whether `a` is the later form of the two."""
+    return (len(_grafts(a)), _PRECISION.index(a.dtype)) > (len(_grafts(b)), _PRECISION.index(b.dtype))
+
+
+def _grafts(subject: Subject) -> list[Any]:
+    return list((subject.record or {}).get("grafts", []))
+
+
+def _check_same_model(a: Subject, b: Subject) -> None:
+    sizes = []
+    for subject in (a, b):
+        config = subject.model.config if isinstance(subject, TorchSubject) else subject.runtime.config  # type: ignore[attr-defined]
+        text = config.get_text_config()
+        sizes.append((text.num_hidden_layers, text.hidden_size, text.vocab_size))
+    if sizes[0] != sizes[1]:
+        names = "layers, hidden size, vocabulary"
+        raise SurgeonError(f"{a.path} and {b.path} are not forms of one model ({names}): {sizes[0]} and {sizes[1]}")
