@@ -282,7 +282,9 @@ def generate(
 @click.argument("b", metavar="B")
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Your own picture; repeat.")
 @click.option("--prompt", help="Your own prompt, instead of the ones that come with the tool.")
-@click.option("--steps", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded after each prompt.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded after each prompt."
+)
 @click.option("--report", "report_file", type=click.Path(path_type=Path), help="Write the whole verdict as JSON.")
 @click.option("--overwrite", is_flag=True, help="Replace the report file.")
 @json_option

@@ -111,6 +111,7 @@ def save(model: Any, tokenizer: Any, image_processor: Any, folder: Path) -> None
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     image_processor.save_pretrained(beside)
+    (beside / "model.safetensors").chmod(0o644)
     if folder.exists():
         folder.rename(old)
     beside.rename(folder)
@@ -218,26 +219,19 @@ def main() -> int:
   make_checkpoint.py --check qwen3-vl-tiny  load it and ask it every prompt
 
 The same seed, steps and number of threads on the same machine make the same
-checkpoint. It is saved every 250 steps, so an interrupted run leaves a usable one.""",
+checkpoint. It is saved every 250 steps once it answers, so an interrupted run leaves a usable one.""",
     )
-    parser.add_argument(
-        "--check", type=Path, metavar="DIR", help="make nothing: ask the checkpoint in DIR every prompt"
-    )
-    parser.add_argument(
-        "--prompts", type=Path, default=HERE / "prompts.json", help="what --check asks (default: %(default)s)"
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what --check computes in")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for qwen3-vl-tiny/, images/ and prompts.json")
-    parser.add_argument(
-        "--naming", type=int, default=1500, help="steps that train the vision tower alone (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=3000, help="steps that train everything (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="conversations in a step (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of pictures, words and weights (default: %(default)s)"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads that compute (default: %(default)s)")
+    add = parser.add_argument
+    add("--check", type=Path, metavar="DIR", help="make nothing: ask the checkpoint in DIR every prompt")
+    add("--prompts", type=Path, default=HERE / "prompts.json", help="what --check asks (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="what --check computes in")
+    add("--out", type=Path, default=HERE, help="folder for qwen3-vl-tiny/, images/ and prompts.json (default: here)")
+    add("--naming", type=int, default=1500, help="steps that train the vision tower alone (default: %(default)s)")
+    add("--steps", type=int, default=3000, help="steps that train everything (default: %(default)s)")
+    add("--batch", type=int, default=16, help="conversations in a step (default: %(default)s)")
+    add("--rate", type=float, default=1.5e-3, help="highest learning rate (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of pictures and weights (default: %(default)s)")
+    add("--threads", type=int, default=1, help="CPU threads that compute (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.check is not None:

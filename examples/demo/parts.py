@@ -158,7 +158,10 @@ def make_tokenizer(folder: Path, seed: int) -> Any:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    return AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for where in ("is_local", "local_files_only"):  # of this loading, not of the tokenizer
+        tokenizer.init_kwargs.pop(where, None)
+    return tokenizer
 
 
 def make_image_processor() -> Qwen2VLImageProcessorPil:

@@ -204,7 +204,11 @@ def _tokens(checkpoint: Checkpoint, described: Family, config: PretrainedConfig)
         generation = json.loads(path.read_text())
 
     def lookup(key: str) -> Any:
-        for value in (generation.get(key), getattr(config, key, None), getattr(described.text_config(config), key, None)):
+        for value in (
+            generation.get(key),
+            getattr(config, key, None),
+            getattr(described.text_config(config), key, None),
+        ):
             if value is not None:
                 return value
         return None

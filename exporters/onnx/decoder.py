@@ -25,7 +25,9 @@ class Positions(nn.Module):
     inv_freq: Tensor
     rope_axes: Tensor
 
-    def __init__(self, constants: Mapping[str, Tensor], rope_scaling: float, max_length: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, constants: Mapping[str, Tensor], rope_scaling: float, max_length: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.rope_scaling, self.max_length, self.dtype = rope_scaling, max_length, dtype
         for name, value in constants.items():

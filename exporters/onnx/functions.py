@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import FLOAT, INT32, script, values
+from onnxscript import BOOL, INT32, script, values
 from torch import Tensor
 
 from surgeon.memory.graft import Graft
@@ -24,8 +24,8 @@ op: Any = values.Opset("", OPSET)
 _domain = values.Opset(DOMAIN, 1)
 
 
-@script(_domain, default_opset=op)
-def PersistentVisualMemory(  # noqa: N802 - the name of the ONNX function
+@script(_domain, default_opset=op)  # type: ignore[untyped-decorator]
+def PersistentVisualMemory(  # type: ignore[no-untyped-def]
     hidden_states,
     keys,
     values,
@@ -54,7 +54,7 @@ def PersistentVisualMemory(  # noqa: N802 - the name of the ONNX function
 
     # A row without pictures attends to its padding, and the result is dropped below: no NaN from an empty softmax.
     count = op.ReduceSum(op.Cast(memory_mask, to=INT32.dtype), op.Constant(value_ints=[1]), keepdims=1)
-    has_memory = op.Cast(count, to=9)
+    has_memory = op.Cast(count, to=BOOL.dtype)
     seen = op.Reshape(op.Or(memory_mask, op.Not(has_memory)), op.Constant(value_ints=[0, 1, 1, -1]))
     one = op.Constant(value_ints=[1])
     seen = op.Expand(seen, op.Concat(one, one, op.Shape(hidden_states, start=1, end=2), one, axis=0))
@@ -117,9 +117,7 @@ def _node(function: Any) -> values.Op:
     exporter, whose opset conversion does not look into functions. Inputs named `*_mask` are bool, other ones float."""
     schema = onnx.defs.OpSchema
     proto = function.to_function_proto()
-    inputs = [
-        schema.FormalParameter(name, "tensor(bool)" if name.endswith("_mask") else "T") for name in proto.input
-    ]
+    inputs = [schema.FormalParameter(name, "tensor(bool)" if name.endswith("_mask") else "T") for name in proto.input]
     described = schema(
         proto.name,
         proto.domain,

@@ -67,7 +67,9 @@ def _view(x: Any, size: Sequence[int | ir.Value]) -> Any:
     symbolic = [i for i, dim in enumerate(size) if not isinstance(dim, int)]
     if len(symbolic) <= 1 and (not symbolic or -1 not in size):
         return op.Reshape(x, op.Constant(value_ints=[-1 if i in symbolic else dim for i, dim in enumerate(size)]))
-    dims = [op.Constant(value_ints=[d]) if isinstance(d, int) else op.Reshape(d, op.Constant(value_ints=[-1])) for d in size]
+    dims = [
+        op.Constant(value_ints=[d]) if isinstance(d, int) else op.Reshape(d, op.Constant(value_ints=[-1])) for d in size
+    ]
     return op.Reshape(x, op.Concat(*dims, axis=0))
 
 

@@ -107,7 +107,7 @@ class Manifest(_Strict):
         try:
             text = (directory / FILE).read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
-            raise BundleError(f"{directory} is not a bundle: it has no {FILE}; make one with `surgeon export`") from None
+            raise BundleError(f"{directory} is no bundle: it has no {FILE}; make one with `surgeon export`") from None
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"{directory / FILE}: cannot read it: {error}") from error
         manifest = cls.parse(text, directory / FILE)

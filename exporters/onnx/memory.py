@@ -67,12 +67,10 @@ class _ExportRMSNorm(RMSNorm):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
-def memory_graph(
-    family: Family, config: PretrainedConfig, model: PreTrainedModel, dtype: torch.dtype
-) -> ir.Model:
-    """The memory graph of a patched `model`, which is on the meta device, of `dtype`, and only good for export after."""
+def memory_graph(family: Family, config: PretrainedConfig, model: PreTrainedModel, dtype: torch.dtype) -> ir.Model:
+    """The graph of a patched `model`, which is on the meta device, of `dtype`, and good for export alone after."""
     decoder = model.get_submodule(family.text_model)
-    module = Memory([graft for layer in decoder.layers for graft in _grafts(layer)])  # type: ignore[union-attr]
+    module = Memory([graft for layer in decoder.layers for graft in _grafts(layer)])
     for child in module.modules():
         if type(child) is RMSNorm:
             child.__class__ = _ExportRMSNorm

@@ -26,7 +26,6 @@ from torch import nn
 from exporters.onnx.functions import OPSET, definitions
 from exporters.onnx.lowering import LABEL, translation_table
 
-
 _SIZES = {"B": 2, "S": 3, "M": 5, "T": 4}
 """Sizes that vary, in examples: told apart, and none is 1, which torch.export would take for a constant."""
 
@@ -210,7 +209,7 @@ def clean(model: ir.Model) -> None:
         DeduplicateInitializersPass(),
         CommonSubexpressionEliminationPass(),
         RemoveUnusedNodesPass(),
-        RemoveUnusedFunctionsPass(),
+        RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         RemoveUnusedOpsetsPass(),
     )
     with _quiet():

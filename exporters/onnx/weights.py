@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +11,15 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from surgeon.checkpoint import SAFETENSORS_DTYPES, Checkpoint, PlannedTensor, TensorInfo, read_header, share_file
-from surgeon.checkpoint import write_safetensors as write
+from surgeon.checkpoint import (
+    SAFETENSORS_DTYPES,
+    Checkpoint,
+    PlannedTensor,
+    TensorInfo,
+    read_header,
+    share_file,
+    write_safetensors,
+)
 from surgeon.errors import BundleError, CheckpointError
 from surgeon.models import parameter_names
 
@@ -50,9 +58,7 @@ def bind(
     converted once, one at a time, into a file of their own. Raises CheckpointError for a tensor that is missing or of
     another shape, BundleError for one that cannot be converted.
     """
-    wanted = [
-        value for graph in graphs for value in graph.graph.initializers.values() if value.const_value is None
-    ]
+    wanted = [value for graph in graphs for value in graph.graph.initializers.values() if value.const_value is None]
     stored = stored_tensors(model, checkpoint)
     pointed: dict[Path, str] = {}
     converted: dict[tuple[str, torch.dtype], TensorInfo] = {}
@@ -168,4 +174,5 @@ def _convert(
         if progress:
             progress(f"converting to {str(dtype).removeprefix('torch.')}", done, total)
 
-    write(path, [PlannedTensor(info.name, dtype, info.shape, lambda info=info: make(info)) for info in infos], progress=written)
+    plan = [PlannedTensor(info.name, dtype, info.shape, partial(make, info)) for info in infos]
+    write_safetensors(path, plan, progress=written)

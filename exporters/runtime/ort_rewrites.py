@@ -70,6 +70,8 @@ class GroupedQueryAttention(OrtRewrite):
         if write_indices not in lengths:
             counting = Tape()
             lengths[write_indices] = _lengths(counting, model, write_indices, query)
+            for made in counting.nodes:
+                made.outputs[0].dtype = ir.DataType.INT32 if made.op_type == "Cast" else ir.DataType.INT64
             model.graph.insert_before(node, counting.nodes)
         tape = Tape()
         new = [_packed(tape, model, value) for value in (query, keys.inputs[1], values.inputs[1])]
@@ -95,7 +97,7 @@ class GroupedQueryAttention(OrtRewrite):
         replacements += [(scatter.outputs[0], cache) for scatter, cache in zip((keys, values), present, strict=True)]
         for made in tape.nodes:
             for value in made.outputs:
-                value.type = query.type
+                _copy_dtype(value, query)
         model.graph.insert_before(node, tape.nodes)
         for old, replacement in replacements:
             _take_over(old, replacement, but=[node])
@@ -160,7 +162,7 @@ class EmulateBFloat16(OrtRewrite):
             return ir.passes.PassResult(model, modified=False)
         if model.functions:
             InlinePass()(model)
-            ShapeInferencePass()(model)
+        ShapeInferencePass()(model)
         reduced = {value for value in _values(graph) if value.dtype == ir.DataType.BFLOAT16}
         unknown = [str(value.name) for value in _values(graph) if value.dtype is None]
         if unknown:
@@ -260,7 +262,7 @@ class Float32Boundary(OrtRewrite):
         for value in graph.inputs:
             if value.dtype in REDUCED and not self.keep(str(value.name)):
                 cast = ir.node("Cast", [value], {"to": int(value.dtype)})
-                cast.outputs[0].type, cast.outputs[0].shape = value.type, value.shape
+                cast.outputs[0].dtype, cast.outputs[0].shape = value.dtype, value.shape
                 graph.insert_before(graph[0], cast)
                 _take_over(value, cast.outputs[0], but=[cast])
                 value.dtype = ir.DataType.FLOAT
@@ -430,7 +432,9 @@ def _constant(model: ir.Model, numbers: list[int]) -> ir.Value:
 
 def _take_over(old: ir.Value, new: ir.Value, but: Collection[ir.Node] = ()) -> None:
     """`new` is used wherever `old` was, graph outputs and the name included; the nodes `but` keep reading `old`."""
-    new.shape, new.type = new.shape or old.shape, new.type or old.type
+    new.shape = new.shape or old.shape
+    if new.dtype is None:
+        _copy_dtype(new, old)
     for use in list(old.uses()):
         if use.node not in but:
             use.node.replace_input_with(use.idx, new)
@@ -440,3 +444,9 @@ def _take_over(old: ir.Value, new: ir.Value, but: Collection[ir.Node] = ()) -> N
             if output is old:
                 outputs[i] = new
         new.name, old.name = old.name, f"{old.name}.inner"
+
+
+def _copy_dtype(new: ir.Value, old: ir.Value) -> None:
+    """Not the type itself, an object that both values would share."""
+    if old.dtype is not None:
+        new.dtype = old.dtype

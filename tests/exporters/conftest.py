@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from bundles import MAX_LENGTH, Exported, trained
 
+from bundles import MAX_LENGTH, Exported, trained
 from checkpoints import tiny_checkpoint
 from exporters.onnx.bundle import export_bundle
 from patching import apply

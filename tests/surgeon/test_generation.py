@@ -50,7 +50,8 @@ def test_distribution_is_that_of_transformers(sampling: Sampling, warpers: list)
 def test_a_seed_repeats_and_another_does_not() -> None:
     logits = np.repeat(LOGITS, 50, 0)
     first, again, other = (
-        sample(logits, s, s.generator()).tolist() for s in (Sampling(1.0, seed=3), Sampling(1.0, seed=3), Sampling(1.0, seed=4))
+        sample(logits, s, s.generator()).tolist()
+        for s in (Sampling(1.0, seed=3), Sampling(1.0, seed=3), Sampling(1.0, seed=4))
     )
     assert first == again != other
 

@@ -1,5 +1,7 @@
 """The bundle: weights are pointed into, not copied; other dtypes are converted once; what cannot be is told."""
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -69,9 +71,26 @@ def test_a_hub_cache_of_symlinks_and_shards(tmp_path: Path) -> None:
     assert not (tmp_path / "bundle" / name).is_symlink()
 
 
+def test_on_another_file_system_weights_are_copied_and_the_manifest_says_so(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    checkpoint = export("qwen3_vl", True).checkpoint
+    manifest = export_bundle(checkpoint, tmp_path / "bundle", dtype=torch.float32, max_length=16, graphs=["embed"])
+    ((path, weights),) = manifest.weights.items()
+    assert weights.how == "copy"
+    assert (tmp_path / "bundle" / path).read_bytes() == (checkpoint / Path(path).name).read_bytes()
+    # with one link only, onnx's own checker takes the file too
+    onnx.checker.check_model(tmp_path / "bundle" / "embed.onnx")
+
+
 def test_another_dtype_is_converted_once(export: Export) -> None:
     exported = export("qwen3_vl", True, torch.float16)
-    (path, weights), = exported.manifest.weights.items()
+    ((path, weights),) = exported.manifest.weights.items()
     assert (path, weights.how) == ("weights/converted-f16.safetensors", "converted")
     converted, where = load_file(exported.directory / path), external(exported.directory)
     assert set(where) == set(converted)
@@ -93,7 +112,8 @@ def test_another_dtype_is_converted_once(export: Export) -> None:
 
 def test_bf16_weights_are_pointed_into_by_a_bf16_graph(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", "qwen2_5_vl", torch.bfloat16)
-    manifest = export_bundle(source, tmp_path / "bundle", dtype=torch.bfloat16, max_length=16, graphs=["memory", "embed"])
+    graphs = ["memory", "embed"]
+    manifest = export_bundle(source, tmp_path / "bundle", dtype=torch.bfloat16, max_length=16, graphs=graphs)
     assert list(manifest.graphs) == ["embed"], "a plain model has no memory"
     assert shares_bytes(source, tmp_path / "bundle", "model.safetensors")
     assert manifest.graphs["embed"].outputs[0].dtype == "bfloat16"
@@ -102,13 +122,9 @@ def test_bf16_weights_are_pointed_into_by_a_bf16_graph(tmp_path: Path) -> None:
 def test_tied_embeddings_are_one_tensor(export: Export) -> None:
     exported = export("qwen2_5_vl", tie_word_embeddings=True)
     model = onnx.load(exported.directory / "decoder.onnx", load_external_data=False)
-    logits = next(node for node in model.graph.node if node.op_type == "Gemm" and node is last_gemm(model))
+    logits = [node for node in model.graph.node if node.op_type == "Gemm"][-1]
     assert logits.input[1] == "model.language_model.embed_tokens.weight"
     DecoderRun(exported, 1)
-
-
-def last_gemm(model: onnx.ModelProto) -> onnx.NodeProto:
-    return [node for node in model.graph.node if node.op_type == "Gemm"][-1]
 
 
 def test_the_manifest_says_what_a_runtime_needs(export: Export) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from bundles import DecoderRun, Exported
 from transformers import DynamicCache
 
+from bundles import DecoderRun, Exported
 from surgeon import models
 from surgeon.errors import BundleError
 from surgeon.families import family
@@ -27,14 +27,16 @@ class Reference:
     def step(self, embeds: torch.Tensor, position_ids: torch.Tensor, **kwargs: object) -> np.ndarray:
         """embeds [S, d], position_ids [3, S] -> logits [S, V]."""
         out = self.model.model.language_model(
-            inputs_embeds=embeds[None], position_ids=position_ids[:, None], past_key_values=self.cache, use_cache=True, **kwargs
+            inputs_embeds=embeds[None],
+            position_ids=position_ids[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            **kwargs,
         )
         return self.model.lm_head(out.last_hidden_state)[0].numpy()
 
 
-@pytest.mark.parametrize(
-    ("model_type", "patched"), [("qwen3_vl", True), ("qwen2_5_vl", True), ("qwen3_vl", False)]
-)
+@pytest.mark.parametrize(("model_type", "patched"), [("qwen3_vl", True), ("qwen2_5_vl", True), ("qwen3_vl", False)])
 def test_prefill_and_decoding_give_the_logits_of_transformers(export: Export, model_type: str, patched: bool) -> None:
     exported = export(model_type, patched)
     model = models.load(exported.checkpoint)

@@ -25,7 +25,9 @@ class Branch(nn.Module):
         super().__init__()
         self.graft = graft
 
-    def forward(self, hidden_states: Tensor, keys: Tensor, values: Tensor, memory_mask: Tensor, visual_token_mask: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, keys: Tensor, values: Tensor, memory_mask: Tensor, visual_token_mask: Tensor
+    ) -> Tensor:
         return functions.call(self.graft, hidden_states, keys, values, memory_mask, visual_token_mask)
 
 

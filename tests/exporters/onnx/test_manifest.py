@@ -35,7 +35,7 @@ def flip(path: Path, at: int) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda b: (b / "bundle.json").unlink(), "not a bundle"),
+        (lambda b: (b / "bundle.json").unlink(), "is no bundle"),
         (lambda b: edit(b / "bundle.json", format=99), "format 99"),
         (lambda b: edit(b / "bundle.json", surprise=1), "surprise"),
         (lambda b: edit(b / "bundle.json", max_length="long"), "max_length"),

@@ -1,0 +1,34 @@
+# `make demo` and `make test` are all that a fresh clone needs: they make the environment first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: demo test lint check bench clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	# torch first and pinned: any other range may bring several GB of CUDA packages
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo/run.sh demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+# Minutes each; see benchmarks/README.md. They print ratios of two things measured in one run.
+bench: $(VENV)/.ready
+	for each in benchmarks/bench_*.py; do $(BIN)/python $$each || exit 1; done
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info
