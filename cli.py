@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import signal
+import sys
 import traceback
 from pathlib import Path
 from typing import Any, Literal
@@ -355,6 +357,8 @@ def doctor(directory: Path, as_json: bool) -> None:
 
 def main() -> None:
     """The `surgeon` command."""
+    # Whoever ends it politely gets what Ctrl-C gives: nothing left behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     cli(prog_name="surgeon")
 
 

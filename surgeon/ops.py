@@ -100,14 +100,3 @@ def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shape = (*x.shape[:-1], x.shape[-1] // 3)
     a, b, c = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(3))
     return a, b, c
-
-
-@torch.library.custom_op("surgeon::label", mutates_args=())
-def label(x: Tensor, name: str) -> Tensor:
-    """x itself, called `name` in the exported graph, so that a validator can ask for it by that name."""
-    return x.clone()
-
-
-@label.register_fake
-def _(x: Tensor, name: str) -> Tensor:
-    return torch.empty_like(x)

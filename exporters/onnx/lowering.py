@@ -13,9 +13,6 @@ import torch
 from exporters.onnx import functions
 from exporters.onnx.functions import op
 
-LABEL = "surgeon.label"
-"""Key in a value's `meta` under which `ops.label` leaves the name that the value is to have."""
-
 
 def _rms_norm(x: Any, weight: Any, eps: float) -> Any:
     # stash_type defaults to fp32: the statistics are in fp32 whatever x's dtype is
@@ -44,12 +41,6 @@ def _cache_update(cache: Any, new: Any, write_indices: Any) -> Any:
 
 def _split3(x: Any) -> Any:
     return op.Split(x, axis=-1, num_outputs=3)
-
-
-def _label(x: Any, name: str) -> Any:
-    y = op.Identity(x)
-    y.meta[LABEL] = name
-    return y
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -84,7 +75,6 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         surgeon.attention_packed.default: _attention_packed,
         surgeon.cache_update.default: _cache_update,
         surgeon.split3.default: _split3,
-        surgeon.label.default: _label,
         aten.linear.default: _linear,
         aten.view.default: _view,
         aten._unsafe_view.default: _view,

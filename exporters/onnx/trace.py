@@ -24,7 +24,7 @@ from onnx_ir.passes.common import (
 from torch import nn
 
 from exporters.onnx.functions import OPSET, definitions
-from exporters.onnx.lowering import LABEL, translation_table
+from exporters.onnx.lowering import translation_table
 
 _SIZES = {"B": 2, "S": 3, "M": 5, "T": 4}
 """Sizes that vary, in examples: told apart, and none is 1, which torch.export would take for a constant."""
@@ -189,19 +189,11 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def clean(model: ir.Model) -> None:
-    """Apply the labels, and remove what the exporter left: stack traces, dead and double nodes, unused outputs."""
+    """Remove what the exporter left: stack traces, dead and double nodes, unused outputs."""
     for node in model.graph:
         if node.op_type == "Attention":
             # TensorRT takes it with one output only
             node.resize_outputs(1)
-    for node in list(model.graph):
-        name = node.outputs[0].meta.get(LABEL) if node.op_type == "Identity" else None
-        if name is not None:
-            source = node.inputs[0]
-            assert source is not None
-            source.name = name
-            node.outputs[0].replace_all_uses_with(source)
-            model.graph.remove(node, safe=True)
     passes = ir.passes.Sequential(
         ClearMetadataAndDocStringPass(),
         IdentityEliminationPass(),

@@ -1,5 +1,6 @@
 """Run a bundle with ONNX Runtime: pictures and prompts in, logits out, token by token."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,11 +11,14 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from exporters.onnx.manifest import Manifest
 from exporters.runtime.session import Provider, Session, SessionOptions, as_tensor, as_value, choose_provider
 from surgeon.errors import BundleError
+from surgeon.families import family
 from surgeon.inputs import Inputs, Message, ModelInputs, Prompt
+from surgeon.models import read_config
 
 PROCESSOR = "processor"
 """The folder of a bundle with tokenizer, chat template, image processor and config."""
@@ -89,9 +93,14 @@ class BundleRuntime:
         self.manifest = Manifest.load(self.path)
         self.options = SessionOptions(choose_provider(provider), threads, low_memory, fast_attention)
         self.extra_outputs = tuple(extra_outputs)
-        self.inputs = Inputs.from_directory(self.path / PROCESSOR)
-        self.family, self.config = self.inputs.family, self.inputs.config
+        self.family = family(self.manifest.source.model_type)
+        self.config = _config(self.path / PROCESSOR / "config.json")
         self.max_length = self.manifest.max_length
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """The bundle's tokenizer, chat template and image processor. Raises CheckpointError where one is missing."""
+        return Inputs.from_directory(self.path / PROCESSOR, self.family)
 
     # -- sessions ----------------------------------------------------------------------------------------------
     @cached_property
@@ -313,6 +322,13 @@ class BundleRuntime:
 
 
 _MEMORY = ("memory_keys.", "memory_values.")
+
+
+def _config(path: Path) -> PretrainedConfig:
+    try:
+        return read_config(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read ({error}): the bundle is damaged, export it again") from None
 
 
 def _rows(inputs: ModelInputs) -> list[np.ndarray]:

@@ -67,14 +67,12 @@ class GroupedQueryAttention(OrtRewrite):
         write_indices: ir.Value,
         lengths: dict[ir.Value, tuple[ir.Value, ir.Value]],
     ) -> None:
-        if write_indices not in lengths:
-            counting = Tape()
-            lengths[write_indices] = _lengths(counting, model, write_indices, query)
-            for made in counting.nodes:
-                made.outputs[0].dtype = ir.DataType.INT32 if made.op_type == "Cast" else ir.DataType.INT64
-            model.graph.insert_before(node, counting.nodes)
         tape = Tape()
         new = [_packed(tape, model, value) for value in (query, keys.inputs[1], values.inputs[1])]
+        for made in tape.nodes:
+            _copy_dtype(made.outputs[0], query)
+        if write_indices not in lengths:
+            lengths[write_indices] = _lengths(tape, model, write_indices, new[0])
         attended, *present = tape.op_multi_out(
             "GroupQueryAttention",
             [*new, keys.inputs[0], values.inputs[0], *lengths[write_indices]],
@@ -95,9 +93,8 @@ class GroupedQueryAttention(OrtRewrite):
             swapping = []
             replacements = [(output, tape.op("Transpose", [by_head], {"perm": [0, 2, 1, 3]}))]
         replacements += [(scatter.outputs[0], cache) for scatter, cache in zip((keys, values), present, strict=True)]
-        for made in tape.nodes:
-            for value in made.outputs:
-                _copy_dtype(value, query)
+        for value in (attended, *present, by_head, replacements[0][1]):
+            _copy_dtype(value, query)
         model.graph.insert_before(node, tape.nodes)
         for old, replacement in replacements:
             _take_over(old, replacement, but=[node])
@@ -370,13 +367,18 @@ def _ancestors(value: ir.Value) -> set[ir.Value]:
 
 
 def _lengths(tape: Tape, model: ir.Model, write_indices: ir.Value, query: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Each row's last slot in use, int32 [B], and the longest row's length, int32 scalar, after this call."""
-    new = tape.op("Shape", [query], {"start": 2, "end": 3})
+    """Each row's last slot in use, int32 [B], and the longest row's length, int32 scalar, after this call.
+    query [B, S, H * hd]."""
+    new = tape.op("Shape", [query], {"start": 1, "end": 2})
     ends = tape.op("Add", [write_indices, new])
     last = tape.op("Sub", [ends, _constant(model, [1])])
     total = tape.op("ReduceMax", [ends], {"keepdims": 0})
-    to_int32 = {"to": int(ir.DataType.INT32)}
-    return tape.op("Cast", [last], to_int32), tape.op("Cast", [total], to_int32)
+    for value in (new, ends, last, total):
+        value.dtype = ir.DataType.INT64
+    narrow = [tape.op("Cast", [value], {"to": int(ir.DataType.INT32)}) for value in (last, total)]
+    for value in narrow:
+        value.dtype = ir.DataType.INT32
+    return narrow[0], narrow[1]
 
 
 def _packed(tape: Tape, model: ir.Model, value: ir.Value | None) -> ir.Value:

@@ -1,31 +1,12 @@
 """Agreement with the PVM authors' published implementation: numbers stored in tests/data."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from golden import DATA, expected_tensors, our_name, published_checkpoint
 from surgeon import models
 from surgeon.memory.pvm import PersistentVisualMemory
-
-DATA = Path(__file__).parents[1] / "data"
-PUBLISHED_NAMES = {
-    "text_reducer": "text_proj",
-    "vision_reducer": "visual_proj",
-    "output_expander": "output_proj",
-    "gate_alpha": "alpha",
-    "post_attn_norm": "post_attention_norm",
-    "cross_attn.": "",
-    "mlp.": "",
-}
-
-
-def our_name(published: str) -> str:
-    for theirs, ours in PUBLISHED_NAMES.items():
-        published = published.replace(theirs, ours)
-    return published
 
 
 def test_block_equals_the_authors() -> None:
@@ -41,28 +22,10 @@ def test_block_equals_the_authors() -> None:
     torch.testing.assert_close(injection, tensors["output.injection"], atol=1e-5, rtol=0)
 
 
-def published_checkpoint(directory: Path) -> Path:
-    """The published tiny model under this tool's names."""
-    source = DATA / "pvm_model_a"
-    config = json.loads((source / "config.json").read_text())
-    pvm = config.pop("pvm")
-    config |= {"model_type": "surgeon_qwen3_vl", "surgeon": {"grafts": [{"kind": "pvm", **pvm}], "passes": []}}
-    directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config))
-    weights = load_file(source / "model.safetensors")
-
-    def name(key: str) -> str:
-        head, block, tail = key.partition("pvm_block.")
-        return f"{head}pvm.{our_name(tail)}" if block else key
-
-    save_file({name(k): v for k, v in weights.items()}, directory / "model.safetensors", {"format": "pt"})
-    return directory
-
-
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     model = models.load(published_checkpoint(tmp_path_factory.mktemp("golden")))
-    expected = load_file(DATA / "pvm_model_a" / "expected.safetensors")
+    expected = expected_tensors()
     inputs = {k: expected[k] for k in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")}
     inputs["mm_token_type_ids"] = (expected["input_ids"] == model.config.image_token_id).long()
     return model, inputs, expected
