@@ -5,7 +5,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:?usage: run.sh OUT}
 ckpt=$here/qwen3-vl-tiny
-picture=$here/images/$(ls "$here/images" | head -1)
+picture=$here/images/red-triangle-green-circle.png
 rm -rf "$out"
 mkdir -p "$out"
 results=()
