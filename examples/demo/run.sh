@@ -30,11 +30,11 @@ same_answer() { # the checkpoint's words and the bundle's
 question="Describe the picture."
 step "the checkpoint is read" surgeon inspect "$ckpt"
 step "PVM is grafted at layers 2, 4, 6" surgeon patch "$ckpt" "$out/patched" --pass pvm:layers=2,4,6,latent=64
-step "the patched model gives its source's logits, bit for bit" surgeon validate "$ckpt" "$out/patched" --report "$out/identity.json"
+step "the patched model gives its source's logits, bit for bit" surgeon validate "$ckpt" "$out/patched" --steps 16 --report "$out/identity.json"
 step "an fp32 bundle is exported" surgeon export "$out/patched" "$out/bundle-fp32" --dtype fp32 --max-length 1024
 step "a bf16 bundle is exported, its weights shared with the checkpoint" surgeon export "$out/patched" "$out/bundle-bf16" --dtype bf16 --max-length 1024
 step "the fp32 bundle computes what the checkpoint does: 1e-4, same tokens" surgeon validate "$out/patched" "$out/bundle-fp32" --steps 64 --report "$out/fp32.json"
-step "the bf16 bundle stays within bf16's bounds" surgeon validate "$out/patched" "$out/bundle-bf16" --report "$out/bf16.json"
+step "the bf16 bundle stays within bf16's bounds" surgeon validate "$out/patched" "$out/bundle-bf16" --steps 16 --report "$out/bf16.json"
 step "checkpoint and bundle say the same about a picture" same_answer
 
 echo
