@@ -11,7 +11,7 @@ import torch
 from pairs import MAX_LENGTH, Pair, Row, picture
 
 from checkpoints import MODEL_TYPES
-from exporters.runtime import BundleRuntime, State
+from exporters.runtime import BundleRuntime
 from surgeon.errors import BundleError
 from surgeon.inputs import ModelInputs, Prompt
 
@@ -43,13 +43,6 @@ def decode(runtime: BundleRuntime, inputs: ModelInputs, steps: int) -> tuple[np.
         logits.append(runtime.step(state, logits[-1].argmax(-1)))
     stacked = np.stack(logits, axis=1)
     return stacked.argmax(-1), stacked
-
-
-def two_turns(runtime: BundleRuntime, pair: Pair) -> tuple[State, np.ndarray]:
-    """Three rows' first turns, a decoded token each, then a second turn, with a new picture for the first and last."""
-    state, logits = runtime.start(pair.raw(FIRST_TURN))
-    runtime.step(state, logits.argmax(-1))
-    return state, runtime.append(state, pair.raw(SECOND_TURN), logits="all")
 
 
 FIRST_TURN: list[Row] = [["one", picture(64, 96, 1), "two three"], ["nothing to see"], ["see", picture(64, 64, 2)]]
@@ -244,33 +237,38 @@ def test_a_later_turn_with_new_pictures(export: Export, model_type: str, patched
     """Turn by turn through transformers' own cache, row by row: positions continue, the memory grows."""
     pair = export(model_type, patched)
     runtime = BundleRuntime(pair.bundle, threads=1)
-    state, found = two_turns(runtime, pair)
-    first_tokens = runtime.start(pair.raw(FIRST_TURN))[1].argmax(-1)
+    state, logits = runtime.start(pair.raw(FIRST_TURN))
+    answer = logits.argmax(-1)
+    runtime.step(state, answer)
+    found = runtime.append(state, pair.raw(SECOND_TURN), logits="all")
+    after = runtime.step(state, answer)
     for row in range(3):
-        first, second = pair.raw(FIRST_TURN[row : row + 1]), pair.raw(SECOND_TURN[row : row + 1])
+        first, second = (pair.raw(turn[row : row + 1]) for turn in (FIRST_TURN, SECOND_TURN))
+        begin = next_position(pair, first)
+        end = begin + 1 + next_position(pair, second)
+        positions, _ = runtime.family.position_ids(
+            runtime.config, second.input_ids, second.attention_mask, second.grids
+        )
+        kwargs = second.model_kwargs()
+        del kwargs["attention_mask"]
+        token = torch.tensor([[answer[row]]])
         with torch.no_grad():
-            turn = pair.model(**first.model_kwargs(), use_cache=True)
-            start = int(
-                runtime.family.position_ids(pair.inputs.config, first.input_ids, first.attention_mask, first.grids)[1][
-                    0
-                ]
-            )
-            one = torch.full((3, 1, 1), start)
-            cache = pair.model(
-                input_ids=torch.tensor([[first_tokens[row]]]), position_ids=one, past_key_values=turn.past_key_values
-            ).past_key_values
-            kwargs = second.model_kwargs()
-            del kwargs["attention_mask"]
-            positions, ends = runtime.family.position_ids(
-                pair.inputs.config, second.input_ids, second.attention_mask, second.grids
-            )
+            cache = pair.model(**first.model_kwargs(), use_cache=True).past_key_values
+            pair.model(input_ids=token, position_ids=torch.full((3, 1, 1), begin), past_key_values=cache)
             expected = pair.model(
-                **kwargs, position_ids=torch.from_numpy(positions + start + 1), past_key_values=cache
+                **kwargs, position_ids=torch.from_numpy(positions + begin + 1), past_key_values=cache
             ).logits.numpy()
+            last = pair.model(input_ids=token, position_ids=torch.full((3, 1, 1), end), past_key_values=cache).logits
         length = expected.shape[1]
         close(found[row, :length], expected[0])
-        assert state.lengths[row] == first.lengths[0] + 1 + length
-        assert state.next_positions[row] == start + 1 + ends[0]
+        close(after[row], last[0, 0].numpy())
+        assert state.lengths[row] == first.lengths[0] + length + 2
+        assert state.next_positions[row] == end + 1
+
+
+def next_position(pair: Pair, inputs: ModelInputs) -> int:
+    found = inputs.family.position_ids(pair.inputs.config, inputs.input_ids, inputs.attention_mask, inputs.grids)
+    return int(found[1][0])
 
 
 def test_rows_that_do_not_go_on_are_not_touched(pair: Pair, runtime: BundleRuntime) -> None:
