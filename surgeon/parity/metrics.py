@@ -29,6 +29,8 @@ class LogitDifference(Difference):
     kl_max: float
     top1: float
     """The share of positions with the same most likely token."""
+    flip_margin: float
+    """The most, in nats, by which the reference preferred its own most likely token to the other's; 0 without flips."""
 
 
 def compare(reference: np.ndarray, other: np.ndarray) -> Difference:
@@ -53,15 +55,17 @@ def compare_logits(reference: np.ndarray, other: np.ndarray) -> LogitDifference:
     plain = compare(reference, other)
     nan = float("nan")
     if plain.non_finite or reference.size == 0:
-        return LogitDifference(**vars(plain), kl_mean=nan, kl_max=nan, top1=nan)
+        return LogitDifference(**vars(plain), kl_mean=nan, kl_max=nan, top1=nan, flip_margin=nan)
     kls, cosines = [], []
     for a, b in zip(reference, other, strict=True):  # position by position: a vocabulary times fp64 is large
         log_p, log_q = _log_softmax(a.astype(np.float64)), _log_softmax(b.astype(np.float64))
         kls.append(max(0.0, float(np.exp(log_p) @ (log_p - log_q))))
         cosines.append(compare(a, b).cosine)
     top1 = float((reference.argmax(-1) == other.argmax(-1)).mean())
+    chosen = np.take_along_axis(reference, other.argmax(-1)[:, None], -1)[:, 0]
+    flip_margin = float((reference.max(-1) - chosen).max())
     values = {**vars(plain), "cosine": min(cosines)}
-    return LogitDifference(**values, kl_mean=float(np.mean(kls)), kl_max=max(kls), top1=top1)
+    return LogitDifference(**values, kl_mean=float(np.mean(kls)), kl_max=max(kls), top1=top1, flip_margin=flip_margin)
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     if not has_tokenizer():
         pytest.skip("the demo checkpoint, whose tokenizer these need, is not there")
     made: dict[Any, Pair] = {}
-    sizes: dict[str, Any] = {"num_hidden_layers": 3, "vision": {"depth": 2}}
+    sizes: dict[str, Any] = {"num_hidden_layers": 3}
 
     def get(model_type: str, patched: bool = True, dtype: torch.dtype = torch.float32) -> Pair:
         key = (model_type, patched, dtype)

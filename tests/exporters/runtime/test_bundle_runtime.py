@@ -72,7 +72,7 @@ def test_logits_and_greedy_tokens_are_those_of_torch(export: Export, model_type:
         assert tokens.tolist() == expected_tokens.tolist()
     layers = runtime.manifest.sizes.num_hidden_layers
     assert runtime.decoder.rewrites["GroupedQueryAttention"] == layers
-    assert runtime.vision.rewrites["PackedMultiHeadAttention"] == {"qwen3_vl": 2, "qwen2_5_vl": 1}[model_type]
+    assert runtime.vision.rewrites["PackedMultiHeadAttention"] == {"qwen3_vl": 3, "qwen2_5_vl": 1}[model_type]
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -33,6 +33,8 @@ def test_kl_and_top1_against_torch() -> None:
     assert found.kl_mean == pytest.approx(float(kl.mean()), rel=1e-9)
     assert found.kl_max == pytest.approx(float(kl.max()), rel=1e-9)
     assert found.top1 == float((a.argmax(-1) == b.argmax(-1)).double().mean())
+    lost = a.max(-1).values - a[range(5), b.argmax(-1)]
+    assert found.flip_margin == pytest.approx(float(lost.max())) and found.flip_margin > 0
     assert found.cosine == pytest.approx(float(torch.cosine_similarity(a.double(), b.double()).min()))
 
 

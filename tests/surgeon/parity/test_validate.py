@@ -70,6 +70,7 @@ def test_the_same_model_passes_every_rung() -> None:
         (lambda x: x + np.float32(1e-3), ladder.FP32, "max abs"),
         (lambda x: -x, ladder.FP16, "cosine"),
         (lambda x: x * np.float32(1.5), ladder.BF16, "mean KL"),
+        (lambda x: np.roll(x, 1, -1), ladder.FP16, "nats"),
         (lambda x: np.where(x == x.max(), np.float32(np.nan), x), ladder.TUNED, "NaN or infinite"),
         (lambda x: x * np.float32(np.inf), ladder.BF16, "NaN or infinite"),
     ],
