@@ -1,5 +1,6 @@
 """What every graft is: a module inside a decoder layer that reads the visual memory."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -22,7 +23,7 @@ class Constant:
 Initialiser = Normal | Constant
 
 
-class Graft(nn.Module):
+class Graft(nn.Module, ABC):
     """A branch grafted into one decoder layer.
 
     `project` turns visual embeddings into this layer's keys and values, once, when a picture enters; `forward` reads
@@ -39,9 +40,9 @@ class Graft(nn.Module):
     """The parameters that are zero at insertion, each enough to make the graft compute exactly nothing."""
 
     @classmethod
+    @abstractmethod
     def from_config(cls, text_config: Any, options: dict[str, Any]) -> Self:
         """The module for one layer of a decoder with this config. `options`: the graft's part of the pass record."""
-        raise NotImplementedError
 
     def initialisers(self, std: float) -> dict[str, Initialiser]:
         """Parameter name -> its value at insertion: the layer computes what it did before, and the graft can learn.
@@ -67,10 +68,11 @@ class Graft(nn.Module):
                 case Constant(value=value):
                     parameter.fill_(value)
 
+    @abstractmethod
     def project(self, visual_embeds: Tensor) -> tuple[Tensor, Tensor]:
         """visual_embeds [B, M, d], as they enter the decoder -> keys, values [B, Hm, M, hd]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(
         self,
         hidden_states: Tensor,
@@ -81,4 +83,3 @@ class Graft(nn.Module):
     ) -> Tensor:
         """hidden_states [B, S, d]; keys, values [B, Hm, M, hd]; memory_mask bool [B, M], False where padded;
         visual_token_mask bool [B, S], True at visual tokens, None where there is none -> [B, S, d]."""
-        raise NotImplementedError
