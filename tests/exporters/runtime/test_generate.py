@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,10 +60,10 @@ def test_text_streams_as_it_comes(runtime: BundleRuntime) -> None:
     found = generate(ending(runtime, []), PROMPTS, 20, on_text=lambda row, text: pieces.append((row, text)))
     assert all(text for _, text in pieces)
     for row, generation in enumerate(found):
-        own = [(i, text) for i, (of, text) in enumerate(pieces) if of == row]
-        assert "".join(text for _, text in own) == generation.text
-        # rows take turns: each has begun before another has ended
-        assert own[0][0] < min(max(i for i, (of, _) in enumerate(pieces) if of == other) for other in range(3))
+        assert "".join(text for of, text in pieces if of == row) == generation.text
+    # rows take turns: were each told only at its end, there would be one run of pieces a row (which bytes
+    # of an untrained model's tokens make whole letters, and so when, differs from one processor to the next)
+    assert len([row for row, _ in itertools.groupby(pieces, key=lambda piece: piece[0])]) > len(PROMPTS)
 
 
 def test_sampling_is_repeatable_and_not_greedy(runtime: BundleRuntime) -> None:
