@@ -3,6 +3,9 @@
 A model with PVM on 3 of 12 layers, gates open, a picture of 64 visual tokens in its memory. "Cache 1024" is a bundle
 of max_length 1024. Each is measured after a short prompt, and after one that nearly fills the cache; both sides decode
 the same greedy tokens after the same prompt, and stop where they differ.
+
+A decoding step cannot be faster than its weights are read, so that time is measured in the same run, in turns with the
+others, and what it would make of transformers' speed is printed as the ceiling of the ratio.
 """
 
 import tempfile
@@ -134,12 +137,30 @@ class Bundle:
         return Decoded(times, time.process_time() - cpu, tokens)
 
 
+class Weights:
+    """The matrices that a decoding step multiplies with, each read once: the least that a step can take."""
+
+    def __init__(self, model: Any) -> None:
+        decoder = model.model.language_model.layers
+        self.matrices = [p.detach() for n, p in decoder.named_parameters() if p.ndim == 2 and "pvm" not in n]
+        self.matrices.append(model.lm_head.weight.detach())
+        self.inputs = {matrix.shape[1]: torch.randn(matrix.shape[1]) for matrix in self.matrices}
+
+    def read(self) -> float:
+        """Seconds of a matrix-vector product with each."""
+        start = time.perf_counter()
+        for matrix in self.matrices:
+            torch.mv(matrix, self.inputs[matrix.shape[1]])
+        return time.perf_counter() - start
+
+
 def compare(runtime: BundleRuntime, model: Any, length: int, steps: int, repetitions: int) -> dict[str, Spread]:
-    """Tokens per second of both after a prompt of `length`; under `<side> undisturbed` those of the fastest quarter of
-    each repetition's steps, and under `<side> processor` those per second of processor time: other programs on the
-    machine disturb these less."""
+    """Tokens per second of both after a prompt of `length`, and under `weights` of reading the weights alone; under
+    `<side> undisturbed` those of the fastest quarter of each repetition's steps, and under `<side> processor` those per
+    second of processor time: other programs on the machine disturb these less."""
     inputs = prompt(model.config, length)
     sides: dict[str, Bundle | Torch] = {"bundle": Bundle(runtime, inputs), "torch": Torch(model, inputs)}
+    weights = Weights(model)
     warm = {name: side.decode(8).tokens for name, side in sides.items()}
     if warm["bundle"] != warm["torch"]:
         raise SystemExit(f"the bundle and torch decode different tokens: {warm}")
@@ -152,7 +173,9 @@ def compare(runtime: BundleRuntime, model: Any, length: int, steps: int, repetit
         less[f"{name} processor"].append(steps / decoded.cpu)
         return steps / sum(decoded.times)
 
-    found = interleaved({name: lambda name=name: speed(name) for name in sides}, repetitions)  # type: ignore[misc]
+    tasks = {name: lambda name=name: speed(name) for name in sides}  # type: ignore[misc]
+    tasks["weights"] = lambda: steps / sum(weights.read() for _ in range(steps))
+    found = interleaved(tasks, repetitions)
     return found | {name: Spread(tuple(values)) for name, values in less.items()}
 
 
@@ -181,6 +204,8 @@ def main() -> None:
                 report.figure(f"{label}: transformers", found["torch"], "tokens/s")
                 ratio = ratios(found["bundle"], found["torch"])
                 report.check(f"{label}: bundle / transformers", ratio, ">=", TARGETS[cache], "x")
+                ceiling = ratios(found["weights"], found["torch"])
+                report.figure(f"{label}: reading the weights alone / transformers", ceiling, "x")
                 for how, said in (("undisturbed", "fastest quarter of steps"), ("processor", "processor time")):
                     quick = ratios(found[f"bundle {how}"], found[f"torch {how}"])
                     report.figure(f"{label}: bundle / transformers by {said}", quick, "x")
