@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
-from exporters.runtime.ort_rewrites import (
+from exporters.runtime.rewrites import (
     EmulateBFloat16,
     Float32Boundary,
     GroupedQueryAttention,
