@@ -1,6 +1,6 @@
 """LvlmGraph, the representation that passes rewrite: everything about a model except its weights' bytes."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class LvlmGraph:
     source: Checkpoint
     seed: int = 0
     record: dict[str, Any] = field(default_factory=lambda: {"grafts": [], "passes": []})
+    image_processor: dict[str, Any] = field(default_factory=dict)
+    """What the passes change in the image processor's options."""
 
     @classmethod
     def read(cls, source: Checkpoint, seed: int = 0) -> "LvlmGraph":
@@ -66,8 +68,8 @@ class LvlmGraph:
     def graft(self, kind: str, layers: list[int], options: dict[str, Any]) -> list[str]:
         """Graft `kind` into these layers: config, modules and weight plan. Returns the new modules' paths."""
         entry = {"kind": kind, "layers": layers, **options}
-        self.record = {**self.record, "grafts": [*self.record["grafts"], entry]}
         before = set(self.grafts())
+        self.record = {**self.record, "grafts": [*self.record["grafts"], entry]}
         self._rebuild()
         added = [path for path in self.grafts() if path not in before]
         std = float(self.family.text_config(self.config).initializer_range)
@@ -77,6 +79,14 @@ class LvlmGraph:
                 shape = tuple(module.get_parameter(name).shape)
                 self.weights[f"{path}.{name}"] = Initialised(initialiser, self.seed, shape, self.dtype)
         return added
+
+    def lay_out_tiles(self, **values: Any) -> None:
+        """Put what depends on a picture's tiles into the record (`positions`, `allocation`), and with it how the family
+        lays them out."""
+        layout = self.family.tile_layout(self.config)
+        assert layout is not None
+        self.record = {**self.record, "layout": asdict(layout), **values}
+        self._rebuild()
 
     def sync_record(self) -> None:
         """Carry the record into the config."""

@@ -28,6 +28,11 @@ def graft_class(kind: str) -> type[Graft]:
     return found
 
 
+def is_patched(config: PretrainedConfig) -> bool:
+    """Whether a config asks for a patched model: one with grafts, or with positions of its own."""
+    return bool(getattr(config, RECORD, None))
+
+
 def grafts_of(config: PretrainedConfig) -> list[dict[str, Any]]:
     """The grafts that a config records: `{"kind", "layers", ...options}` each; none for a plain model."""
     return list((getattr(config, RECORD, None) or {}).get("grafts", []))
@@ -50,9 +55,9 @@ def read_config(config: dict[str, Any]) -> PretrainedConfig:
 def model_class(described: Family, config: PretrainedConfig) -> type[PreTrainedModel]:
     """The class that a config asks for: the family's own, or its patched form with the grafts that are recorded."""
     base: Any = getattr(transformers, described.model_class)
-    kinds = sorted({entry["kind"] for entry in grafts_of(config)})
-    if not kinds:
+    if not is_patched(config):
         return base
+    kinds = sorted({entry["kind"] for entry in grafts_of(config)})
     grafts = [graft_class(kind) for kind in kinds]
     return patched_model_class(base, described.text_model, described.layer_shape, described.visual_token_keys, *grafts)
 
@@ -91,7 +96,7 @@ def load(
         config = read_config(checkpoint.config)
         directory = checkpoint.directory
     chosen: Any = model_class(family(config.model_type), config)
-    if grafts_of(config):
+    if is_patched(config):
         chosen = with_remote_code(chosen)
     model = chosen.from_pretrained(directory, config=config, dtype=dtype, **kwargs)
     return model.to(device).eval()

@@ -14,10 +14,10 @@ from surgeon.checkpoint.share import share_file
 from surgeon.checkpoint.writer import PlannedTensor, write_safetensors
 from surgeon.errors import CheckpointError
 from surgeon.graph import LvlmGraph
-from surgeon.memory.patched import MODEL_TYPE_PREFIX, RECORD
+from surgeon.memory.patched import RECORD
 from surgeon.pipeline import Pass, run_passes
 from surgeon.recipe import FILE_NAME, Recipe
-from surgeon.remote_code import ENTRY, auto_map, write_remote_code
+from surgeon.remote_code import ENTRY, patched_config, write_remote_code
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how much is done and how much there is, in bytes."""
@@ -47,7 +47,9 @@ def plan(source: Checkpoint, passes: Sequence[Pass], seed: int = 0) -> tuple[Lvl
     """
     graph = LvlmGraph.read(source, seed)
     parameters = sum(p.numel() for p in graph.model.parameters())
-    run_passes(graph, passes)
+    results = run_passes(graph, passes)
+    if not any(result.modified for result in results):
+        raise CheckpointError("the recipe changes nothing: it has no pass")
     grafts = {path: sum(p.numel() for p in module.parameters()) for path, module in graph.grafts().items()}
     new = set(graph.new_parameters())
     added = {path: n for path, n in grafts.items() if any(name.startswith(path + ".") for name in new)}
@@ -95,22 +97,18 @@ def _write(
         },
     }
     weight_map = _share_weights(source, directory, weights, report, progress)
-    new_file = _unused(f"model-{'-'.join(dict.fromkeys(p.name for p in passes)) or 'surgeon'}", weight_map)
-    weight_map |= _write_new(graph, directory / new_file, report, progress)
+    if graph.new_parameters():
+        new_file = _unused(f"model-{'-'.join(dict.fromkeys(p.name for p in passes))}", weight_map)
+        weight_map |= _write_new(graph, directory / new_file, report, progress)
 
     for file in source.side_files:
         if file.name != FILE_NAME:
             report.bytes_written += share_file(file, directory / file.name, "copy").bytes_written
+    if graph.image_processor:
+        _configure_image_processor(directory, graph.image_processor)
     setattr(graph.config, RECORD, record)
     write_remote_code(directory, graph.config)
-    model_type = MODEL_TYPE_PREFIX + graph.family.model_type
-    config = {
-        **source.config,
-        "architectures": ["SurgeonModel"],
-        "auto_map": {**source.config.get("auto_map", {}), **auto_map()},
-        "model_type": model_type,
-        RECORD: record,
-    }
+    config = patched_config(source.config, graph.family.model_type, record)
     total = sum(info.nbytes for info in source.tensors.values())
     total += sum(prod(plan.shape) * plan.dtype.itemsize for plan in graph.new_parameters().values())
     recipe = Recipe(seed=graph.seed, passes=[dict(entry) for entry in _applied_now(graph, passes)])
@@ -161,8 +159,6 @@ def _share_weights(
 def _write_new(graph: LvlmGraph, file: Path, report: PatchReport, progress: Progress | None) -> dict[str, str]:
     """Write the new tensors. Returns tensor key -> file name."""
     new = graph.new_parameters()
-    if not new:
-        raise CheckpointError("the recipe changes nothing: no pass added a parameter")
     total = sum(prod(plan.shape) * plan.dtype.itemsize for plan in new.values())
     done = 0
 
@@ -178,6 +174,19 @@ def _write_new(graph: LvlmGraph, file: Path, report: PatchReport, progress: Prog
     ]
     report.bytes_written += write_safetensors(file, tensors, {"format": "pt"}, written)
     return {name: file.name for name in new}
+
+
+def _configure_image_processor(directory: Path, options: dict[str, Any]) -> None:
+    """Change options of the image processor, in whichever of the two files it is described."""
+    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        path = directory / name
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        described = content if key is None else content.get(key)
+        if described:
+            described.update(options)
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            return
+    raise CheckpointError(f"the checkpoint has no image processor to set {', '.join(sorted(options))} of")
 
 
 def _unused(stem: str, weight_map: dict[str, str]) -> str:

@@ -78,6 +78,17 @@ def auto_map() -> dict[str, str]:
     return {"AutoConfig": f"{ENTRY}.SurgeonConfig", "AutoModelForImageTextToText": f"{ENTRY}.SurgeonModel"}
 
 
+def patched_config(config: dict[str, Any], model_type: str, record: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a patched checkpoint: that of the plain one, whose family is `model_type`, and the record."""
+    return {
+        **config,
+        "architectures": ["SurgeonModel"],
+        "auto_map": {**config.get("auto_map", {}), **auto_map()},
+        "model_type": patched.MODEL_TYPE_PREFIX + model_type,
+        patched.RECORD: record,
+    }
+
+
 def write_remote_code(directory: Path, config: PretrainedConfig) -> None:
     """Write the travelling files of a patched config into a checkpoint directory."""
     kinds = sorted({entry["kind"] for entry in getattr(config, patched.RECORD)["grafts"]})

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import Cache
 
 from surgeon.memory.graft import Graft
-from surgeon.memory.visual_memory import VisualMemory
+from surgeon.memory.visual_memory import Reading
 
 
 class PreNormLayer:
@@ -21,17 +21,22 @@ class PreNormLayer:
     def forward(
         self,
         hidden_states: Tensor,
-        visual_memory: VisualMemory | None = None,
-        visual_token_mask: Tensor | None = None,
+        reading: Reading | None = None,
+        position_ids: Tensor | None = None,
+        compressed_positions: bool = False,
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
-        """hidden_states [B, S, d]; visual_token_mask bool [B, S]; the rest goes to self-attention -> [B, S, d]."""
-        memory = (visual_memory, visual_token_mask)
+        """hidden_states [B, S, d]; reading: what the grafts read, None where no picture has entered yet; the rest goes
+        to self-attention -> [B, S, d]."""
+        if not compressed_positions:
+            # else flash attention would take ids that do not rise by one for several packed sequences; angles come
+            # from position_embeddings
+            kwargs["position_ids"] = position_ids
         for graft in grafts_at(self, "before_layer"):
-            replaced = read(graft, self, hidden_states, *memory)
-            hidden_states = hidden_states if replaced is None else replaced
+            if reading is not None:
+                hidden_states = read(graft, self, hidden_states, reading)
 
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
@@ -45,8 +50,8 @@ class PreNormLayer:
         hidden_states = self.mlp(hidden_states)
         hidden_states = residual + hidden_states
         for graft in grafts_at(self, "beside_mlp"):
-            injection = read(graft, self, residual, *memory)
-            hidden_states = hidden_states if injection is None else hidden_states + injection
+            if reading is not None:
+                hidden_states = hidden_states + read(graft, self, residual, reading)
         return hidden_states
 
 
@@ -63,18 +68,12 @@ def entry_name(layer: Any, graft: Graft) -> str:
     return f"{layer.self_attn.layer_idx}.{graft.kind}"
 
 
-def read(
-    graft: Graft,
-    layer: Any,
-    hidden_states: Tensor,
-    memory: VisualMemory | None,
-    visual_token_mask: Tensor | None,
-) -> Tensor | None:
-    """What the graft computes; None where no picture has entered yet."""
-    if memory is None or memory.mask is None:
-        return None
-    keys, values = memory.entries[entry_name(layer, graft)]
-    output: Tensor = graft(hidden_states, keys, values, memory.mask, visual_token_mask)
+def read(graft: Graft, layer: Any, hidden_states: Tensor, reading: Reading) -> Tensor:
+    """What the graft computes."""
+    keys, values = reading.entries[entry_name(layer, graft)]
+    output: Tensor = graft(
+        hidden_states, keys, values, reading.mask, reading.visual_token_mask, reading.rotary.get(graft.kind)
+    )
     return output
 
 

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from surgeon.memory.rotary import Rope, Rotary
+
 
 @dataclass(frozen=True)
 class Normal:
@@ -37,7 +39,9 @@ class Graft(nn.Module, ABC):
     MLP's norm reads, and its output is added to the MLP's."""
 
     gates: ClassVar[tuple[str, ...]]
-    """The parameters that are zero at insertion, each enough to make the graft compute exactly nothing."""
+    """The parameters that are zero at insertion, which together make the graft change exactly nothing."""
+    rope: Rope | None = None
+    """How its queries and keys turn with their positions; None where positions do not matter to it."""
 
     @classmethod
     @abstractmethod
@@ -69,8 +73,9 @@ class Graft(nn.Module, ABC):
                     parameter.fill_(value)
 
     @abstractmethod
-    def project(self, visual_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """visual_embeds [B, M, d], as they enter the decoder -> keys, values [B, Hm, M, hd]."""
+    def project(self, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+        """visual_embeds [B, M, d], as they enter the decoder, and where the graft has a `rope` the angles of their
+        positions -> keys, values [B, Hm, M, hd]."""
 
     @abstractmethod
     def forward(
@@ -80,6 +85,9 @@ class Graft(nn.Module, ABC):
         values: Tensor,
         memory_mask: Tensor,
         visual_token_mask: Tensor | None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
-        """hidden_states [B, S, d]; keys, values [B, Hm, M, hd]; memory_mask bool [B, M], False where padded;
-        visual_token_mask bool [B, S], True at visual tokens, None where there is none -> [B, S, d]."""
+        """hidden_states [B, S, d]; keys, values [B, Hm, M, hd]; memory_mask bool [B, M], False where padded, or
+        [B, S, M] where tokens of a row see different pictures; visual_token_mask bool [B, S], True at visual tokens,
+        None where there is none; rotary: the angles of the tokens' positions, for a graft with a `rope`
+        -> [B, S, d]."""

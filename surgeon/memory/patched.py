@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from surgeon.memory.decoder_layer import entry_name, patched_layer_class
+from surgeon.memory.decoder_layer import patched_layer_class
 from surgeon.memory.graft import Graft
 from surgeon.memory.later_turn import drop_cached_pictures
-from surgeon.memory.visual_memory import VisualMemory, gather_rows
+from surgeon.memory.text_model import patched_text_model_class
+from surgeon.memory.tiled import ROW_ALIGNED, continued_positions, has_pictures, resolve_tiles
+from surgeon.memory.visual_memory import VisualMemory
 
 RECORD = "surgeon"
-"""The config key that holds the record: `{"grafts": [{"kind", "layers", ...options}], ...}`."""
+"""The config key that holds the record: `{"grafts": [{"kind", "layers", ...options}], ...}`, and for tiled pictures
+`layout` (`side`, `thumbnail`), `positions` (`scheme`, `tile_order`) and `allocation`; see `tiled` and `rope_dhr`."""
 MODEL_TYPE_PREFIX = "surgeon_"
 
 
@@ -31,7 +34,7 @@ def graft_model(model: PreTrainedModel, text_model: str, layer_shape: str, kinds
     """Turn a plain model into a patched one, in place, by its config's record. Base parameters keep their names."""
     decoder: Any = model.get_submodule(text_model)
     plain: Any = type(decoder)
-    decoder.__class__ = _patched_text_model_class(plain)
+    decoder.__class__ = patched_text_model_class(plain)
     for layer in decoder.layers:
         plain_layer: Any = type(layer)
         layer.__class__ = patched_layer_class(plain_layer, layer_shape)
@@ -42,56 +45,9 @@ def graft_model(model: PreTrainedModel, text_model: str, layer_shape: str, kinds
 
 
 @cache
-def _patched_text_model_class(base: type) -> type:
-    class PatchedTextModel(base):
-        """The decoder: lets visual embeddings enter the request's memory, and passes the memory to its layers."""
-
-        def forward(
-            self,
-            input_ids: Tensor | None = None,
-            inputs_embeds: Tensor | None = None,
-            past_key_values: Cache | None = None,
-            use_cache: bool | None = None,
-            visual_token_mask: Tensor | None = None,
-            **kwargs: Any,
-        ) -> Any:
-            if inputs_embeds is None:
-                inputs_embeds = self.embed_tokens(input_ids)
-            use_cache = self.config.use_cache if use_cache is None else use_cache
-            if use_cache and past_key_values is None:
-                past_key_values = DynamicCache(config=self.config)
-            if past_key_values is None:
-                memory = VisualMemory()
-            else:
-                memory = VisualMemory.of(past_key_values, self.config.num_hidden_layers)
-            if visual_token_mask is not None and bool(visual_token_mask.any()):
-                visual_embeds, mask = gather_rows(inputs_embeds, visual_token_mask)
-                memory.extend(self.project_memory(visual_embeds), mask)
-            return super().forward(
-                inputs_embeds=inputs_embeds,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                visual_token_mask=visual_token_mask,
-                visual_memory=memory,
-                **kwargs,
-            )
-
-        def project_memory(self, visual_embeds: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-            """visual_embeds [B, M, d] -> keys and values [B, Hm, M, hd] of every graft, by its name in the memory."""
-            return {
-                entry_name(layer, graft): graft.project(visual_embeds)
-                for layer in self.layers
-                for graft in layer.children()
-                if isinstance(graft, Graft)
-            }
-
-    PatchedTextModel.__name__ = PatchedTextModel.__qualname__ = f"Patched{base.__name__}"
-    return PatchedTextModel
-
-
-@cache
 def _register_key_conversion(base: str, patched: str) -> None:
-    """Checkpoints with an older layout of keys load into the patched class as they do into the plain one."""
+    """Checkpoints with an older layout of keys load into the patched class as they do into the plain one: transformers
+    knows the layouts by the name of a class, or by a model_type."""
     from transformers import conversion_mapping
 
     mapping = conversion_mapping.get_checkpoint_conversion_mapping(base)
@@ -129,17 +85,54 @@ def patched_model_class(
 
         @functools.wraps(base.forward)
         def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
-            pictures = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-            if "visual_token_mask" not in kwargs and any(kwargs.get(name) is not None for name in pictures):
+            pictures = has_pictures(kwargs)
+            if pictures and kwargs.get("visual_token_mask") is None:
                 kwargs["visual_token_mask"] = self.visual_token_mask(input_ids, inputs_embeds)
-            return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+            if not pictures:  # what the prompt brought, which later calls of a generation are given again
+                kwargs = {name: value for name, value in kwargs.items() if name not in ROW_ALIGNED}
+            record = getattr(self.config, RECORD)
+            kwargs = resolve_tiles(self, record, kwargs.get("visual_token_mask"), kwargs)
+            if not record.get("positions"):
+                return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+            tokens = input_ids if inputs_embeds is None else inputs_embeds
+            assert tokens is not None
+            kwargs = self._with_compressed_positions(tokens, kwargs)
+            outputs = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+            cache, position_ids = outputs.past_key_values, kwargs.get("position_ids")
+            if cache is not None and position_ids is not None:
+                memory = VisualMemory.of(cache, self.config.get_text_config().num_hidden_layers)
+                memory.next_position = position_ids.max(-1).values + 1
+            return outputs
+
+        def _with_compressed_positions(self, tokens: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+            """What follows from position ids that do not rise by one; tokens [B, S, ...]."""
+            batch_size, length = tokens.shape[:2]
+            cache = kwargs.get("past_key_values")
+            if kwargs.get("position_ids") is None and cache is not None:
+                memory = VisualMemory.of(cache, self.config.get_text_config().num_hidden_layers)
+                kwargs["position_ids"] = continued_positions(memory, length)
+            if kwargs.get("position_ids") is None:
+                return kwargs
+            if kwargs["position_ids"].shape[0] != batch_size:
+                kwargs["position_ids"] = kwargs["position_ids"].expand(batch_size, -1)
+            if cache is None and kwargs.get("attention_mask") is None and kwargs.get("sample_ids") is None:
+                # without one transformers takes every jump of the ids for the start of another packed sample
+                kwargs["attention_mask"] = torch.ones((batch_size, length), dtype=torch.int64, device=tokens.device)
+            kwargs["compressed_positions"] = True
+            return kwargs
 
         @functools.wraps(base.generate)
         def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
             ids = kwargs.get("input_ids") if inputs is None else inputs
-            if ids is not None and kwargs.get("past_key_values") is not None:
-                kwargs = drop_cached_pictures(self, ids, kwargs)
+            if ids is not None:
+                visual = self.visual_token_mask(ids, None) if has_pictures(kwargs) else None
+                kwargs = resolve_tiles(self, getattr(self.config, RECORD), visual, kwargs)
+                if kwargs.get("past_key_values") is not None:
+                    kwargs = drop_cached_pictures(self, ids, kwargs)
             return super().generate(inputs, *args, **kwargs)
+
+        def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+            super()._validate_model_kwargs({n: v for n, v in model_kwargs.items() if n not in ROW_ALIGNED})
 
         def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
             """As in transformers, without its reentrant form. Raises ValueError for that."""
@@ -159,4 +152,5 @@ def patched_model_class(
 
     Patched.__name__ = Patched.__qualname__ = f"Surgeon{base.__name__}"
     _register_key_conversion(base.__name__, Patched.__name__)
+    _register_key_conversion(plain_config.model_type, MODEL_TYPE_PREFIX + plain_config.model_type)
     return Patched

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from surgeon.memory.graft import Graft
 from surgeon.memory.rms_norm import RMSNorm, rms_norm
+from surgeon.memory.rotary import Rotary
 
 
 def persistent_visual_memory(
@@ -36,17 +37,19 @@ def persistent_visual_memory(
     """The injection that a PVM branch adds to its layer's MLP; the plain definition that every kernel must agree with.
 
     hidden_states [B, S, d]: the residual stream after attention, not normalised. keys, values [B, Hm, M, hd] and
-    memory_mask bool [B, M]: the visual memory. visual_token_mask bool [B, S] or None: tokens that get nothing. Weights
-    are [out, in]; alpha [1]. Returns [B, S, d] in hidden_states' dtype; rows with an empty memory get exactly zero.
+    memory_mask bool [B, M] or [B, S, M]: the visual memory. visual_token_mask bool [B, S] or None: tokens that get
+    nothing. Weights are [out, in]; alpha [1]. Returns [B, S, d] in hidden_states' dtype; tokens with an empty memory
+    get exactly zero.
     """
     head_dim = keys.shape[-1]
     query = rms_norm(F.linear(hidden_states, text_proj), input_norm, eps)
     query = F.linear(query, q_proj).unflatten(-1, (-1, head_dim))
     query = rms_norm(query, q_norm, eps).transpose(1, 2)
 
-    # A row without pictures has nothing to attend to: its softmax runs over padding, and the result is dropped below.
-    has_memory = memory_mask.any(-1, keepdim=True)
-    seen = (memory_mask | ~has_memory)[:, None, None, :].expand(-1, 1, query.shape[2], -1)
+    # A token without pictures has nothing to attend to: its softmax runs over padding, and the result is dropped below.
+    mask = memory_mask if memory_mask.ndim == 3 else memory_mask[:, None]
+    has_memory = mask.any(-1, keepdim=True)
+    seen = (mask | ~has_memory)[:, None].expand(-1, 1, query.shape[2], -1)
     retrieved = F.scaled_dot_product_attention(query, keys, values, seen, enable_gqa=query.shape[1] != keys.shape[1])
     retrieved = F.linear(retrieved.transpose(1, 2).flatten(2), o_proj)
 
@@ -54,8 +57,8 @@ def persistent_visual_memory(
     retrieved = retrieved + F.linear(F.silu(F.linear(normed, gate_proj)) * F.linear(normed, up_proj), down_proj)
 
     injection = alpha * rms_norm(F.linear(retrieved, output_proj), None, eps)
-    gets_memory = has_memory if visual_token_mask is None else has_memory & ~visual_token_mask
-    return injection * gets_memory[..., None]
+    gets_memory = has_memory if visual_token_mask is None else has_memory & ~visual_token_mask[..., None]
+    return injection * gets_memory
 
 
 class PersistentVisualMemory(Graft):
@@ -111,7 +114,7 @@ class PersistentVisualMemory(Graft):
             eps=text_config.rms_norm_eps,
         )
 
-    def project(self, visual_embeds: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         latent = self.visual_proj(visual_embeds)
         heads = (self.num_key_value_heads, self.head_dim)
         keys = self.k_norm(self.k_proj(latent).unflatten(-1, heads)).transpose(1, 2)
@@ -141,6 +144,7 @@ class PersistentVisualMemory(Graft):
         values: Tensor,
         memory_mask: Tensor,
         visual_token_mask: Tensor | None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         return persistent_visual_memory(
             hidden_states, keys, values, memory_mask, visual_token_mask, *self.weights(), self.eps

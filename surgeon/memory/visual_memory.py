@@ -4,6 +4,8 @@ It is a layer of the request's KV cache, so whatever is done to the cache (beams
 moved, dropped) is done to the memory, and no module holds any of it.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -12,9 +14,27 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from surgeon.memory.rotary import Rotary
+
+Entries = dict[str, tuple[Tensor, Tensor]]
+"""Keys and values `[B, Hm, M, hd]` by entry (`<layer>.<kind>`)."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the grafts read in one call of the decoder."""
+
+    entries: Entries
+    mask: Tensor
+    """bool [B, M], or [B, S, M] where tokens of a row see different pictures."""
+    visual_token_mask: Tensor | None
+    """bool [B, S], True at visual tokens."""
+    rotary: dict[str, Rotary]
+    """The angles of the tokens' positions, by kind of graft, for those that have a `rope`."""
+
 
 class VisualMemory(CacheLayerMixin):
-    """Keys and values `[B, Hm, M, hd]` by entry (`<layer>.<kind>`), and which of the M slots a row uses."""
+    """Keys and values of every entry, which of the M slots a row uses, and what else of a request outlives a call."""
 
     is_compileable = True
     is_croppable = True
@@ -23,8 +43,10 @@ class VisualMemory(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.entries: dict[str, tuple[Tensor, Tensor]] = {}
+        self.entries: Entries = {}
         self.mask: Tensor | None = None  # bool [B, M]
+        self.sample_ids: Tensor | None = None  # int64 [B, M], where several samples are packed into a row
+        self.next_position: Tensor | None = None  # int64 [B], where positions are not counted from the cache's length
 
     @classmethod
     def of(cls, cache: Cache, num_hidden_layers: int) -> Self:
@@ -39,37 +61,48 @@ class VisualMemory(CacheLayerMixin):
         cache.layers.append(memory)
         return memory
 
-    def extend(self, entries: dict[str, tuple[Tensor, Tensor]], mask: Tensor) -> None:
-        """Append the slots of new pictures: `entries` keys and values [B, Hm, M', hd], mask bool [B, M']."""
+    def extend(self, entries: Entries, mask: Tensor, sample_ids: Tensor | None = None) -> None:
+        """Append the slots of new pictures: `entries` keys and values [B, Hm, M', hd], mask bool [B, M'], and for rows
+        with several samples the sample of each slot [B, M']."""
         if self.mask is None:
-            self.entries, self.mask = dict(entries), mask
+            self.entries, self.mask, self.sample_ids = dict(entries), mask, sample_ids
         else:
             self.entries = {
                 name: (torch.cat((self.entries[name][0], keys), 2), torch.cat((self.entries[name][1], values), 2))
                 for name, (keys, values) in entries.items()
             }
             self.mask = torch.cat((self.mask, mask), 1)
+            if self.sample_ids is not None and sample_ids is not None:
+                self.sample_ids = torch.cat((self.sample_ids, sample_ids), 1)
         self.is_initialized = True
 
+    def seen_by(self, sample_ids: Tensor | None) -> Tensor:
+        """Which slots each token sees: bool [B, M], or with the tokens' samples [B, S] bool [B, S, M]."""
+        assert self.mask is not None
+        if sample_ids is None or self.sample_ids is None:
+            return self.mask
+        return self.mask[:, None] & (sample_ids[:, :, None] == self.sample_ids[:, None])
+
     # -- what a cache does to its layers -----------------------------------------------------------------------
+    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch to everything."""
+        self.entries = {name: (change(keys), change(values)) for name, (keys, values) in self.entries.items()}
+        self.mask = None if self.mask is None else change(self.mask)
+        self.sample_ids = None if self.sample_ids is None else change(self.sample_ids)
+        self.next_position = None if self.next_position is None else change(self.next_position)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.mask is not None:
-            self.entries = {n: (k[indices.to(k.device)], v[indices.to(v.device)]) for n, (k, v) in self.entries.items()}
-            self.mask = self.mask[indices.to(self.mask.device)]
+        self._each_row(lambda tensor: tensor[indices.to(tensor.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.mask is not None:
-            self.entries = {
-                n: (k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0))
-                for n, (k, v) in self.entries.items()
-            }
-            self.mask = self.mask.repeat_interleave(repeats, 0)
+        self._each_row(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def reset(self) -> None:
-        self.entries, self.mask, self.is_initialized = {}, None, False
+        self.entries, self.mask, self.sample_ids, self.next_position = {}, None, None, None
+        self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Generated tokens are cropped, pictures are not: nothing to do."""
@@ -96,13 +129,16 @@ class VisualMemory(CacheLayerMixin):
         return -1
 
 
-def gather_rows(inputs_embeds: Tensor, visual_token_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's visual embeddings, in order, padded with zeros to the longest row.
+def gather_rows(x: Tensor, mask: Tensor) -> Tensor:
+    """Each row's masked elements, in order, padded with zeros to the longest row. x [B, S, ...], mask bool [B, S]
+    -> [B, M, ...]."""
+    counts = mask.sum(1)
+    longest = int(counts.max())
+    rows = x[mask].split(counts.tolist())
+    return torch.stack([F.pad(row, (0, 0) * (x.ndim - 2) + (0, longest - row.shape[0])) for row in rows])
 
-    inputs_embeds [B, S, d], visual_token_mask bool [B, S] -> visual_embeds [B, M, d], mask bool [B, M].
-    """
-    counts = visual_token_mask.sum(1)
-    mask = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
-    rows = inputs_embeds[visual_token_mask].split(counts.tolist())
-    padded = [F.pad(row, (0, 0, 0, mask.shape[1] - row.shape[0])) for row in rows]
-    return torch.stack(padded), mask
+
+def filled(mask: Tensor) -> Tensor:
+    """Which slots `gather_rows` fills: mask bool [B, S] -> bool [B, M]."""
+    counts = mask.sum(1)
+    return torch.arange(int(counts.max()), device=mask.device) < counts[:, None]

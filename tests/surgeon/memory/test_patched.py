@@ -106,7 +106,7 @@ def test_memory_is_computed_once_per_picture(patched: PreTrainedModel, monkeypat
     calls: list[int] = []
     for index in LAYERS:
         project = layers[index].pvm.project
-        monkeypatch.setattr(layers[index].pvm, "project", lambda v, p=project: calls.append(v.shape[1]) or p(v))
+        monkeypatch.setattr(layers[index].pvm, "project", lambda v, r, p=project: calls.append(v.shape[1]) or p(v, r))
     greedy(patched, batch(patched, *rows()), n=8)
     assert calls == [16, 16]  # once per layer, for the 6 + 10 visual tokens of the longest row
 

@@ -1,0 +1,71 @@
+"""Give the tiles of a picture the positions of the thumbnail patches that they cover."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from surgeon.graph import LvlmGraph
+from surgeon.memory.rope_dhr import tile_position_ids
+from surgeon.pipeline import Pass, PassOptions, PassResult, PostconditionError, PreconditionError
+
+
+class RopeDhrOptions(PassOptions):
+    tile_order: Literal["row", "column"] = Field(
+        default="row",
+        description="row: each tile has the ids of what it shows; column: as CoMemo was trained",
+    )
+    min_tiles: int | None = Field(default=None, gt=0, description="least tiles of a picture; by default as it is")
+    max_tiles: int | None = Field(default=None, gt=0, description="most tiles of a picture; by default as it is")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "RopeDhrOptions":
+        if self.min_tiles and self.max_tiles and self.min_tiles > self.max_tiles:
+            raise ValueError(f"min_tiles={self.min_tiles} is more than max_tiles={self.max_tiles}")
+        return self
+
+
+class RopeDhrPass(Pass):
+    """Source: "CoMemo: LVLMs Need Image Context with Image Memory", section 3.3.
+
+    It changes positions, not parameters: prompts without pictures, and with pictures of one tile, give bit for bit the
+    source's logits.
+    """
+
+    name = "rope-dhr"
+    summary = "RoPE-DHR: tiles take the position ids of the thumbnail patches they cover"
+    Options = RopeDhrOptions
+    identity = False
+    options: RopeDhrOptions
+
+    def requires(self, graph: LvlmGraph) -> None:
+        family = graph.family
+        if graph.record.get("positions"):
+            raise PreconditionError("pass rope-dhr is already applied; patch the unpatched checkpoint")
+        if any(family.rope_axes(graph.config)):
+            raise PreconditionError(
+                f"pass rope-dhr: the positions of family {family.model_type} already have two dimensions for pictures; "
+                "leave the pass out"
+            )
+        if family.tile_layout(graph.config) is None:
+            raise PreconditionError(
+                f"pass rope-dhr: family {family.model_type} does not cut pictures into tiles beside a thumbnail, so "
+                "there are no ids to share; leave the pass out"
+            )
+
+    def resolved(self, graph: LvlmGraph) -> dict[str, Any]:
+        return self.options.model_dump(mode="json", exclude_none=True)
+
+    def rewrite(self, graph: LvlmGraph) -> PassResult:
+        graph.lay_out_tiles(positions={"scheme": "rope_dhr", "tile_order": self.options.tile_order})
+        limits = {"min_patches": self.options.min_tiles, "max_patches": self.options.max_tiles}
+        graph.image_processor |= {key: value for key, value in limits.items() if value is not None}
+        return PassResult(modified=True, touched=[])
+
+    def ensures(self, graph: LvlmGraph, result: PassResult) -> None:
+        side = graph.record["layout"]["side"]
+        ids = tile_position_ids(2, 2, side, self.options.tile_order)
+        if ids.min() < 0 or ids.max() >= side * side:
+            raise PostconditionError("pass rope-dhr gives tiles ids that no patch of the thumbnail has")
+
+
+PASS = RopeDhrPass

@@ -1,0 +1,127 @@
+"""CoMemo's mixin layer: gated cross-attention to the visual tokens, in front of a decoder layer.
+
+Source: "CoMemo: LVLMs Need Image Context with Image Memory", section 3, and the authors' implementation. The picture
+stays in the sequence as it was; this is a second way to it, which text that grows cannot dilute.
+"""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgeon.memory.graft import Graft
+from surgeon.memory.rms_norm import RMSNorm, rms_norm
+from surgeon.memory.rotary import Rope, Rotary, rotate
+
+
+def mixin(
+    hidden_states: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    memory_mask: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm: Tensor,
+    q_proj: Tensor,
+    o_proj: Tensor,
+    attn_gate: Tensor,
+    ffn_norm: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    ff_gate: Tensor,
+    eps: float,
+) -> Tensor:
+    """What a mixin layer makes of the residual stream; the plain definition that every kernel must agree with.
+
+    hidden_states [B, S, d]. keys (already rotated) and values [B, H, M, hd], memory_mask bool [B, M] or [B, S, M]: the
+    visual memory. cos, sin [B, S, hd / 2]: of the tokens' own positions. Weights are [out, in]; gates [1]. Returns
+    [B, S, d] in hidden_states' dtype; a token with an empty memory keeps its value, feed-forward included.
+    """
+    head_dim = keys.shape[-1]
+    query = F.linear(rms_norm(hidden_states, norm, eps), q_proj).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    query = rotate(query, (cos, sin))
+
+    # A token without pictures has nothing to attend to: its softmax runs over padding, and the result is dropped below.
+    mask = memory_mask if memory_mask.ndim == 3 else memory_mask[:, None]
+    has_memory = mask.any(-1, keepdim=True)
+    seen = (mask | ~has_memory)[:, None].expand(-1, 1, query.shape[2], -1)
+    retrieved = F.scaled_dot_product_attention(query, keys, values, seen)
+    retrieved = F.linear(retrieved.transpose(1, 2).flatten(2), o_proj)
+
+    attended = hidden_states + torch.tanh(attn_gate) * retrieved
+    normed = rms_norm(attended, ffn_norm, eps)
+    fed = F.linear(F.silu(F.linear(normed, gate_proj)) * F.linear(normed, up_proj), down_proj)
+    return torch.where(has_memory, attended + torch.tanh(ff_gate) * fed, hidden_states)
+
+
+class Mixin(Graft):
+    """The mixin layer in front of one decoder layer. Every head has keys and values of its own."""
+
+    kind = "mixin"
+    site = "before_layer"
+    gates = ("attn_gate", "ff_gate")
+
+    def __init__(self, hidden_size: int, num_heads: int, intermediate_size: int, rope: Rope, eps: float) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.rope, self.eps = num_heads, rope.head_dim, rope, eps
+        width = num_heads * rope.head_dim
+        self.norm = RMSNorm(hidden_size, eps)
+        self.q_proj = nn.Linear(hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, hidden_size, bias=False)
+        self.attn_gate = nn.Parameter(torch.zeros(1))
+        self.ffn_norm = RMSNorm(hidden_size, eps)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.ff_gate = nn.Parameter(torch.zeros(1))
+
+    @classmethod
+    def from_config(cls, text_config: Any, options: dict[str, Any]) -> Self:
+        return cls(
+            hidden_size=text_config.hidden_size,
+            num_heads=options["num_heads"],
+            intermediate_size=options["intermediate"],
+            rope=Rope(options["head_dim"], options["rope_theta"], options.get("rope_axes")),
+            eps=options["eps"],
+        )
+
+    def project(self, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+        assert rotary is not None
+        normed = self.norm(visual_embeds)  # the same norm as the text's
+        heads = (self.num_heads, self.head_dim)
+        keys = self.k_proj(normed).unflatten(-1, heads).transpose(1, 2)
+        values = self.v_proj(normed).unflatten(-1, heads).transpose(1, 2)
+        return rotate(keys, rotary), values
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The tensors that `mixin` takes after cos and sin, in its order."""
+        return (
+            self.norm.weight,
+            self.q_proj.weight,
+            self.o_proj.weight,
+            self.attn_gate,
+            self.ffn_norm.weight,
+            self.gate_proj.weight,
+            self.up_proj.weight,
+            self.down_proj.weight,
+            self.ff_gate,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        memory_mask: Tensor,
+        visual_token_mask: Tensor | None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        assert rotary is not None
+        return mixin(hidden_states, keys, values, memory_mask, *rotary, *self.weights(), self.eps)
+
+
+GRAFT = Mixin

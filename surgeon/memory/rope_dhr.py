@@ -1,0 +1,135 @@
+"""RoPE-DHR: the tiles of a picture take the position ids of the thumbnail patches that they show in more detail.
+
+Source: "CoMemo: LVLMs Need Image Context with Image Memory", section 3.3, and the authors' implementation. A picture
+costs the ids of its thumbnail, however many tiles it is cut into.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+TileOrder = Literal["row", "column"]
+Thumbnail = Literal["first", "last"]
+Tiles = tuple[int, int]
+"""Rows and columns of a picture's tiles."""
+
+
+def covered_patches(count: int, side: int) -> Tensor:
+    """Along one axis: which of the thumbnail's `side` patches lies under the centre of each of a tile's tokens, for
+    `count` tiles; int64 [count, side]."""
+    centres = 2 * torch.arange(count * side) + 1  # in halves of a token
+    return (centres // (2 * count)).view(count, side)
+
+
+def published_patches(count: int, side: int) -> Tensor:
+    """`covered_patches` by the authors' arithmetic, which differs from it at some borders; int64 [count, side]."""
+    width = side / count - 1e-6
+    grids = [torch.linspace(i * width, (i + 1) * width, side, dtype=torch.float64) for i in range(count)]
+    return torch.stack(grids).floor().long()
+
+
+def tile_position_ids(rows: int, columns: int, side: int, tile_order: TileOrder = "row") -> Tensor:
+    """The ids of each tile's tokens as offsets from the thumbnail's first, int64 [rows * columns, side * side].
+
+    Tiles and tokens go row by row. `tile_order="row"` gives each tile the ids of the patches under it. Weights that the
+    authors trained ask for `"column"`: their ids walk the tiles column by column, though the tiles come row by row.
+    """
+    if tile_order == "row":
+        y, x = covered_patches(rows, side), covered_patches(columns, side)
+        ids = y[:, None, :, None] * side + x[None, :, None, :]  # [rows, columns, side, side]
+    else:
+        y, x = published_patches(rows, side), published_patches(columns, side)
+        ids = y[None, :, :, None] * side + x[:, None, None, :]  # [columns, rows, side, side]
+    return ids.reshape(rows * columns, side * side)
+
+
+def tokens_per_picture(tiles: Tiles, side: int) -> int:
+    """How many visual tokens a picture has: its tiles', and the thumbnail's unless there is one tile only."""
+    count = tiles[0] * tiles[1]
+    return (count + (count > 1)) * side * side
+
+
+def position_ids(
+    visual_token_mask: Tensor,
+    attention_mask: Tensor | None,
+    tile_grids: Tensor,
+    side: int,
+    thumbnail: Thumbnail,
+    tile_order: TileOrder = "row",
+) -> Tensor:
+    """Position ids of a batch of prompts, int64 [B, S].
+
+    visual_token_mask bool [B, S]; attention_mask [B, S], nonzero where there is a token; tile_grids [N, 2]: rows and
+    columns of each picture, row after row of the batch. Every token but a tile's takes the next id, the thumbnail's
+    included; a tile's token takes the id of the thumbnail patch it covers. Padding gets 0.
+
+    Raises ValueError where a row's visual tokens are not those of its pictures.
+    """
+    present = torch.ones_like(visual_token_mask) if attention_mask is None else attention_mask.bool()
+    grids = iter(_tiles(tile_grids))
+    found = torch.zeros(visual_token_mask.shape, dtype=torch.int64)
+    for row, (visual, kept) in enumerate(zip(visual_token_mask.cpu(), present.cpu(), strict=True)):
+        found[row, kept] = _row(visual[kept], grids, side, thumbnail, tile_order, row)
+    left = sum(1 for _ in grids)
+    if left:
+        raise ValueError(f"{len(tile_grids)} tile grids were given, {left} more than the prompts have pictures for")
+    return found.to(visual_token_mask.device)
+
+
+def thumbnail_mask(visual_token_mask: Tensor, tile_grids: Tensor, side: int, thumbnail: Thumbnail) -> Tensor:
+    """Which visual tokens are a thumbnail's (a picture of one tile is its own), bool [B, S]. Arguments and errors are
+    those of `position_ids`."""
+    grids = iter(_tiles(tile_grids))
+    found = visual_token_mask.cpu().clone()
+    for row, visual in enumerate(found):
+        for picture in _pictures(visual.clone(), grids, side, thumbnail, row):
+            visual[picture.parts] = False
+    return found.to(visual_token_mask.device)
+
+
+class _Picture(NamedTuple):
+    """Where a picture's tokens are in its row. A picture of one tile has no parts."""
+
+    tiles: Tiles
+    thumbnail: Tensor
+    parts: Tensor
+
+
+def _tiles(tile_grids: Tensor) -> list[Tiles]:
+    return [(int(rows), int(columns)) for rows, columns in tile_grids.tolist()]
+
+
+def _pictures(visual: Tensor, grids: Iterator[Tiles], side: int, thumbnail: Thumbnail, row: int) -> Iterator[_Picture]:
+    """The pictures of one row, visual bool [S]; takes their grids off `grids`."""
+    places = visual.nonzero().flatten()
+    while len(places):
+        tiles = next(grids, None)
+        if tiles is None:
+            raise ValueError(f"row {row} has visual tokens for more pictures than there are tile grids")
+        count = tokens_per_picture(tiles, side)
+        if len(places) < count:
+            raise ValueError(
+                f"row {row} has {len(places)} visual tokens left for a picture of {tiles[0]} x {tiles[1]} tiles, "
+                f"which takes {count}: grid and tiles do not match"
+            )
+        own, places = places[:count], places[count:]
+        split = side * side if thumbnail == "first" else count - side * side
+        before, after = own[:split], own[split:]
+        yield _Picture(tiles, before, after) if thumbnail == "first" else _Picture(tiles, after, before)
+
+
+def _row(
+    visual: Tensor, grids: Iterator[Tiles], side: int, thumbnail: Thumbnail, tile_order: TileOrder, row: int
+) -> Tensor:
+    """The ids of one row without padding, int64 [S]; takes its pictures' grids off `grids`."""
+    # A token's id is its anchor's and an offset: tiles are anchored at their thumbnail, every other token at itself
+    itself = torch.arange(len(visual))
+    anchor, offset = itself.clone(), torch.zeros_like(itself)
+    for picture in _pictures(visual, grids, side, thumbnail, row):
+        if len(picture.parts):
+            anchor[picture.parts] = picture.thumbnail[0]
+            offset[picture.parts] = tile_position_ids(*picture.tiles, side, tile_order).flatten()
+    counted = (anchor == itself).cumsum(0) - 1
+    return counted[anchor] + offset

@@ -1,0 +1,150 @@
+"""A request's tiles: what a caller says of them, turned into tensors that are aligned with the rows of the batch.
+
+A caller passes `tile_grids`, int64 [N, 2], rows and columns of each picture's tiles, and may say `positions="plain"`.
+What the decoder takes instead follows rows when rows are repeated or reordered: position ids, and what enters the
+memory.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgeon.memory.rope_dhr import TileOrder, thumbnail_mask, tile_position_ids
+from surgeon.memory.rope_dhr import position_ids as compressed_position_ids
+from surgeon.memory.visual_memory import VisualMemory, filled, gather_rows
+
+ROW_ALIGNED = ("memory_token_mask", "memory_embeds", "memory_embeds_mask", "memory_position_ids")
+"""The keywords that `resolve_tiles` makes for the decoder, beside `position_ids`."""
+PICTURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+
+
+def has_pictures(kwargs: dict[str, Any]) -> bool:
+    return any(kwargs.get(name) is not None for name in PICTURES)
+
+
+def resolve_tiles(model: Any, record: dict[str, Any], visual: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a call with pictures, `visual` bool [B, S] its visual tokens; None for a call without.
+
+    Raises ValueError where the model needs `tile_grids` and they are missing or do not match the pictures.
+    """
+    kwargs = dict(kwargs)
+    tile_grids, chosen = kwargs.pop("tile_grids", None), kwargs.pop("positions", None)
+    if chosen not in (None, "dhr", "plain"):
+        raise ValueError(f"positions={chosen!r}: choose 'dhr' or 'plain'")
+    layout, scheme = record.get("layout"), record.get("positions")
+    if layout is None or visual is None:
+        return kwargs
+    compress = scheme is not None and chosen != "plain" and kwargs.get("position_ids") is None
+    allocation = record.get("allocation", "both")
+    if tile_grids is None:
+        if compress or allocation != "both":
+            hint = ", or positions='plain'" if compress and allocation == "both" else ""
+            raise ValueError(
+                "this model places tiles by their grid: pass tile_grids, the rows and columns of each picture's tiles "
+                f"[N, 2]{hint}"
+            )
+        return kwargs
+    if allocation == "memory":
+        return _into_memory_alone(model, layout, scheme if compress else None, visual, tile_grids, kwargs)
+    if (
+        compress and scheme is not None and not bool((tile_grids == 1).all())
+    ):  # a picture of one tile has the positions it had
+        mask = kwargs.get("attention_mask")
+        kwargs["position_ids"] = compressed_position_ids(
+            visual, mask, tile_grids, layout["side"], layout["thumbnail"], scheme["tile_order"]
+        )
+    if allocation == "context":
+        kwargs["memory_token_mask"] = thumbnail_mask(visual, tile_grids, layout["side"], layout["thumbnail"])
+    return kwargs
+
+
+def _into_memory_alone(
+    model: Any,
+    layout: dict[str, Any],
+    scheme: dict[str, Any] | None,
+    visual: Tensor,
+    tile_grids: Tensor,
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """The sequence has the thumbnails alone, and keeps its own positions; tiles and thumbnails enter the memory, a
+    tile's token where the patch is that it covers, or with plain positions (`scheme` None) where its thumbnail is."""
+    side = layout["side"]
+    pixel_values = kwargs["pixel_values"]
+    counts = [rows * columns + (rows * columns > 1) for rows, columns in tile_grids.tolist()]
+    if sum(counts) != len(pixel_values):
+        raise ValueError(f"tile_grids ask for {sum(counts)} tiles, pixel_values has {len(pixel_values)}")
+    if int(visual.sum()) != len(counts) * side * side:
+        raise ValueError(
+            f"the prompts have {int(visual.sum())} visual tokens for {len(counts)} picture(s); a model whose tiles go "
+            f"to the memory alone takes {side * side} for each, the thumbnail's"
+        )
+    features = model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
+    pictures = features.flatten(0, 1).split([count * side * side for count in counts])
+    first = layout["thumbnail"] == "first"
+    thumbnails = [pixels[:1] if first else pixels[-1:] for pixels in pixel_values.split(counts)]
+
+    plain = _plain_positions(visual, kwargs.get("attention_mask"))
+    starts = plain[visual].view(-1, side * side)[:, 0].tolist()
+    offsets = []
+    for start, (rows, columns) in zip(starts, tile_grids.tolist(), strict=True):
+        own = torch.arange(side * side)
+        tiles = torch.zeros(0, dtype=torch.int64)
+        if rows * columns > 1:
+            order: TileOrder = "row" if scheme is None else scheme["tile_order"]
+            tiles = tile_position_ids(rows, columns, side, order).flatten()
+        offsets.append(start + torch.cat((own, tiles) if first else (tiles, own)))
+
+    per_row = (visual.sum(1) // (side * side)).tolist()
+    lengths = [sum(map(len, part)) for part in _split(offsets, per_row)]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    mask = mask.to(visual.device)
+    embeds = torch.zeros((*mask.shape, features.shape[-1]), dtype=features.dtype, device=features.device)
+    positions = torch.zeros(mask.shape, dtype=torch.int64, device=visual.device)
+    embeds[mask] = torch.cat(pictures)
+    positions[mask] = torch.cat(offsets).to(visual.device)
+    return {
+        **kwargs,
+        "pixel_values": torch.cat(thumbnails),
+        "memory_embeds": embeds,
+        "memory_embeds_mask": mask,
+        "memory_position_ids": positions,
+    }
+
+
+def _split(items: list[Tensor], counts: list[int]) -> list[list[Tensor]]:
+    found, start = [], 0
+    for count in counts:
+        found.append(items[start : start + count])
+        start += count
+    return found
+
+
+def _plain_positions(visual: Tensor, attention_mask: Tensor | None) -> Tensor:
+    present = torch.ones_like(visual) if attention_mask is None else attention_mask.bool()
+    return (present.long().cumsum(1) - 1).clamp(min=0)
+
+
+class Entering:
+    """What enters the memory in one call: embeddings [B, M, d], positions [A, B, M], mask bool [B, M]; and where
+    samples are packed each slot's sample [B, M]."""
+
+    def __init__(self, embeds: Tensor, position_ids: Tensor, mask: Tensor, sample_ids: Tensor | None = None) -> None:
+        self.embeds, self.position_ids, self.mask, self.sample_ids = embeds, position_ids, mask, sample_ids
+
+    @classmethod
+    def from_sequence(
+        cls, inputs_embeds: Tensor, position_ids: Tensor, entering: Tensor, sample_ids: Tensor | None
+    ) -> "Entering":
+        """The tokens `entering`, bool [B, S], of a sequence."""
+        positions = gather_rows(position_ids.permute(1, 2, 0), entering).permute(2, 0, 1)
+        samples = None if sample_ids is None else gather_rows(sample_ids, entering)
+        return cls(gather_rows(inputs_embeds, entering), positions, filled(entering), samples)
+
+
+def continued_positions(memory: VisualMemory, length: int) -> Tensor | None:
+    """The positions of `length` tokens that follow what `memory` travels with, [B, S]; None where those are counted
+    from the cache's length."""
+    if memory.next_position is None:
+        return None
+    return memory.next_position[:, None] + torch.arange(length, device=memory.next_position.device)
