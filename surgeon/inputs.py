@@ -22,6 +22,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig
 from surgeon.errors import CheckpointError, InputError
 from surgeon.families import Family, Grid
 from surgeon.families import family as find_family
+from surgeon.positions import Positions, choose_positions, record_of
 
 Picture = Image.Image | Path | str
 Message = dict[str, Any]
@@ -52,7 +53,7 @@ class Prompt:
 @dataclass(frozen=True)
 class ModelInputs:
     """A batch of prompts. `input_ids`, `attention_mask` and `mm_token_type_ids` (1 at image tokens) are int64 [B, S];
-    `pixel_values` (fp32 patches) and `grids` are per row and picture."""
+    `pixel_values` (fp32 patches or tiles) and `grids` are per row and picture."""
 
     family: Family
     input_ids: np.ndarray
@@ -60,6 +61,10 @@ class ModelInputs:
     mm_token_type_ids: np.ndarray
     pixel_values: list[list[np.ndarray]]
     grids: list[list[Grid]]
+    positions: Positions | None = None
+    """Where the checkpoint offers RoPE-DHR, whether this request uses it."""
+    needs_tile_grids: bool = False
+    """Whether the model has to be told each picture's tiles."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -67,21 +72,23 @@ class ModelInputs:
         lengths: np.ndarray = self.attention_mask.sum(1)
         return lengths
 
-    def model_kwargs(
-        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> dict[str, torch.Tensor]:
+    def model_kwargs(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> dict[str, Any]:
         """The keywords of a transformers model's forward or generate; the pictures' are absent where there is none."""
         arrays: dict[str, np.ndarray] = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
-            "mm_token_type_ids": self.mm_token_type_ids,
         }
+        if self.family.token_types:
+            arrays["mm_token_type_ids"] = self.mm_token_type_ids
         pixels = list(chain.from_iterable(self.pixel_values))
         if pixels:
             grids = list(chain.from_iterable(self.grids))
-            arrays |= self.family.model_kwargs(np.concatenate(pixels), grids)
+            arrays |= self.family.model_kwargs(pixels, grids)
+            if self.needs_tile_grids:
+                arrays["tile_grids"] = np.array([grid[1:] for grid in grids], dtype=np.int64)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
+        kwargs = {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
+        return kwargs if self.positions is None else {**kwargs, "positions": self.positions}
 
 
 def load_picture(picture: Picture) -> Image.Image:
@@ -133,7 +140,7 @@ class Inputs:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.chat_template = chat_template
-        self.image_token: str = tokenizer.convert_ids_to_tokens(family.image_token_id(config))
+        self.image_token = family.placeholder(config, tokenizer)
         self._generation_config = generation_config or {}
 
     @classmethod
@@ -167,9 +174,15 @@ class Inputs:
 
     # -- preparing ---------------------------------------------------------------------------------------------
     def prepare(
-        self, prompts: Sequence[Prompt | list[Message]], padding_side: Side = "left", add_generation_prompt: bool = True
+        self,
+        prompts: Sequence[Prompt | list[Message]],
+        padding_side: Side = "left",
+        add_generation_prompt: bool = True,
+        positions: Positions | None = None,
     ) -> ModelInputs:
-        """A batch of prompts, or of conversations as lists of messages. Raises InputError for what cannot be used."""
+        """A batch of prompts, or of conversations as lists of messages. `positions`: dhr or plain, for a checkpoint
+        with RoPE-DHR, whose default is dhr. Raises InputError for what cannot be used."""
+        chosen = choose_positions(self.config, positions)
         if not prompts:
             raise InputError("there is no prompt: pass at least one")
         rows, pixel_values, grids = [], [], []
@@ -179,7 +192,8 @@ class Inputs:
             processed = [self.picture(picture) for picture in pictures]
             grids.append([grid for _, grid in processed])
             pixel_values.append([pixels for pixels, _ in processed])
-            rows.append(self.tokenize(self.render(messages, add_generation_prompt), grids[-1]))
+            text = self.render(messages, add_generation_prompt)
+            rows.append(self.tokenize(text, [self._grid_in_sequence(grid) for grid in grids[-1]]))
         length = max(map(len, rows))
         input_ids = np.full((len(rows), length), self.pad_token_id, dtype=np.int64)
         attention_mask = np.zeros_like(input_ids)
@@ -187,18 +201,29 @@ class Inputs:
             where = slice(length - len(ids), None) if padding_side == "left" else slice(len(ids))
             input_ids[i, where], attention_mask[i, where] = ids, 1
         images = (input_ids == self.family.image_token_id(self.config)) & (attention_mask == 1)
-        return ModelInputs(self.family, input_ids, attention_mask, images.astype(np.int64), pixel_values, grids)
+        return ModelInputs(
+            family=self.family,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            mm_token_type_ids=images.astype(np.int64),
+            pixel_values=pixel_values,
+            grids=grids,
+            positions=chosen,
+            needs_tile_grids="layout" in record_of(self.config),
+        )
+
+    def _grid_in_sequence(self, grid: Grid) -> Grid:
+        """The grid of what stands in the sequence for a picture: the thumbnail, where tiles go to the memory alone."""
+        return (1, 1, 1) if record_of(self.config).get("allocation") == "memory" else grid
 
     def picture(self, picture: Picture) -> tuple[np.ndarray, Grid]:
-        """One picture's patches, fp32 [N, C], and its grid."""
+        """One picture's pixel values, fp32, and its grid, both as the family has them."""
         image = load_picture(picture)
         try:
-            processed = self.image_processor(images=[image], return_tensors="pt")
-        except ValueError as error:  # a shape it does not take
+            return self.family.process_picture(self.config, self.image_processor, image)
+        except (ValueError, InputError) as error:  # a shape it does not take
             name = picture if isinstance(picture, Path | str) else f"of {image.width} x {image.height} pixels"
             raise InputError(f"picture {name} cannot be used: {error}") from None
-        frames, height, width = processed["image_grid_thw"][0].tolist()
-        return processed["pixel_values"].numpy(), (frames, height, width)
 
     def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
         """The chat template's text, with one placeholder for each picture."""
@@ -221,7 +246,7 @@ class Inputs:
                 f"the prompt has {len(parts) - 1} image placeholder(s) {self.image_token} for {len(grids)} picture(s): "
                 "give each picture as an image and leave the placeholder out of the text"
             )
-        expanded = [self.family.expand_placeholder(self.config, grid, self.image_token) for grid in grids]
+        expanded = [self.family.expand_placeholder(self.config, grid, self.tokenizer) for grid in grids]
         text = parts[0] + "".join(chain.from_iterable(zip(expanded, parts[1:], strict=True)))
         starts_itself = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         ids: list[int] = self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"]

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 import passes
 from checkpoints import TOKEN_IDS, tiny_model
 from surgeon import models
+from surgeon.memory.graft import Graft
 from surgeon.patch import PatchReport, patch
 from surgeon.recipe import Recipe
 
@@ -67,3 +68,21 @@ def batch(
         pixels = torch.randn(patches, width, generator=torch.Generator().manual_seed(seed))
         kwargs |= {"pixel_values": pixels.to(model.dtype), "image_grid_thw": torch.tensor(grids)}
     return kwargs
+
+
+def randomise_grafts(model: PreTrainedModel, seed: int = 0) -> None:
+    """Every graft as if it had been trained: open gates, no norm that is all ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, module in model.named_modules():
+            if not isinstance(module, Graft):
+                continue
+            for name, parameter in module.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                if name in module.gates:
+                    noise = 0.6 + noise.abs() * 0.2
+                elif parameter.ndim == 1:
+                    noise = 1 + noise * 0.2
+                else:
+                    noise = noise / parameter.shape[1] ** 0.5
+                parameter.copy_(noise)

@@ -15,35 +15,45 @@ def drop_cached_pictures(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) 
     Raises ValueError where pictures and their placeholders do not match.
     """
     past_length = kwargs["past_key_values"].get_seq_length()
-    grids = kwargs.get("image_grid_thw")
-    if past_length == 0 or grids is None or kwargs.get("pixel_values") is None:
+    pixel_values = kwargs.get("pixel_values")
+    if past_length == 0 or pixel_values is None:
         return kwargs
-    runs = picture_starts(model.visual_token_mask(input_ids, None))
-    if len(runs) != len(grids):
+    if kwargs.get("memory_embeds") is not None:
+        raise ValueError("a later turn is not supported where tiles go to the memory alone; pass no past_key_values")
+    runs = visual_runs(model.visual_token_mask(input_ids, None))
+    new = torch.tensor([start >= past_length for start, _ in runs], device=pixel_values.device)
+    # pictures bring as many rows of pixel_values, patches or tiles, for each of their tokens
+    rows, tokens = len(pixel_values), sum(length for _, length in runs)
+    if not runs or rows * runs[0][1] % tokens:
         raise ValueError(
-            f"the conversation has {len(runs)} pictures and {len(grids)} grids were passed; with a cache, pass the "
+            f"the conversation has {tokens} visual tokens and pixel_values {rows} rows; with a cache, pass the "
             "pictures of the whole conversation, earlier turns included"
         )
     kwargs = dict(kwargs)
-    if kwargs.get("position_ids") is None:
-        known = {**kwargs, "input_ids": input_ids}
-        kwargs["position_ids"] = model._prepare_position_ids_for_generation(input_ids, known)
-    new = torch.tensor([start >= past_length for start in runs])
-    patches = kwargs["pixel_values"].split(grids.prod(-1).tolist())
-    kept = [patch for patch, is_new in zip(patches, new.tolist(), strict=True) if is_new]
-    if kept:
-        kwargs["pixel_values"], kwargs["image_grid_thw"] = torch.cat(kept), grids[new.to(grids.device)]
-    else:
-        del kwargs["pixel_values"], kwargs["image_grid_thw"]
-    return kwargs
+    grids = kwargs.get("image_grid_thw")
+    if grids is not None:
+        if len(runs) != len(grids):
+            raise ValueError(
+                f"the conversation has {len(runs)} pictures and {len(grids)} grids were passed; with a cache, pass the "
+                "pictures of the whole conversation, earlier turns included"
+            )
+        if kwargs.get("position_ids") is None:
+            known = {**kwargs, "input_ids": input_ids}
+            kwargs["position_ids"] = model._prepare_position_ids_for_generation(input_ids, known)
+        kwargs["image_grid_thw"] = grids[new.to(grids.device)] if bool(new.any()) else None
+    parts = pixel_values.split([rows * length // tokens for _, length in runs])
+    kept = [part for part, is_new in zip(parts, new.tolist(), strict=True) if is_new]
+    kwargs["pixel_values"] = torch.cat(kept) if kept else None
+    return {name: value for name, value in kwargs.items() if value is not None}
 
 
-def picture_starts(visual_token_mask: Tensor) -> list[int]:
-    """Where each picture's run of visual tokens starts in its row, row after row. visual_token_mask bool [B, S]."""
-    starts = []
+def visual_runs(visual_token_mask: Tensor) -> list[tuple[int, int]]:
+    """Start and length of each run of visual tokens in its row, row after row. visual_token_mask bool [B, S]."""
+    runs = []
     for row in visual_token_mask.tolist():
         position = 0
         for visual, run in groupby(row):
-            starts += [position] if visual else []
-            position += len(list(run))
-    return starts
+            length = len(list(run))
+            runs += [(position, length)] if visual else []
+            position += length
+    return runs

@@ -24,6 +24,8 @@ class Rope:
 
     def __call__(self, position_ids: Tensor) -> Rotary:
         """position_ids int64 [A, B, S] -> cos, sin fp32 [B, S, hd / 2]."""
+        if position_ids.shape[0] == 1:  # text alone: the same on every axis
+            position_ids = position_ids.expand(max(self.axes) + 1, -1, -1)
         axes = torch.tensor(self.axes, device=position_ids.device)
         angles = position_ids.float().index_select(0, axes).permute(1, 2, 0) * self.inv_freq(position_ids.device)
         return angles.cos(), angles.sin()

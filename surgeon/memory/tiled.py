@@ -20,7 +20,9 @@ PICTURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 
 
 def has_pictures(kwargs: dict[str, Any]) -> bool:
-    return any(kwargs.get(name) is not None for name in PICTURES)
+    """Whether a call brings pictures. `generate` passes outputs of encoders that had nothing to encode, too."""
+    given = [kwargs.get(name) for name in PICTURES]
+    return any(any(v is not None for v in x.values()) if isinstance(x, dict) else x is not None for x in given)
 
 
 def resolve_tiles(model: Any, record: dict[str, Any], visual: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +35,8 @@ def resolve_tiles(model: Any, record: dict[str, Any], visual: Tensor | None, kwa
     if chosen not in (None, "dhr", "plain"):
         raise ValueError(f"positions={chosen!r}: choose 'dhr' or 'plain'")
     layout, scheme = record.get("layout"), record.get("positions")
-    if layout is None or visual is None:
+    resolved = any(kwargs.get(name) is not None for name in ROW_ALIGNED)
+    if layout is None or visual is None or resolved:
         return kwargs
     compress = scheme is not None and chosen != "plain" and kwargs.get("position_ids") is None
     allocation = record.get("allocation", "both")
@@ -46,7 +49,8 @@ def resolve_tiles(model: Any, record: dict[str, Any], visual: Tensor | None, kwa
             )
         return kwargs
     if allocation == "memory":
-        return _into_memory_alone(model, layout, scheme if compress else None, visual, tile_grids, kwargs)
+        order: TileOrder = "row" if scheme is None else scheme["tile_order"]
+        return _into_memory_alone(model, layout, order, visual, tile_grids, kwargs)
     if (
         compress and scheme is not None and not bool((tile_grids == 1).all())
     ):  # a picture of one tile has the positions it had
@@ -62,13 +66,13 @@ def resolve_tiles(model: Any, record: dict[str, Any], visual: Tensor | None, kwa
 def _into_memory_alone(
     model: Any,
     layout: dict[str, Any],
-    scheme: dict[str, Any] | None,
+    tile_order: TileOrder,
     visual: Tensor,
     tile_grids: Tensor,
     kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     """The sequence has the thumbnails alone, and keeps its own positions; tiles and thumbnails enter the memory, a
-    tile's token where the patch is that it covers, or with plain positions (`scheme` None) where its thumbnail is."""
+    tile's token at the position of the patch it covers."""
     side = layout["side"]
     pixel_values = kwargs["pixel_values"]
     counts = [rows * columns + (rows * columns > 1) for rows, columns in tile_grids.tolist()]
@@ -91,8 +95,7 @@ def _into_memory_alone(
         own = torch.arange(side * side)
         tiles = torch.zeros(0, dtype=torch.int64)
         if rows * columns > 1:
-            order: TileOrder = "row" if scheme is None else scheme["tile_order"]
-            tiles = tile_position_ids(rows, columns, side, order).flatten()
+            tiles = tile_position_ids(rows, columns, side, tile_order).flatten()
         offsets.append(start + torch.cat((own, tiles) if first else (tiles, own)))
 
     per_row = (visual.sum(1) // (side * side)).tolist()
