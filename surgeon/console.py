@@ -104,6 +104,14 @@ def show_inspection(found: Inspection) -> None:
     for graft in found.grafts:
         options = "".join(f", {key} {value}" for key, value in graft.options.items())
         print(f"grafted  {graft.kind} at layers {', '.join(map(str, graft.layers))}{options}")
+    if found.tiles is not None:
+        tiles = found.tiles
+        order = f" in {tiles.tile_order} order" if tiles.tile_order else ""
+        allocation = "" if tiles.allocation == "both" else f"; tiles go to the {tiles.allocation} alone"
+        print(
+            f"tiles    {tiles.side} x {tiles.side} tokens each, thumbnail {tiles.thumbnail}; "
+            f"positions {tiles.positions}{order}{allocation}"
+        )
     print()
     print_table(("part", "parameters", "size"), [(p.name, p.parameters, decimal(p.bytes)) for p in found.parts])
     print(f"total    {found.parameters:,} parameters, {decimal(found.bytes)}")

@@ -59,6 +59,20 @@ class Part(_Report):
     bytes: int
 
 
+class Tiles(_Report):
+    """How a picture's tiles stand in the sequence: `side` x `side` visual tokens each, the thumbnail first or last.
+
+    positions: "plain", or "rope_dhr" with the order of tiles whose ids it gives. allocation: whether tiles go to the
+    context path, the memory path or both.
+    """
+
+    side: int
+    thumbnail: str
+    positions: str
+    tile_order: str | None
+    allocation: str
+
+
 class WeightFile(_Report):
     name: str
     bytes: int
@@ -71,6 +85,7 @@ class Inspection(_Report):
     parts: vision tower (without the projector), projector, embeddings, decoder, lm_head, then each graft by its module
       path; their parameters and bytes add up to `parameters` and `bytes`.
     files: empty for a config alone.
+    tiles: None for a family that does not cut pictures into tiles beside a thumbnail.
     passes: the pass record of a patched checkpoint, `{name: options}` each, in order; `source`: what they ran on.
     """
 
@@ -83,6 +98,7 @@ class Inspection(_Report):
     deepstack_layers: int
     graft_sites: GraftSites
     grafts: list[GraftEntry]
+    tiles: Tiles | None
     passes: list[dict[str, Any]]
     source: dict[str, Any] | None
     parts: list[Part]
@@ -155,6 +171,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
             )
             for entry in graph.record["grafts"]
         ],
+        tiles=_tiles(graph),
         passes=graph.record.get("passes", []),
         source=graph.record.get("source"),
         parts=parts,
@@ -168,6 +185,20 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
             )
             for file in checkpoint.files
         ],
+    )
+
+
+def _tiles(graph: "LvlmGraph") -> Tiles | None:
+    layout = graph.family.tile_layout(graph.config)
+    if layout is None:
+        return None
+    scheme = graph.record.get("positions") or {}
+    return Tiles(
+        side=layout.side,
+        thumbnail=layout.thumbnail,
+        positions=scheme.get("scheme", "plain"),
+        tile_order=scheme.get("tile_order"),
+        allocation=graph.record.get("allocation", "both"),
     )
 
 
