@@ -144,9 +144,10 @@ def show_bundle(path: str | Path, manifest: Mapping[str, Any]) -> None:
 def show_passes(passes: Sequence[PassDescription]) -> None:
     for i, described in enumerate(passes):
         print(("\n" if i else "") + f"{described.name}: {described.summary}")
-        rows = [
-            (f"  {o.name}", o.type, "(required)" if o.required else o.default, o.description) for o in described.options
-        ]
+        rows = []
+        for o in described.options:
+            default = "(required)" if o.required else "" if o.default is None else o.default
+            rows.append((f"  {o.name}", o.type, default, o.description))
         print_table(("  option", "type", "default", "description"), rows)
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import PydanticUndefined
@@ -245,10 +246,19 @@ def _options(fields: Mapping[str, Any]) -> list[OptionDescription]:
     return [
         OptionDescription(
             name=name,
-            type=field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation),
+            type=_type_name(field.annotation),
             required=field.is_required(),
             default=None if field.default is PydanticUndefined else field.default,
             description=field.description or "",
         )
         for name, field in fields.items()
     ]
+
+
+def _type_name(annotation: Any) -> str:
+    """As one would say it: `int`, `list[int] | str`, `row | column`; that an option may be left out is its default."""
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(_type_name(part) for part in get_args(annotation) if part is not type(None))
+    return annotation.__name__ if type(annotation) is type else str(annotation)

@@ -65,7 +65,9 @@ class VisualMemory(CacheLayerMixin):
         """Append the slots of new pictures: `entries` keys and values [B, Hm, M', hd], mask bool [B, M'], and for rows
         with several samples the sample of each slot [B, M']."""
         if self.mask is None:
-            self.entries, self.mask, self.sample_ids = dict(entries), mask, sample_ids
+            # read at every step, so they lie in order
+            self.entries = {name: (keys.contiguous(), values.contiguous()) for name, (keys, values) in entries.items()}
+            self.mask, self.sample_ids = mask, sample_ids
         else:
             self.entries = {
                 name: (torch.cat((self.entries[name][0], keys), 2), torch.cat((self.entries[name][1], values), 2))
