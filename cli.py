@@ -51,6 +51,7 @@ def cli(debug: bool) -> None:
 
     \b
     surgeon inspect CKPT
+    surgeon import INTERNVL2 CKPT
     surgeon patch CKPT OUT --pass pvm:layers=8,16,24,latent=512
     surgeon export OUT BUNDLE --dtype fp16 --max-length 4096
     surgeon generate BUNDLE --image cat.png --prompt "What is this?"
@@ -78,15 +79,26 @@ def print_json(value: Any) -> None:
 @cli.command()
 @click.argument("path", metavar="CKPT|BUNDLE")
 @json_option
-def inspect(path: str, as_json: bool) -> None:
+@click.option("--image", type=click.Path(path_type=Path), help="A picture, to draw where its tokens stand.")
+@click.option("--out", type=click.Path(path_type=Path), help="The drawing: a .png, .svg or .pdf file.")
+def inspect(path: str, as_json: bool, image: Path | None, out: Path | None) -> None:
     """What a checkpoint is: family, sizes, where grafts can go, what is grafted, parameters per part.
 
-    No weight is read, and a directory with a config.json alone is enough.
+    No weight is read, and a directory with a config.json alone is enough. With --image and --out, for a family that
+    cuts pictures into tiles: a drawing of the picture's tiles and thumbnail, coloured by position id.
 
     \b
     surgeon inspect ./Qwen3-VL-8B-Instruct
     surgeon inspect ./patched --json | jq '.grafts'
+    surgeon inspect ./InternVL3-2B --image x.png --out positions.png
     """
+    if (image is None) != (out is None):
+        raise click.UsageError("--image and --out go together: the picture, and the file to draw to")
+    if image is not None and out is not None:
+        from surgeon.positions_picture import draw_positions
+
+        click.echo(f"{image}: {draw_positions(Path(path), image, out).describe()}; drawn in {out}", err=as_json)
+        return
     from surgeon import console
 
     if is_bundle(path):
@@ -117,6 +129,47 @@ def passes(as_json: bool) -> None:
 
     described = describe_passes(registry())
     print_json([each.model_dump(mode="json") for each in described]) if as_json else show_passes(described)
+
+
+@cli.command("import")
+@click.argument("source", metavar="CKPT")
+@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--image-token-id",
+    type=click.IntRange(0),
+    help="The id of the token that pictures take the place of, for a checkpoint without a tokenizer.  [default: where "
+    "published checkpoints have <IMG_CONTEXT>]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is complete.")
+@json_option
+def import_command(source: str, target: Path, image_token_id: int | None, overwrite: bool, as_json: bool) -> None:
+    """Convert a checkpoint that needs code of its own into one that transformers loads itself.
+
+    CKPT is an InternVL as published (internvl_chat; InternLM2, Qwen2, Qwen3 or Llama inside), which becomes
+    transformers' internvl, or a CoMemo (comemo_chat), which becomes that with mixin layers and RoPE-DHR. Its Python is
+    never run. Values and dtype are kept, tensors streamed one at a time; tokenizer, chat template and image processor
+    come along. OUT appears complete or not at all.
+
+    \b
+    surgeon import ./InternVL2-2B ./internvl2-2b
+    surgeon import ./CoMemo-2B ./comemo-2b
+    """
+    from surgeon import console
+    from surgeon.importers import import_checkpoint
+
+    with console.progress() as progress:
+        report = import_checkpoint(
+            source, target, image_token_id=image_token_id, overwrite=overwrite, progress=progress
+        )
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if as_json:
+        print_json({"target": str(target), **dataclasses.asdict(report)})
+        return
+    click.echo(f"wrote {target}: {report.model_type} ({report.text_model} inside), {report.bytes_written:,} bytes")
+    click.echo(f"{report.parameters:,} parameters in {report.tensors:,} tensors")
+    for kind, layers in report.grafts.items():
+        click.echo(f"grafted {kind} at layers {', '.join(map(str, layers))}")
 
 
 @cli.command("patch")

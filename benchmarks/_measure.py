@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +112,31 @@ def files(directory: Path) -> Iterator[Path]:
 def disk_bytes(paths: Sequence[Path]) -> int:
     """What files occupy on the disk, not counting those that are hard links to others."""
     return sum(stat.st_blocks * 512 for stat in map(os.stat, paths) if stat.st_nlink == 1)
+
+
+def resident() -> int:
+    """Bytes resident now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def make_cold(paths: Sequence[Path]) -> None:
+    """Drop files from the page cache, so that they are read from the disk."""
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cp(paths: Sequence[Path], target: Path) -> float:
+    """MB/s of `cp` of cold files to the directory `target`, which is made and removed, and fsync of what it wrote."""
+    target.mkdir()
+    make_cold(paths)
+    start = time.perf_counter()
+    subprocess.run(["cp", "--reflink=never", *map(str, paths), str(target)], check=True)
+    subprocess.run(["sync", *(str(target / path.name) for path in paths)], check=True)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return sum(path.stat().st_size for path in paths) / MB / seconds
 
 
 def machine() -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Qwen3-VL checkpoints with random weights, of any size, for the benchmarks."""
+"""Checkpoints with random weights, of any size, for the benchmarks."""
 
 import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,11 @@ def _config(text: dict[str, Any], vision: dict[str, Any], token_ids: dict[str, i
     )
 
 
-def write_checkpoint(directory: Path, config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Write random weights for every tensor of the model, shard by shard; -> bytes of weights, all on the disk.
+def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
+    """Write random weights of these names and shapes with their index, shard by shard, all on the disk; -> their bytes.
 
     Values repeat every `_POOL` elements, so that writing is bound by the disk and not by the generator.
     """
-    with torch.device("meta"):
-        model = transformers.Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     pool = (torch.randn(_POOL, generator=generator) * 0.02).to(dtype)
 
@@ -98,8 +97,7 @@ def write_checkpoint(directory: Path, config: PretrainedConfig, dtype: torch.dty
         return flat.view(shape) if len(shape) > 1 else flat.view(shape) + 1
 
     shards: list[list[PlannedTensor]] = [[]]
-    for name, value in model.state_dict().items():
-        shape = tuple(value.shape)
+    for name, shape in shapes.items():
         plan = PlannedTensor(name, dtype, shape, lambda shape=shape: tensor(shape))  # type: ignore[misc]
         if shards[-1] and sum(item.nbytes for item in shards[-1]) + plan.nbytes > _SHARD:
             shards.append([])
@@ -116,6 +114,15 @@ def write_checkpoint(directory: Path, config: PretrainedConfig, dtype: torch.dty
     total = sum(item.nbytes for shard in shards for item in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return total
+
+
+def write_checkpoint(directory: Path, config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Write random weights for every tensor of the model, its config and the demo's tokenizer; -> bytes of weights."""
+    with torch.device("meta"):
+        model = transformers.Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    total = write_tensors(directory, shapes, dtype)
     config.dtype = dtype
     config.save_pretrained(directory)
     for name in _SIDE_FILES:

@@ -1,8 +1,6 @@
 """Patching a checkpoint with Qwen3-VL-8B's tensors (bf16, about 17 GB): weights linked, and copied against `cp`."""
 
-import os
 import shutil
-import subprocess
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,11 +13,14 @@ from _measure import (
     Jobs,
     Report,
     Spread,
+    cp,
     disk_bytes,
     files,
     interleaved,
+    make_cold,
     parser,
     ratios,
+    resident,
     run_job,
     serve,
     working_directory,
@@ -39,7 +40,7 @@ def patch_job(source: str, target: str, weights: str) -> dict[str, Any]:
     from surgeon.recipe import Recipe
 
     assert transformers.Qwen3VLForConditionalGeneration  # transformers imports a model's code when it is asked for
-    resident = _resident()
+    after_imports = resident()
     start, cpu = time.perf_counter(), time.process_time()
     made = Recipe.from_arguments([PVM], 0).make_passes(passes.registry())
     report = patch(source, target, made, weights=weights)  # type: ignore[arg-type]
@@ -52,7 +53,7 @@ def patch_job(source: str, target: str, weights: str) -> dict[str, Any]:
         "bytes_written": report.bytes_written,
         "new_tensors": report.new_parameters * 2,
         "small_files": small,
-        "after_imports": resident,
+        "after_imports": after_imports,
         "methods": sorted(set(report.shared.values())),
     }
 
@@ -65,19 +66,6 @@ def write_job(directory: str) -> dict[str, Any]:
 
 
 JOBS: Jobs = {"patch": patch_job, "write": write_job}
-
-
-def _resident() -> int:
-    """Bytes resident now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def make_cold(directory: Path) -> None:
-    """Drop a directory's files from the page cache, so that every copy reads from the disk."""
-    for path in files(directory):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measure_link(source: Path, work: Path, repetitions: int, report: Report) -> None:
@@ -106,29 +94,17 @@ def measure_copy(source: Path, work: Path, repetitions: int, report: Report) -> 
     size = sum(path.stat().st_size for path in shards)
     peaks: list[float] = []
 
-    def cp() -> float:
-        """MB/s of `cp` of the shards, and fsync of what it wrote."""
-        target = work / "cp"
-        target.mkdir()
-        make_cold(source)
-        start = time.perf_counter()
-        subprocess.run(["cp", "--reflink=never", *map(str, shards), str(target)], check=True)
-        subprocess.run(["sync", *(str(target / path.name) for path in shards)], check=True)
-        seconds = time.perf_counter() - start
-        shutil.rmtree(target)
-        return size / MB / seconds
-
     def patch() -> float:
         """MB/s of a patch with copied weights, its own fsync and all else it does included, of the same shards."""
         target = work / "copied"
-        make_cold(source)
+        make_cold(shards)
         run = run_job(__file__, "patch", source=str(source), target=str(target), weights="copy")
         shutil.rmtree(target)
         peaks.append(run.peak_rss / MIB)
         seconds: float = run.answer["seconds"]
         return size / MB / seconds
 
-    found = interleaved({"cp": cp, "patch": patch}, repetitions)
+    found = interleaved({"cp": lambda: cp(shards, work / "cp"), "patch": patch}, repetitions)
     report.figure("copy: cp and fsync", found["cp"], "MB/s")
     report.figure("copy: patch", found["patch"], "MB/s")
     report.check("copy: patch / cp", ratios(found["patch"], found["cp"]), ">=", 0.9, "x")

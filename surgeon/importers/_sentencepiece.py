@@ -1,0 +1,116 @@
+"""A sentencepiece BPE model as a `tokenizers` tokenizer that encodes alike."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+
+from surgeon.errors import CheckpointError
+
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+# In ModelProto.SentencePiece.Type; the generated module has no names that a type checker sees.
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_BPE = 2
+
+SAMPLES = (
+    "Hello, world! What's in this picture?",
+    "  two leading spaces, a   run of them, and trailing  ",
+    "def f(x):\n    return x ** 2  # tabs:\t\tand lines\r\n\n\n",
+    "3.14159 1,000,000 2024-06-30 0x7fff",
+    "描述这张图片。书生·万象，你好！",  # noqa: RUF001
+    "Übergröße naïve Ελληνικά русский العربية हिन्दी 日本語テキスト 한국어",
+    "emoji \N{GRINNING FACE}\N{FAMILY} \U0001f468\u200d\U0001f469\u200d\U0001f467 and rare \U00010348\ufffd\u0001",
+    "aaaaaaaaa bbbbbbb ------------- ======= ........ !!!!!",
+    'https://example.org/a?b=c&d=%20#e <b>bold</b> [x](y) {"k": [1, null]} \\frac{a}{b}',
+)
+"""What a converted tokenizer is compared on. The whole range of a tokenizer: words, runs, scripts, bytes."""
+
+
+def convert(file: Path, added: Mapping[int, AddedToken]) -> Tokenizer:
+    """The tokenizer of a `tokenizer.model` and the tokens added to it (id -> token), without a post-processor.
+
+    Added tokens keep their ids; one whose id the model already has takes that piece's place, as in InternLM2, whose
+    chat tokens stand where the model has unused ones. Raises CheckpointError where the file is damaged, is no BPE
+    model, or where its encodings cannot be had exactly (checked on `SAMPLES`).
+    """
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(file.read_bytes())
+    except (DecodeError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as a sentencepiece model: {error}") from error
+    trainer, normaliser = proto.trainer_spec, proto.normalizer_spec
+    if not proto.pieces or trainer.model_type != _BPE:
+        raise CheckpointError(f"{file} is no sentencepiece BPE model, the only kind that can be converted")
+    if trainer.treat_whitespace_as_suffix or not normaliser.escape_whitespaces:
+        raise CheckpointError(f"{file} marks spaces in a way that cannot be converted (as suffixes, or not at all)")
+
+    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    for i in added:
+        if i < len(proto.pieces):
+            vocab.pop(proto.pieces[i].piece, None)
+    for i, token in added.items():
+        if vocab.setdefault(token.content, i) != i:
+            raise CheckpointError(f"token {token.content!r} is added with id {i}, and has id {vocab[token.content]}")
+    scores = {p.piece: p.score for p in proto.pieces if p.type in (_NORMAL, _UNUSED) and p.piece in vocab}
+    tokenizer = Tokenizer(
+        BPE(
+            vocab,
+            _merges(scores, vocab),
+            unk_token=trainer.unk_piece,
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+        )
+    )
+    tokenizer.normalizer = _normalizer(normaliser)
+    tokenizer.decoder = _decoder(normaliser.add_dummy_prefix)
+    own = {
+        i: AddedToken(piece.piece, normalized=SPACE in piece.piece, special=piece.type == _CONTROL)
+        for i, piece in enumerate(proto.pieces)
+        if piece.type in (_CONTROL, _USER_DEFINED)
+    }
+    tokenizer.add_tokens([token for _, token in sorted({**own, **added}.items())])
+    _check(file, tokenizer)
+    return tokenizer
+
+
+def _merges(scores: Mapping[str, float], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Every way to put a piece together from two others, best piece first, as sentencepiece would merge them."""
+    found = [
+        (-score, vocab[piece], piece[:i], piece[i:])
+        for piece, score in scores.items()
+        for i in range(1, len(piece))
+        if piece[:i] in scores and piece[i:] in scores
+    ]
+    return [(left, right) for _, _, left, right in sorted(found)]
+
+
+def _normalizer(spec: sentencepiece_model_pb2.NormalizerSpec) -> normalizers.Normalizer:
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        # not Strip, for which other characters are spaces too
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+
+
+def _decoder(dummy_prefix: bool) -> decoders.Decoder:
+    steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if dummy_prefix else steps)
+
+
+def _check(file: Path, tokenizer: Tokenizer) -> None:
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    for text in SAMPLES:
+        ids, expected = tokenizer.encode(text, add_special_tokens=False).ids, reference.encode(text)
+        if ids != expected:
+            raise CheckpointError(
+                f"{file} cannot be converted exactly: {text!r} encodes as {ids[:8]}..., by sentencepiece as "
+                f"{expected[:8]}..."
+            )
