@@ -80,10 +80,9 @@ class ModelInputs:
         }
         if self.family.token_types:
             arrays["mm_token_type_ids"] = self.mm_token_type_ids
-        pixels = list(chain.from_iterable(self.pixel_values))
-        if pixels:
-            grids = list(chain.from_iterable(self.grids))
-            arrays |= self.family.model_kwargs(pixels, grids)
+        grids = list(chain.from_iterable(self.grids))
+        if grids:
+            arrays |= self.family.model_kwargs(self.pixel_values, self.grids)
             if self.needs_tile_grids:
                 arrays["tile_grids"] = np.array([grid[1:] for grid in grids], dtype=np.int64)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -189,7 +188,7 @@ class Inputs:
         for prompt in prompts:
             messages = prompt.messages() if isinstance(prompt, Prompt) else prompt
             pictures, messages = _take_pictures(messages)
-            processed = [self.picture(picture) for picture in pictures]
+            processed = [self.picture(picture, alone=len(pictures) == 1) for picture in pictures]
             grids.append([grid for _, grid in processed])
             pixel_values.append([pixels for pixels, _ in processed])
             text = self.render(messages, add_generation_prompt)
@@ -216,11 +215,12 @@ class Inputs:
         """The grid of what stands in the sequence for a picture: the thumbnail, where tiles go to the memory alone."""
         return (1, 1, 1) if record_of(self.config).get("allocation") == "memory" else grid
 
-    def picture(self, picture: Picture) -> tuple[np.ndarray, Grid]:
-        """One picture's pixel values, fp32, and its grid, both as the family has them."""
+    def picture(self, picture: Picture, alone: bool = True) -> tuple[np.ndarray, Grid]:
+        """One picture's pixel values, fp32, and its grid, both as the family has them. `alone`: no other picture is in
+        its prompt, which matters to some families."""
         image = load_picture(picture)
         try:
-            return self.family.process_picture(self.config, self.image_processor, image)
+            return self.family.process_picture(self.config, self.image_processor, image, alone)
         except (ValueError, InputError) as error:  # a shape it does not take
             name = picture if isinstance(picture, Path | str) else f"of {image.width} x {image.height} pixels"
             raise InputError(f"picture {name} cannot be used: {error}") from None
@@ -250,7 +250,11 @@ class Inputs:
         text = parts[0] + "".join(chain.from_iterable(zip(expanded, parts[1:], strict=True)))
         starts_itself = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         ids: list[int] = self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"]
-        other = set(self.family.visual_token_ids(self.config)) - {self.family.image_token_id(self.config)}
+        image = self.family.image_token_id(self.config)
+        if ids.count(image) != sum(self.family.image_tokens(self.config, grid) for grid in grids):
+            token = self.tokenizer.convert_ids_to_tokens(image)
+            raise InputError(f"the prompt's text has image tokens {token}: give each picture as an image instead")
+        other = set(self.family.visual_token_ids(self.config)) - {image}
         if other.intersection(ids):
             raise InputError("the prompt has video tokens: video is not supported yet, pass pictures")
         return ids

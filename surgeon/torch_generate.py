@@ -13,6 +13,7 @@ from surgeon.checkpoint.reader import Checkpoint
 from surgeon.generation import FinishReason, Sampling, TextStream, sample
 from surgeon.inputs import Inputs, Prompt
 from surgeon.models import load
+from surgeon.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,21 @@ def answer(
     sampling: Sampling | None = None,
     on_text: Callable[[str], None] | None = None,
     device: str | None = None,
+    positions: Positions | None = None,
 ) -> Answer:
     """The answer of a checkpoint, plain or patched, in its own dtype; greedy unless `sampling` says otherwise.
 
     Tokens are drawn as for a bundle, and of the checkpoint's generation_config only the ending tokens count: nothing
     unseen (a temperature, a repetition penalty) changes what was asked for. `device` defaults to CUDA where there is
-    one. `on_text` gets the text as it comes. Raises CheckpointError, FamilyError, InputError, and SurgeonError for
+    one. `on_text` gets the text as it comes. `positions`: as for `Inputs.prepare`. Raises CheckpointError, FamilyError, InputError, and SurgeonError for
     logits that are not finite.
     """
     with Checkpoint.open(path) as checkpoint:
         directory = checkpoint.directory
     inputs = Inputs.from_directory(directory)
-    prepared = inputs.prepare([prompt])  # before the weights are loaded: a bad picture is told at once
+    prepared = inputs.prepare(
+        [prompt], positions=positions
+    )  # before the weights are loaded: a bad picture is told at once
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load(directory, device=device)
     settings = GenerationConfig(

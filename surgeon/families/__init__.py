@@ -4,9 +4,9 @@ import importlib
 import pkgutil
 
 from surgeon.errors import FamilyError
-from surgeon.families.base import Family, Grid, VisionExport
+from surgeon.families.base import Family, Grid, TileLayout, VisionExport
 
-__all__ = ["Family", "Grid", "VisionExport", "family", "supported"]
+__all__ = ["Family", "Grid", "TileLayout", "VisionExport", "family", "supported"]
 
 
 def supported() -> list[str]:

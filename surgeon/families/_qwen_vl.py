@@ -1,10 +1,12 @@
 """What the Qwen-VL families share: token ids, multimodal positions, and the skeleton of the exported vision tower."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -18,6 +20,7 @@ class QwenVLFamily(Family):
     """Qwen-VL: three position axes (time, height, width), patches merged in square blocks, one placeholder each."""
 
     visual_token_keys = ("image_token_id", "video_token_id")
+    token_types = True
 
     def position_ids(
         self,
@@ -46,6 +49,22 @@ class QwenVLFamily(Family):
     def image_tokens(self, config: PretrainedConfig, grid: Grid) -> int:
         return int(np.prod(grid)) // self.vision_config(config).spatial_merge_size ** 2
 
+    def process_picture(
+        self, config: PretrainedConfig, image_processor: Any, image: Image.Image, alone: bool = True
+    ) -> tuple[np.ndarray, Grid]:
+        """-> patches fp32 [N, C], and the grid of patches."""
+        processed = image_processor(images=[image], return_tensors="pt")
+        frames, height, width = processed["image_grid_thw"][0].tolist()
+        return processed["pixel_values"].numpy(), (frames, height, width)
+
+    def model_kwargs(
+        self, pixel_values: Sequence[Sequence[np.ndarray]], grids: Sequence[Sequence[Grid]]
+    ) -> Mapping[str, np.ndarray]:
+        return {
+            "pixel_values": np.concatenate(list(chain.from_iterable(pixel_values))),
+            "image_grid_thw": np.array(list(chain.from_iterable(grids)), dtype=np.int64),
+        }
+
     def rotary_frequencies(self, config: PretrainedConfig) -> Tensor:
         """The vision tower's rotary frequencies of one axis, fp32 [head_dim / 4], on the CPU; in no checkpoint."""
         vision = self.vision_config(config)
@@ -53,14 +72,6 @@ class QwenVLFamily(Family):
         axis = vision.hidden_size // vision.num_heads // 2
         steps = torch.arange(0, axis, 2, dtype=torch.float, device="cpu") / axis
         return 1.0 / (theta**steps)
-
-    def vision_model(self, model: PreTrainedModel, dtype: torch.dtype) -> Any:
-        """The vision tower of `model`. Raises ValueError where the model is not of the dtype the graph is to have."""
-        visual = model.get_submodule(self.vision_tower)
-        found = next(visual.parameters()).dtype
-        if found != dtype:
-            raise ValueError(f"the vision tower is of {found}, the graph is to be {dtype}: make the model in {dtype}")
-        return visual
 
     def finish_export(
         self,

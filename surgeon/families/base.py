@@ -3,23 +3,41 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 Grid = tuple[int, int, int]
-"""One picture's patch grid: frames, rows, columns of patches, before merging."""
+"""One picture's grid: frames, rows, columns. Of patches before merging; of tiles where the family cuts tiles; where
+neither says enough, of what the family documents."""
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """How a family that cuts a picture into tiles lays them out in the decoder: `side` * `side` visual tokens for each
+    tile, row by row, and as many for the thumbnail, which is there unless the picture is a single tile."""
+
+    side: int
+    thumbnail: Literal["first", "last"]
+    """Where the thumbnail stands among its picture's visual tokens."""
+
+    def tiles(self, grid: Grid) -> int:
+        """How many tiles a picture of this grid has, thumbnail included."""
+        _, rows, columns = grid
+        return rows * columns + (rows * columns > 1)
 
 
 @dataclass(frozen=True)
 class VisionExport:
     """A vision tower written out for export.
 
-    `module(**example)` returns a tuple of tensors named by `output_names`: `features [M, d]`, and where the family
-    has DeepStack `deepstack [K, M, d]`. `dynamic_shapes` is what `torch.export.export` takes for the keywords.
+    `module(**example)` returns a tuple of tensors named by `output_names`: `features [M, d]`, where the family has
+    DeepStack `deepstack [K, M, d]`, and where it has indicator tokens `indicators [K, d]`. `dynamic_shapes` is what
+    `torch.export.export` takes for the keywords.
     """
 
     module: nn.Module
@@ -52,6 +70,8 @@ class Family(ABC):
     """The config keys that hold the ids of tokens whose embedding is replaced by a visual one."""
     layer_shape: ClassVar[str] = "pre_norm"
     """How a decoder layer's forward reads; see `surgeon/memory/decoder_layer.py`."""
+    token_types: ClassVar[bool] = False
+    """Whether the model takes `mm_token_type_ids` (1 at image tokens) beside the token ids."""
 
     # -- config ------------------------------------------------------------------------------------------------
     def text_config(self, config: PretrainedConfig) -> Any:
@@ -70,6 +90,15 @@ class Family(ABC):
     def visual_token_ids(self, config: PretrainedConfig) -> tuple[int, ...]:
         """Every token id whose embedding is replaced by a visual one: pictures, and videos where it has them."""
         return tuple(int(getattr(config, key)) for key in self.visual_token_keys)
+
+    def indicator_token_ids(self, config: PretrainedConfig) -> tuple[int, ...]:
+        """Tokens around a picture and between its parts whose embeddings are replaced as well, wherever a prompt has
+        pictures; `vision_export` gives them, in this order. They are no visual tokens: no memory holds them."""
+        return ()
+
+    def tile_layout(self, config: PretrainedConfig) -> TileLayout | None:
+        """How it lays out a picture's tiles; None for a family that does not cut tiles, or not into equal ones."""
+        return None
 
     def deepstack_layers(self, config: PretrainedConfig) -> int:
         """How many of the first decoder layers get a DeepStack feature added to their output; 0 where there is none."""
@@ -97,15 +126,42 @@ class Family(ABC):
     def image_tokens(self, config: PretrainedConfig, grid: Grid) -> int:
         """How many visual tokens a picture of this grid becomes in the decoder."""
 
-    def expand_placeholder(self, config: PretrainedConfig, grid: Grid, image_token: str) -> str:
+    @abstractmethod
+    def process_picture(
+        self, config: PretrainedConfig, image_processor: Any, image: Image.Image, alone: bool = True
+    ) -> tuple[np.ndarray, Grid]:
+        """One picture as the family's transformers processor has its image processor treat it -> pixel values fp32, and
+        its grid. `alone`: no other picture is in its prompt.
+
+        Raises ValueError or InputError for a picture that cannot be used, CheckpointError for an image processor that
+        is not the family's.
+        """
+
+    def placeholder(self, config: PretrainedConfig, tokenizer: Any) -> str:
+        """What the chat template writes where a picture is."""
+        return str(tokenizer.convert_ids_to_tokens(self.image_token_id(config)))
+
+    def expand_placeholder(self, config: PretrainedConfig, grid: Grid, tokenizer: Any) -> str:
         """What replaces one picture's placeholder in the chat template's text."""
+        image_token = str(tokenizer.convert_ids_to_tokens(self.image_token_id(config)))
         return image_token * self.image_tokens(config, grid)
 
-    def model_kwargs(self, pixel_values: np.ndarray, grids: Sequence[Grid]) -> Mapping[str, np.ndarray]:
-        """The keywords besides ids and masks that the transformers model takes for a batch's pictures."""
-        return {"pixel_values": pixel_values, "image_grid_thw": np.asarray(grids, dtype=np.int64)}
+    @abstractmethod
+    def model_kwargs(
+        self, pixel_values: Sequence[Sequence[np.ndarray]], grids: Sequence[Sequence[Grid]]
+    ) -> Mapping[str, np.ndarray]:
+        """The keywords besides ids and masks that the transformers model takes for a batch's pictures, of which there
+        is at least one: what `process_picture` gave, by row and picture."""
 
     # -- vision export -----------------------------------------------------------------------------------------
+    def vision_model(self, model: PreTrainedModel, dtype: torch.dtype) -> Any:
+        """The vision tower of `model`. Raises ValueError where the model is not of the dtype the graph is to have."""
+        tower = model.get_submodule(self.vision_tower)
+        found = next(tower.parameters()).dtype
+        if found != dtype:
+            raise ValueError(f"the vision tower is of {found}, the graph is to be {dtype}: make the model in {dtype}")
+        return tower
+
     @abstractmethod
     def vision_export(self, model: PreTrainedModel, dtype: torch.dtype) -> VisionExport:
         """The vision tower and projector of `model` (on the meta device or with weights), for one picture a call."""

@@ -18,6 +18,11 @@ def drop_cached_pictures(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) 
     pixel_values = kwargs.get("pixel_values")
     if past_length == 0 or pixel_values is None:
         return kwargs
+    if kwargs.get("image_sizes") is not None:
+        raise ValueError(
+            "a later turn with pictures is not supported for this family, whose pictures change their form "
+            "when another joins them; pass no past_key_values"
+        )
     if kwargs.get("memory_embeds") is not None:
         raise ValueError("a later turn is not supported where tiles go to the memory alone; pass no past_key_values")
     runs = visual_runs(model.visual_token_mask(input_ids, None))

@@ -57,6 +57,11 @@ IDENTITY = Rung(
     layer_relative=0.0,
 )
 TUNED = Rung("tuned", "a trained graft is meant to change the answers: what changed is reported, not judged")
+MOVED = Rung(
+    "positions",
+    "tiles take other position ids, which changes the answers about them: reported, not judged; --positions plain "
+    "compares the rest",
+)
 FP32 = Rung(
     "fp32",
     "the same arithmetic in another order: rounding of 2^-24 over some thousand additions a logit",

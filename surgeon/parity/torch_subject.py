@@ -12,6 +12,7 @@ from surgeon import models
 from surgeon.inputs import Inputs, ModelInputs, Prompt, Side
 from surgeon.memory.patched import RECORD
 from surgeon.parity.subject import Trace
+from surgeon.positions import Positions
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -30,12 +31,14 @@ class _Forced(LogitsProcessor):
 
 
 class TorchSubject:
-    """`dtype="auto"` runs in the checkpoint's own."""
+    """`dtype="auto"` runs in the checkpoint's own. `positions`: as for `Inputs.prepare`."""
 
     stage = "checkpoint"
 
-    def __init__(self, path: str | Path, dtype: str = "auto", device: str = "cpu") -> None:
-        self.path = str(path)
+    def __init__(
+        self, path: str | Path, dtype: str = "auto", device: str = "cpu", positions: Positions | None = None
+    ) -> None:
+        self.path, self.positions = str(path), positions
         self.model = models.load(path, dtype=DTYPES.get(dtype, "auto"), device=device)
         self.dtype = DTYPE_NAMES[self.model.dtype]
         self.inputs = Inputs.from_directory(self.model.config._name_or_path or path)
@@ -100,5 +103,5 @@ class TorchSubject:
     def _prepare(
         self, prompts: Sequence[Prompt], padding_side: Side = "left"
     ) -> tuple[ModelInputs, dict[str, torch.Tensor]]:
-        inputs = self.inputs.prepare(prompts, padding_side)
+        inputs = self.inputs.prepare(prompts, padding_side, positions=self.positions)
         return inputs, inputs.model_kwargs(self.model.dtype, self.model.device)

@@ -1,5 +1,6 @@
 """Prompts and pictures as model inputs, with the demo's tokenizer and image processor."""
 
+import inspect
 import json
 import shutil
 
@@ -12,12 +13,15 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    InternVLProcessor,
+    LlavaOnevisionProcessor,
+    Ovis2Processor,
     ProcessorMixin,
     Qwen2_5_VLProcessor,
     Qwen3VLProcessor,
 )
 
-from checkpoints import DEMO, has_tokenizer, tiny_checkpoint
+from checkpoints import DEMO, PLAIN_TYPES, TILED_TYPES, has_tokenizer, tiny_checkpoint
 from surgeon.errors import CheckpointError, InputError
 from surgeon.inputs import Inputs, Prompt, load_picture
 
@@ -269,6 +273,91 @@ def test_damaged_files(tmp_path):
         Inputs.from_directory(tmp_path)
 
 
+# ---------------------------------------------------------------- tiles
+
+
+@pytest.fixture(scope="module", params=PLAIN_TYPES)
+def plain_checkpoint(request, tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module", params=TILED_TYPES)
+def tiled_checkpoint(request, tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def tiled(tiled_checkpoint):
+    return Inputs.from_directory(tiled_checkpoint)
+
+
+# rows and columns, where 42 pixels a side make a tile and six tiles are the most
+TILE_GRIDS = {
+    "internvl": {(40, 40): (1, 1), (100, 50): (1, 2), (50, 100): (2, 1), (130, 90): (2, 3), (900, 4): (1, 6)},
+    # transformers takes the rows that this family's rule finds for columns, and the other way round
+    "ovis2": {(40, 40): (1, 1), (100, 50): (3, 2), (50, 100): (2, 3), (130, 90): (3, 2), (900, 4): (6, 1)},
+}
+
+
+@pytest.mark.parametrize("size", [(40, 40), (100, 50), (50, 100), (130, 90), (900, 4)])
+def test_a_tiled_pictures_grid_is_rows_and_columns(tiled, size):
+    grid = TILE_GRIDS[tiled.family.model_type][size]
+    picture = noise(*size)
+    pixels, found = tiled.picture(picture)
+    assert found == (1, *grid)
+    layout = tiled.family.tile_layout(tiled.config)
+    assert pixels.shape == (layout.tiles(found), 3, 42, 42) and pixels.dtype == np.float32
+    rows, columns = grid
+    # the tiles, put together by the grid, are the picture as scaled onto the canvas
+    settings = {"crop_to_patches": False, "size": {"height": 42 * rows, "width": 42 * columns}}
+    canvas = tiled.image_processor(picture, return_tensors="np", **settings)["pixel_values"][0]
+    tiles = pixels[-rows * columns :] if layout.thumbnail == "first" else pixels[: rows * columns]
+    together = tiles.reshape(rows, columns, 3, 42, 42).transpose(2, 0, 3, 1, 4).reshape(canvas.shape)
+    np.testing.assert_array_equal(together, canvas)
+    thumbnail = tiled.image_processor(picture, return_tensors="np", crop_to_patches=False)["pixel_values"][0]
+    np.testing.assert_array_equal(pixels[0 if layout.thumbnail == "first" else -1], thumbnail)
+
+
+@pytest.mark.parametrize(("settings", "grid"), [({"max_patches": 1}, (1, 1, 1)), ({"min_patches": 4}, (1, 2, 2))])
+def test_the_image_processors_own_limits_hold(tiled_checkpoint, tmp_path, settings, grid):
+    shutil.copytree(tiled_checkpoint, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    pixels, found = Inputs.from_directory(tmp_path).picture(noise(90, 90))
+    assert found == grid and len(pixels) == (5 if grid[1] == 2 else 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"size": {"height": 28, "width": 28}}, InputError, "tiles are 28 x 28 pixels, the vision tower takes 42 x 42"),
+        ({"image_processor_type": "CLIPImageProcessor"}, CheckpointError, "CLIPImageProcessor.*should name"),
+    ],
+)
+def test_an_image_processor_that_does_not_fit(tiled_checkpoint, tmp_path, settings, error, message):
+    shutil.copytree(tiled_checkpoint, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(error, match=message):
+        Inputs.from_directory(tmp_path).picture(noise(90, 90))
+
+
+def test_model_kwargs_of_mixed_rows_run_the_model(plain_checkpoint):
+    inputs = Inputs.from_directory(plain_checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(plain_checkpoint, dtype=torch.float32)
+    prompts = [Prompt("Two", (noise(80, 120), noise(90, 90))), Prompt("One", (noise(100, 50),)), Prompt("None")]
+    batch = inputs.prepare(prompts)
+    kwargs = batch.model_kwargs(torch.float32)
+    with torch.no_grad():
+        together = model(**kwargs).logits[:, -1]
+        generated = model.generate(**kwargs, max_new_tokens=4, do_sample=False)
+    assert generated.shape[1] == batch.input_ids.shape[1] + 4
+    for row, prompt in enumerate(prompts):
+        with torch.no_grad():
+            alone = model(**inputs.prepare([prompt]).model_kwargs(torch.float32)).logits[0, -1]
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-4)
+
+
 # ---------------------------------------------------------------- against transformers' processor
 
 
@@ -278,30 +367,39 @@ class NoVideoProcessor:
     merge_size = temporal_patch_size = 2
 
 
-@pytest.mark.parametrize("stand_in", [False, True], ids=["torchvision", "pillow"])
-def test_tokens_and_pixels_are_the_processors(checkpoint, inputs, tmp_path, monkeypatch, stand_in):
-    if stand_in:
-        monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
-        cls = {"qwen3_vl": Qwen3VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor}[inputs.family.model_type]
-        processor = cls(
-            AutoImageProcessor.from_pretrained(checkpoint),
-            inputs.tokenizer,
-            NoVideoProcessor(),
-            chat_template=inputs.tokenizer.chat_template,
-        )
-    else:
+PROCESSORS = {
+    "qwen3_vl": Qwen3VLProcessor,
+    "qwen2_5_vl": Qwen2_5_VLProcessor,
+    "internvl": InternVLProcessor,
+    "ovis2": Ovis2Processor,
+    "llava_onevision": LlavaOnevisionProcessor,
+}
+
+
+def make_processor(checkpoint, inputs, monkeypatch, stand_in):
+    """The checkpoint's processor: whole where torchvision is there, or with a stand-in for its video processor."""
+    if not stand_in:
         pytest.importorskip("torchvision")
-        processor = AutoProcessor.from_pretrained(checkpoint)
-    transparent = noise(64, 200, "RGBA", seed=2)
-    files = [tmp_path / f"{i}.png" for i in range(3)]
-    noise(120, 90).save(files[0])
-    transparent.save(files[1])
-    noise(80, 80).convert("P").save(files[2])
-    conversations = [
-        Prompt("What is it?", (noise(120, 90), transparent)).messages(),
-        Prompt("And these?", tuple(map(str, files)), system="Be brief.").messages(),
-        Prompt("Hello").messages(),
-    ]
+        return AutoProcessor.from_pretrained(checkpoint)
+    monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
+    processor_class = PROCESSORS[inputs.family.model_type]
+    options = {
+        "video_processor": NoVideoProcessor(),
+        "image_seq_length": 9,
+        "num_image_tokens": 36,
+        "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": getattr(inputs.config, "vision_aspect_ratio", None),
+    }
+    taken = inspect.signature(processor_class).parameters
+    return processor_class(
+        AutoImageProcessor.from_pretrained(checkpoint),
+        inputs.tokenizer,
+        chat_template=inputs.tokenizer.chat_template,
+        **{name: value for name, value in options.items() if name in taken},
+    )
+
+
+def assert_as_the_processor_does(inputs, processor, conversations):
     expected = processor.apply_chat_template(
         conversations,
         tokenize=True,
@@ -314,3 +412,40 @@ def test_tokens_and_pixels_are_the_processors(checkpoint, inputs, tmp_path, monk
     assert set(found) == set(expected)
     for name, tensor in found.items():
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+
+
+@pytest.mark.parametrize("stand_in", [False, True], ids=["torchvision", "pillow"])
+def test_tokens_and_pixels_are_the_processors(checkpoint, inputs, tmp_path, monkeypatch, stand_in):
+    processor = make_processor(checkpoint, inputs, monkeypatch, stand_in)
+    transparent = noise(64, 200, "RGBA", seed=2)
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    noise(120, 90).save(files[0])
+    transparent.save(files[1])
+    noise(80, 80).convert("P").save(files[2])
+    conversations = [
+        Prompt("What is it?", (noise(120, 90), transparent)).messages(),
+        Prompt("And these?", tuple(map(str, files)), system="Be brief.").messages(),
+        Prompt("Hello").messages(),
+    ]
+    assert_as_the_processor_does(inputs, processor, conversations)
+
+
+@pytest.mark.parametrize("stand_in", [False, True], ids=["torchvision", "pillow"])
+def test_tiles_and_tokens_are_the_processors(plain_checkpoint, tmp_path, monkeypatch, stand_in):
+    inputs = Inputs.from_directory(plain_checkpoint)
+    processor = make_processor(plain_checkpoint, inputs, monkeypatch, stand_in)
+    transparent = noise(64, 200, "RGBA", seed=2)
+    transparent.save(tmp_path / "0.png")
+    noise(80, 80).convert("P").save(tmp_path / "1.png")
+    conversations = [
+        Prompt("What is it?", (noise(130, 90), transparent, noise(40, 40))).messages(),
+        Prompt("And these?", (str(tmp_path / "0.png"), str(tmp_path / "1.png")), system="Be brief.").messages(),
+        Prompt("And this?", (noise(300, 250),)).messages(),
+        [
+            {"role": "user", "content": [{"type": "text", "text": "See"}, {"type": "image", "image": noise(90, 30)}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+            {"role": "user", "content": [{"type": "image", "image": noise(30, 90)}, {"type": "text", "text": "Now?"}]},
+        ],
+        Prompt("Hello").messages(),
+    ]
+    assert_as_the_processor_does(inputs, processor, conversations)

@@ -1,5 +1,7 @@
 """Both Qwen-VL families against transformers: what the decoder is told of positions, and the exported vision tower."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -118,7 +120,8 @@ def test_deepstack_and_token_ids(model):
     assert found.deepstack_layers(model.config) == (2 if found.model_type == "qwen3_vl" else 0)
     assert found.visual_token_ids(model.config) == (IMAGE, VIDEO)
     assert found.image_tokens(model.config, (1, 6, 8)) == 12
-    assert found.expand_placeholder(model.config, (1, 2, 4), "<i>") == "<i><i>"
+    tokenizer = SimpleNamespace(convert_ids_to_tokens={IMAGE: "<i>"}.get)
+    assert found.expand_placeholder(model.config, (1, 2, 4), tokenizer) == "<i><i>"
     assert isinstance(model, getattr(transformers, found.model_class))
     assert isinstance(model.config, getattr(transformers, found.config_class))
 

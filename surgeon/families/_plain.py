@@ -1,0 +1,65 @@
+"""What families share whose decoder is a plain language model: one axis of positions, one after the other."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from surgeon.errors import CheckpointError, FamilyError, InputError
+from surgeon.families.base import Family, Grid
+
+TEXT_MODELS = ("llama", "qwen2", "qwen3")
+"""The text models whose decoder layers read as `pre_norm`."""
+
+
+class PlainPositionsFamily(Family):
+    """A vision tower and projector in front of a language model that may be of several types."""
+
+    def text_config(self, config: PretrainedConfig) -> Any:
+        """Raises FamilyError for a text model of a type whose layers are not known."""
+        found = config.text_config.model_type
+        if found not in TEXT_MODELS:
+            raise FamilyError(
+                f"{self.model_type} with text model {found!r} is not supported; supported: {', '.join(TEXT_MODELS)}"
+            )
+        return config.text_config
+
+    def rope_axes(self, config: PretrainedConfig) -> Sequence[int]:
+        return [0] * (self.head_dim(config) // 2)
+
+    def position_ids(
+        self,
+        config: PretrainedConfig,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        grids: Sequence[Sequence[Grid]],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Each row's tokens are numbered from 0. Raises InputError where its image tokens and grids do not match."""
+        if len(grids) != len(input_ids):
+            raise InputError(f"picture grids for {len(grids)} row(s) were given, the batch has {len(input_ids)}")
+        present = attention_mask.astype(bool)
+        images = (input_ids == self.image_token_id(config)) & present
+        for row, row_grids in enumerate(grids):
+            if not present[row].any():
+                raise InputError(f"prompt row {row} has no tokens")
+            expected = sum(self.image_tokens(config, grid) for grid in row_grids)
+            found = int(images[row].sum())
+            if found != expected:
+                raise InputError(
+                    f"prompt row {row} has {found} image token(s), its {len(row_grids)} picture(s) become {expected}"
+                )
+        following = present.sum(1).astype(np.int64)
+        position_ids = np.where(present, present.cumsum(1) - 1, 0).astype(np.int64)
+        return position_ids[None], following
+
+
+def check_image_processor(image_processor: Any, expected: str) -> None:
+    """Raises CheckpointError unless it is of the class `expected`, which may have a suffix for the library it computes
+    with."""
+    found = type(image_processor).__name__
+    if not found.startswith(expected):
+        raise CheckpointError(
+            f"the image processor is a {found}, which does not cut pictures as this family takes them: "
+            f"preprocessor_config.json should name {expected}"
+        )

@@ -1,0 +1,80 @@
+"""What families share that cut a picture into equal tiles, with a thumbnail of the whole beside them."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+from transformers import PretrainedConfig
+
+from surgeon.errors import InputError
+from surgeon.families._plain import PlainPositionsFamily, check_image_processor
+from surgeon.families.base import Grid, TileLayout
+
+
+class TiledFamily(PlainPositionsFamily):
+    """A picture's grid is (1, rows, columns) in tiles; its pixel values are fp32 [T, 3, H, W], its tiles and thumbnail
+    in the image processor's order."""
+
+    image_processor_class: ClassVar[str]
+    """Name of the transformers image processor, which may have a suffix for the library it computes with."""
+    processor_kwargs: ClassVar[Mapping[str, Any]] = {}
+    """What the family's transformers processor tells the image processor whatever the latter's settings say."""
+
+    @abstractmethod
+    def tile_layout(self, config: PretrainedConfig) -> TileLayout:
+        """Raises FamilyError for tiles whose tokens are not square."""
+
+    @abstractmethod
+    def tile_size(self, config: PretrainedConfig) -> tuple[int, int]:
+        """Height and width in pixels of the tiles that the vision tower takes."""
+
+    @abstractmethod
+    def tile_grid(self, image_processor: Any, image: Image.Image, processed: Mapping[str, Any]) -> tuple[int, int]:
+        """Rows and columns of tiles that `image` was cut into; `processed` is what the image processor gave for it."""
+
+    def image_tokens(self, config: PretrainedConfig, grid: Grid) -> int:
+        layout = self.tile_layout(config)
+        return layout.tiles(grid) * layout.side**2
+
+    def process_picture(
+        self, config: PretrainedConfig, image_processor: Any, image: Image.Image, alone: bool = True
+    ) -> tuple[np.ndarray, Grid]:
+        """-> tiles fp32 [T, 3, H, W], and their grid (1, rows, columns)."""
+        check_image_processor(image_processor, self.image_processor_class)
+        processed = image_processor(images=[image], return_tensors="pt", **self.processor_kwargs)
+        pixel_values: np.ndarray = processed["pixel_values"].numpy()
+        grid = (1, *self.tile_grid(image_processor, image, processed))
+        self.check_tiles(config, pixel_values, grid)
+        return pixel_values, grid
+
+    def check_tiles(self, config: PretrainedConfig, pixel_values: np.ndarray, grid: Grid) -> None:
+        """Raises InputError unless `pixel_values` [T, 3, H, W] are the tiles and thumbnail of a picture of `grid`."""
+        frames, rows, columns = grid
+        if frames != 1:
+            raise InputError(f"grid {tuple(grid)} has {frames} frames: video is not supported yet, pass pictures")
+        expected = self.tile_layout(config).tiles(grid)
+        found = len(pixel_values)
+        if found != expected:
+            missing = ", one short: the thumbnail is missing" if found == rows * columns else ""
+            raise InputError(
+                f"a picture of {rows} x {columns} tiles was given as {found} image(s), expected {expected}{missing}"
+            )
+        size = self.tile_size(config)
+        if pixel_values.shape[2:] != size:
+            raise InputError(
+                f"tiles are {pixel_values.shape[2]} x {pixel_values.shape[3]} pixels, the vision tower takes "
+                f"{size[0]} x {size[1]}: set size in preprocessor_config.json to that"
+            )
+
+    def model_kwargs(
+        self, pixel_values: Sequence[Sequence[np.ndarray]], grids: Sequence[Sequence[Grid]]
+    ) -> Mapping[str, np.ndarray]:
+        return {"pixel_values": np.concatenate(list(chain.from_iterable(pixel_values)))}
+
+    def vision_inputs(self, config: PretrainedConfig, pixel_values: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
+        """pixel_values [T, 3, H, W]. Raises InputError where they do not fit the grid."""
+        self.check_tiles(config, pixel_values, grid)
+        return {"pixel_values": pixel_values}

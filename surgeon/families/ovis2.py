@@ -1,0 +1,125 @@
+"""Ovis2: the thumbnail, then tiles with separators; a ViT whose patches become mixtures of a visual vocabulary."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from surgeon import ops
+from surgeon.errors import FamilyError
+from surgeon.families._tiled import TiledFamily
+from surgeon.families._vision import image_attention, tiles_export
+from surgeon.families.base import Grid, TileLayout, VisionExport
+
+
+class Ovis2(TiledFamily):
+    model_type = "ovis2"
+    model_class = "Ovis2ForConditionalGeneration"
+    config_class = "Ovis2Config"
+    vision_tower = "model.vision_tower"
+    projector = "model.visual_embeddings_table"
+    image_processor_class = "Ovis2ImageProcessor"
+
+    def tile_size(self, config: PretrainedConfig) -> tuple[int, int]:
+        side = self.vision_config(config).image_size
+        return side, side
+
+    def tile_layout(self, config: PretrainedConfig) -> TileLayout:
+        vision = self.vision_config(config)
+        patches = vision.image_size // vision.patch_size
+        if patches % vision.hidden_stride:
+            raise FamilyError(
+                f"tiles of {patches} x {patches} patches are not divisible by hidden_stride {vision.hidden_stride}: "
+                "transformers' Ovis2 does not take them either"
+            )
+        return TileLayout(side=patches // vision.hidden_stride, thumbnail="first")
+
+    def tile_grid(self, image_processor: Any, image: Image.Image, processed: Mapping[str, Any]) -> tuple[int, int]:
+        rows, columns = processed["grids"][0].tolist()
+        return rows, columns
+
+    def indicator_token_ids(self, config: PretrainedConfig) -> tuple[int, ...]:
+        """The start of a picture, of its tiles, the end of a tile, of a row of tiles, and of the picture."""
+        return tuple(config.visual_indicator_token_ids)
+
+    def placeholder(self, config: PretrainedConfig, tokenizer: Any) -> str:
+        return "<image>"
+
+    def expand_placeholder(self, config: PretrainedConfig, grid: Grid, tokenizer: Any) -> str:
+        """The thumbnail's image tokens, then each tile's, with the indicators around and between them."""
+        start, tiles, column, row, end = tokenizer.convert_ids_to_tokens(list(self.indicator_token_ids(config)))
+        tile = tokenizer.convert_ids_to_tokens(self.image_token_id(config)) * self.tile_layout(config).side ** 2
+        _, rows, columns = grid
+        cut = row.join([column.join([tile] * columns)] * rows) if rows * columns > 1 else ""
+        return f"{start}{tile}{tiles}{cut}{end}"
+
+    def vision_export(self, model: PreTrainedModel, dtype: torch.dtype) -> VisionExport:
+        """Raises FamilyError for a visual vocabulary that is drawn from at random."""
+        config: Any = model.config
+        if config.vision_config.tokenize_function not in ("softmax", "st_argmax"):
+            raise FamilyError(
+                f"tokenize_function {config.vision_config.tokenize_function!r} cannot be exported: it is random; "
+                "supported: softmax, st_argmax"
+            )
+        self.tile_layout(config)
+        table: Any = model.get_submodule(self.projector)
+        module = Ovis2Vision(self.vision_model(model, dtype), table)
+        return tiles_export(model, module, self.tile_size(config), dtype, ("features", "indicators"))
+
+
+class Ovis2Vision(nn.Module):
+    """Ovis2's vision tower over one picture's tiles, and its table of visual embeddings."""
+
+    def __init__(self, tower: Any, table: Any) -> None:
+        super().__init__()
+        vision, embeddings = tower.config, tower.transformer.embeddings
+        self.patch_embedding, self.patch_norm = embeddings.patch_embedding, embeddings.rms_norm
+        self.position_embedding = embeddings.position_embedding
+        self.layers, self.norm = tower.transformer.encoder.layers, tower.transformer.rms_norm
+        self.head_linear, self.head_norm, self.table = tower.head_linear, tower.head_norm, table
+        self.num_heads, self.scale = vision.num_attention_heads, self.layers[0].attention.scale
+        self.patches = vision.image_size // vision.patch_size
+        self.stride, self.indicators = vision.hidden_stride, vision.num_visual_indicator_tokens
+        self.hard = vision.tokenize_function == "st_argmax"
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """pixel_values [T, 3, H, W] -> features [T * n, d], n = patches² / stride² of each tile, and the embeddings
+        of the indicator tokens [K, d], the same for every picture."""
+        x = rms_norm(self.patch_norm, self.patch_embedding(pixel_values).flatten(2).transpose(1, 2))
+        x = x + self.position_embedding.weight
+        # Patches as rows [T * patches², d] where they are treated one by one, so that a linear layer is one Gemm
+        _, length, width = x.shape
+        x = x.reshape(-1, width)
+        for layer in self.layers:
+            attn, h = layer.attention, rms_norm(layer.rms_norm1, x)
+            q, k, v = attn.q_proj(h), attn.k_proj(h), attn.v_proj(h)
+            x = x + attn.out_proj(image_attention(q, k, v, length, self.num_heads, self.scale))
+            ffn, h = layer.ffn, rms_norm(layer.rms_norm2, x)
+            x = x + ffn.down_proj(ffn.act_fn(ffn.gate_proj(h)) * ffn.up_proj(h))
+        words = self.head_norm(self.head_linear(self.merge(rms_norm(self.norm, x))))
+        return self.embed(words), self.table.weight.narrow(0, words.shape[1], self.indicators)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Each stride x stride block of patches as one row, row by row: [T * patches², d] -> [T * n, stride² * d]."""
+        blocks = self.patches // self.stride
+        x = x.reshape(-1, blocks, self.stride, blocks, self.stride, x.shape[1])
+        return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, self.stride**2 * x.shape[5])
+
+    def embed(self, words: Tensor) -> Tensor:
+        """Scores of the visual words [N, V] -> embeddings [N, d]: the best word's, or all in proportion."""
+        if self.hard:
+            best: Tensor = self.table.weight.index_select(0, words.argmax(-1))
+            return best
+        # the table's last rows are the indicators', which no patch has a share of
+        shares = nn.functional.pad(words.softmax(-1), (0, self.indicators))
+        return shares @ self.table.weight
+
+
+def rms_norm(module: Any, x: Tensor) -> Tensor:
+    return ops.rms_norm(x, module.weight, module.variance_epsilon)
+
+
+FAMILY = Ovis2()
