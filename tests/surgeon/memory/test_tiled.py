@@ -37,8 +37,8 @@ PROMPTS = (TILED, WORDS, MIXED)
 class Tiny:
     """A tiny patched InternVL whose grafts are as if trained."""
 
-    def __init__(self, directory: Path, *passes: str) -> None:
-        source = tiny_checkpoint(directory / "source", "internvl")
+    def __init__(self, directory: Path, *passes: str, model_type: str = "internvl") -> None:
+        source = tiny_checkpoint(directory / "source", model_type)
         apply(source, directory / "patched", *passes)
         self.model: PreTrainedModel = models.load(directory / "patched")
         randomise_grafts(self.model)
@@ -262,3 +262,33 @@ def test_a_patched_checkpoint_without_new_parameters(tmp_path: Path) -> None:
     assert inputs.image_processor.max_patches == 4
     grids = inputs.prepare([Prompt("Wide.", (picture(300, 42),))]).grids
     assert grids == [[(1, 1, 4)]]
+
+
+@pytest.mark.parametrize(
+    "passes", [("mixin:every=2",), ("rope-dhr:tile_order=row", "mixin:every=2", "pvm:layers=1,latent=32")]
+)
+def test_a_family_with_the_thumbnail_first_and_separators(passes: Sequence[str], tmp_path: Path) -> None:
+    """Ovis2: nothing in RoPE-DHR is written for one family."""
+    source = tiny_checkpoint(tmp_path / "source", "ovis2")
+    apply(source, tmp_path / "patched", *passes)
+    plain, patched = models.load(source), models.load(tmp_path / "patched")
+    before, after = (Inputs.from_directory(tmp_path / name) for name in ("source", "patched"))
+    offered = any(each.startswith("rope-dhr") for each in passes)
+    with torch.no_grad():
+        same = plain(**before.prepare(PROMPTS).model_kwargs()).logits
+        kwargs = after.prepare(PROMPTS, positions="plain" if offered else None).model_kwargs()
+        assert torch.equal(patched(**kwargs).logits, same)
+
+
+def test_ovis2_generation_continues_from_the_last_id(tmp_path: Path) -> None:
+    tiny = Tiny(tmp_path, "mixin:every=2", "rope-dhr", model_type="ovis2")
+    expected = [tiny.recomputed(prompt) for prompt in PROMPTS]
+    assert tiny.generate(*PROMPTS) == expected
+    kwargs = tiny.kwargs(MIXED)
+    with torch.no_grad():
+        dhr, plain = (tiny.model(**tiny.kwargs(MIXED, positions=choice)).logits for choice in ("dhr", "plain"))
+    assert not torch.allclose(dhr, plain, atol=0.1)
+    visual = kwargs["input_ids"] == tiny.model.config.image_token_id
+    ids = position_ids(visual, None, kwargs["tile_grids"], 3, "first")
+    tiles = int((kwargs["tile_grids"].prod(1) > 1).sum())
+    assert int(ids.max()) + 1 == int((~visual).sum()) + 9 * len(kwargs["tile_grids"]) and tiles == 1
