@@ -201,6 +201,28 @@ def show_report(report: "Report") -> None:
     print(f"{'passed' if report.passed else 'FAILED'} in {report.seconds:.1f} s")
 
 
+def show_bench(found: Sequence[Mapping[str, Any]]) -> None:
+    """Forms side by side, each what `surgeon bench --json` gives; speeds are compared to the first's."""
+    rows = []
+    for each in found:
+        low, high = min(each["tokens_per_second"]), max(each["tokens_per_second"])
+        memory = decimal(each["peak_memory"])
+        rows.append(
+            (
+                each["path"],
+                f"{each['stage']}, {each['dtype']}, {each['device']}",
+                f"{each['first_token'] * 1e3:,.1f} ms",
+                f"{each['step'] * 1e3:,.2f} ms",
+                f"{each['step_p95'] * 1e3:,.2f} ms",
+                f"{each['speed']:,.1f} ({low:,.1f} to {high:,.1f})",
+                f"{each['speed'] / found[0]['speed']:.2f} x",
+                memory + (f" + {decimal(each['device_memory'])}" if each["device_memory"] else ""),
+            )
+        )
+    columns = ("what", "form", "first token", "step", "step p95", "tokens/s", "of the first", "peak memory")
+    print_table(columns, rows)
+
+
 def show_diagnosis(found: Diagnosis) -> None:
     print_table(
         ("package", "version", ""), [(p.name, p.version or "not installed", p.problem or "") for p in found.packages]

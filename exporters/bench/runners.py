@@ -1,0 +1,114 @@
+"""How each form of a model is run for a measurement: the whole prompt, then greedy tokens one by one."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from surgeon import models
+from surgeon.inputs import Inputs, Prompt
+
+
+class Runner(ABC):
+    """One form of a model, loaded, with a batch of prompts."""
+
+    stage: str
+    """What it is: checkpoint, bundle, engine."""
+    dtype: str
+    device: str
+
+    @abstractmethod
+    def run(self, steps: int) -> list[float]:
+        """Answer the prompts with `steps` tokens each -> the time of each token's end, in seconds from the beginning;
+        the first includes pictures and prompt."""
+
+    @property
+    @abstractmethod
+    def prompt_tokens(self) -> int:
+        """Of the longest row."""
+
+    def device_memory(self) -> int:
+        """Peak bytes on the device, 0 on a CPU."""
+        return int(torch.cuda.max_memory_allocated()) if self.device == "cuda" else 0
+
+
+class CheckpointRunner(Runner):
+    """A checkpoint, by transformers' `generate`."""
+
+    stage = "checkpoint"
+
+    def __init__(self, path: Path, prompts: Sequence[Prompt], threads: int | None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = models.load(path, device=self.device)
+        self.dtype = str(self.model.dtype).removeprefix("torch.")
+        self.inputs = Inputs.from_directory(path)
+        self.prepared = self.inputs.prepare(prompts)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return int(self.prepared.lengths.max())
+
+    def run(self, steps: int) -> list[float]:
+        clock = _Clock(self.device)
+        settings = GenerationConfig(
+            max_new_tokens=steps, do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=self.inputs.pad_token_id
+        )
+        self.model.generate(
+            **self.prepared.model_kwargs(self.model.dtype, self.device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([clock]),
+        )
+        return clock.ends
+
+
+class _Clock(LogitsProcessor):
+    """Notes when logits arrive."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.begin, self.ends = device, time.perf_counter(), []  # type: ignore[var-annotated]
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter() - self.begin)
+        return scores
+
+
+class BundleRunner(Runner):
+    """A bundle, by ONNX Runtime."""
+
+    stage = "bundle"
+
+    def __init__(self, path: Path, prompts: Sequence[Prompt], threads: int | None) -> None:
+        from exporters.runtime import BundleRuntime
+
+        self.runtime = BundleRuntime(path, threads=threads)
+        self.device, self.dtype = self.runtime.options.provider, self.runtime.manifest.dtype
+        self.prepared = self.runtime.prepare(prompts)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return int(self.prepared.lengths.max())
+
+    def run(self, steps: int) -> list[float]:
+        begin, ends = time.perf_counter(), []
+        state, logits = self.runtime.start(self.prepared)
+        for _ in range(steps):
+            tokens: np.ndarray = logits.argmax(-1)
+            ends.append(time.perf_counter() - begin)
+            if len(ends) < steps:
+                logits = self.runtime.step(state, tokens)
+        return ends
+
+
+def open_runner(path: Path, prompts: Sequence[Prompt], threads: int | None) -> Runner:
+    """The runner of what `path` is. Raises SurgeonError kinds where it cannot be run."""
+    runner = BundleRunner if (path / "bundle.json").is_file() else CheckpointRunner
+    return runner(path, prompts, threads)
