@@ -153,9 +153,12 @@ def show_passes(passes: Sequence[PassDescription]) -> None:
 
 def show_patch(report: "PatchReport", target: Path | None) -> None:
     """`target`: None for a plan."""
-    print_table(("graft", "parameters"), list(report.grafts.items()))
-    share = report.new_parameters / report.source_parameters
-    print(f"total {report.new_parameters:,} new parameters, {share:.2%} of the source's {report.source_parameters:,}")
+    if report.grafts:
+        print_table(("graft", "parameters"), list(report.grafts.items()))
+        share = report.new_parameters / report.source_parameters
+        print(f"total {report.new_parameters:,} new parameters, {share:.2%} of the source's {report.source_parameters:,}")
+    else:
+        print(f"no new parameters beside the source's {report.source_parameters:,}: positions change, weights do not")
     if target is None:
         print("a plan only: nothing was written")
         return
