@@ -139,6 +139,30 @@ def show_bundle(path: str | Path, manifest: Mapping[str, Any]) -> None:
     print()
     weights = manifest["weights"].items()
     print_table(("weights", "size", "how"), [(n, decimal(w["bytes"]), w["how"]) for n, w in weights])
+    if manifest.get("precision"):
+        print()
+        _show_precision(manifest["precision"])
+
+
+def _show_precision(precision: Mapping[str, Any]) -> None:
+    """What was seen of fp16's range: the layers with the largest values, and what is fp32 for it."""
+    if precision["skipped"]:
+        print(f"overflow not measured: {precision['skipped']}")
+        return
+    limit, margin = f"{precision['limit']:,.0f}", f"{precision['margin']:g}"
+    print(f"overflow largest values over {precision['prompts']} prompts; fp16 ends at {limit}, margin {margin}")
+
+    def row(each: Mapping[str, Any]) -> tuple[str, ...]:
+        return each["graph"], each["layer"], each["operator"], f"{each['max_abs']:,.4g}"
+
+    largest = sorted(precision["largest"], key=lambda each: -float(each["max_abs"]))[:5]
+    print_table(("graph", "layer", "operator", "largest"), [row(each) for each in largest])
+    if not precision["widened"]:
+        print("all of it fits: no layer needs fp32 for its range")
+        return
+    print()
+    print(f"fp32, because {margin} times the value is beyond fp16:")
+    print_table(("graph", "layer", "operator", "largest"), [row(each) for each in precision["widened"]])
 
 
 def show_passes(passes: Sequence[PassDescription]) -> None:

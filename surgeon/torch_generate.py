@@ -38,15 +38,14 @@ def answer(
 
     Tokens are drawn as for a bundle, and of the checkpoint's generation_config only the ending tokens count: nothing
     unseen (a temperature, a repetition penalty) changes what was asked for. `device` defaults to CUDA where there is
-    one. `on_text` gets the text as it comes. `positions`: as for `Inputs.prepare`. Raises CheckpointError, FamilyError, InputError, and SurgeonError for
-    logits that are not finite.
+    one. `on_text` gets the text as it comes. `positions`: as for `Inputs.prepare`. Raises CheckpointError, FamilyError,
+    InputError, and SurgeonError for logits that are not finite.
     """
     with Checkpoint.open(path) as checkpoint:
         directory = checkpoint.directory
     inputs = Inputs.from_directory(directory)
-    prepared = inputs.prepare(
-        [prompt], positions=positions
-    )  # before the weights are loaded: a bad picture is told at once
+    # before the weights are loaded: a bad picture is told at once
+    prepared = inputs.prepare([prompt], positions=positions)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load(directory, device=device)
     settings = GenerationConfig(

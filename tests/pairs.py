@@ -1,20 +1,31 @@
 """A tiny checkpoint in torch beside its bundle, for tests that compare the two."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
+from checkpoints import tiny_checkpoint
+from exporters.onnx.bundle import export_bundle
+from exporters.onnx.manifest import Manifest
+from patching import apply
 from surgeon import models
 from surgeon.inputs import Inputs, ModelInputs, Side
+from surgeon.memory.graft import Graft
+from surgeon.positions import Positions, choose_positions, record_of
 
-MAX_LENGTH = 192
+MAX_LENGTH = 256
+PLAIN: tuple[str, ...] = ()
+PVM = ("pvm:layers=1,2,latent=32",)
+MIXIN = ("mixin:layers=0,2,num_heads=3,intermediate=48,rope_theta=5000",)  # turns unlike the backbone
 Row = list[str | Image.Image]
 
 
@@ -31,6 +42,17 @@ class Pair:
     bundle: Path
 
     @cached_property
+    def manifest(self) -> Manifest:
+        return Manifest.load(self.bundle)
+
+    def session(self, graph: str) -> ort.InferenceSession:
+        """A graph as it is, without rewrites."""
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        path = self.bundle / self.manifest.graphs[graph].file
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    @cached_property
     def model(self) -> Any:
         model = models.load(self.checkpoint, dtype=torch.float32)
         # without an end token every row goes on for as long as it is asked to
@@ -41,12 +63,16 @@ class Pair:
     def inputs(self) -> Inputs:
         return Inputs.from_directory(self.checkpoint)
 
-    def raw(self, rows: list[Row], side: Side = "right") -> ModelInputs:
+    def raw(self, rows: list[Row], side: Side = "right", positions: Positions | None = None) -> ModelInputs:
         """Rows of text and pictures as they are, without a chat template around them."""
-        token = self.inputs.image_token
+        token, record = self.inputs.image_token, record_of(self.inputs.config)
+        thumbnails = record.get("allocation") == "memory"
         pictures = [[self.inputs.picture(part) for part in row if not isinstance(part, str)] for row in rows]
         ids = [
-            self.inputs.tokenize("".join(p if isinstance(p, str) else token for p in row), [grid for _, grid in found])
+            self.inputs.tokenize(
+                "".join(p if isinstance(p, str) else token for p in row),
+                [(1, 1, 1) if thumbnails else grid for _, grid in found],
+            )
             for row, found in zip(rows, pictures, strict=True)
         ]
         length = max(map(len, ids))
@@ -62,6 +88,8 @@ class Pair:
             images,
             [[pixels for pixels, _ in found] for found in pictures],
             [[grid for _, grid in found] for found in pictures],
+            choose_positions(self.inputs.config, positions),
+            "layout" in record,
         )
 
     @torch.no_grad()
@@ -78,13 +106,57 @@ class Pair:
         return found.sequences[:, -steps:].numpy(), logits
 
 
+class DecoderRun:
+    """decoder.onnx over its caches, step after step, as a runtime without rewrites would run it."""
+
+    def __init__(self, pair: Pair, rows: int) -> None:
+        self.session = pair.session("decoder")
+        self.inputs = {port.name: port for port in pair.manifest.graphs["decoder"].inputs}
+        self.rows = rows
+        self.caches = {name: self.zeros(name) for name in self.inputs if name.startswith("past_")}
+
+    def zeros(self, name: str, **symbols: int) -> np.ndarray:
+        port = self.inputs[name]
+        symbols["B"] = self.rows
+        shape = [size if isinstance(size, int) else symbols[size] for size in port.shape]
+        return np.zeros(shape, dtype=port.dtype)
+
+    def step(self, **feeds: np.ndarray) -> np.ndarray:
+        """Feed; inputs that are not given are zero, with one visual slot. -> logits [B, T, V]."""
+        length = feeds["inputs_embeds"].shape[1]
+        for name in self.inputs:
+            if name not in feeds and name not in self.caches:
+                feeds[name] = self.zeros(name, S=length, M=1)
+        names = ["logits", *(name.replace("past_", "present_") for name in self.caches)]
+        logits, *present = self.session.run(names, feeds | self.caches)
+        self.caches = dict(zip(self.caches, present, strict=True))
+        return logits
+
+
+def make_pair(folder: Path, model_type: str, recipe: Sequence[str], dtype: torch.dtype, **options: Any) -> Pair:
+    """A tiny checkpoint with three layers, patched where there is a recipe, its gates open, and its bundle."""
+    checkpoint = tiny_checkpoint(folder / "source", model_type, **{"num_hidden_layers": 3, **options})
+    if recipe:
+        apply(checkpoint, folder / "patched", *recipe)
+        checkpoint = folder / "patched"
+        open_gates(checkpoint)
+    export_bundle(checkpoint, folder / "bundle", dtype=dtype, max_length=MAX_LENGTH)
+    return Pair(checkpoint, folder / "bundle")
+
+
 def open_gates(checkpoint: Path) -> None:
     """Grafts as after training: gates open, matrices of a size that makes attention choose."""
-    (path,) = checkpoint.glob("*pvm*.safetensors")
+    model = models.load(checkpoint)
+    grafts = [(name, module) for name, module in model.named_modules() if isinstance(module, Graft)]
+    gates = {f"{name}.{gate}": 0.8 - 0.3 * i for name, graft in grafts for i, gate in enumerate(graft.gates)}
+    own = {f"{name}.{parameter}" for name, graft in grafts for parameter, _ in graft.named_parameters()}
     generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.full_like(t, 0.8) if name.endswith("alpha") else t + torch.randn(t.shape, generator=generator) * 0.2
-        for name, t in load_file(path).items()
-    }
-    path.unlink()  # never write into a file that may share its bytes
-    save_file(tensors, path, {"format": "pt"})
+    for path in checkpoint.glob("*.safetensors"):
+        tensors = load_file(path)
+        if not own & tensors.keys():
+            continue
+        for name in sorted(own & tensors.keys()):
+            noise = torch.randn(tensors[name].shape, generator=generator) * 0.2
+            tensors[name] = torch.full_like(tensors[name], gates[name]) if name in gates else tensors[name] + noise
+        path.unlink()  # never write into a file that may share its bytes
+        save_file(tensors, path, {"format": "pt"})

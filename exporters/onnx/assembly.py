@@ -70,6 +70,10 @@ class Assembly:
         self.graph.append(node)
         return output
 
+    def reads(self, name: str) -> bool:
+        """Whether something uses the input of this name."""
+        return any(value.name == name and value.uses() for value in self.graph.inputs)
+
     def finish(self, input_names: Sequence[str], outputs: Sequence[ir.Value]) -> ir.Model:
         """The model, its inputs in the order of `input_names`."""
         inputs = {str(value.name): value for value in self.graph.inputs}

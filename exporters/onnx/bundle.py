@@ -13,16 +13,20 @@ from transformers import PretrainedConfig
 
 import surgeon
 from exporters.onnx import manifest as manifests
-from exporters.onnx.decoder import decoder_graph, position_axes
+from exporters.onnx.decoder import decoder_graph
 from exporters.onnx.embed import embed_graph
 from exporters.onnx.manifest import GraphFile, Manifest, Memory, Port, Sizes, Source, Tokens, WeightFile
 from exporters.onnx.memory import memory_entries, memory_graph
+from exporters.onnx.precision.fit import fit_float16, not_measured
+from exporters.onnx.precision.policy import Float32Operators
+from exporters.onnx.rope import position_axes
 from exporters.onnx.vision import vision_graph
 from exporters.onnx.weights import Progress, bind
 from surgeon.checkpoint import Checkpoint, staged
 from surgeon.errors import OptionError
 from surgeon.families import Family, family
 from surgeon.models import build_meta, grafts_of, read_config
+from surgeon.positions import record_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRAPHS = ("embed", "vision", "memory", "decoder")
@@ -48,12 +52,14 @@ def export_bundle(
     overwrite: bool = False,
     progress: Progress | None = None,
     graphs: Collection[str] | None = None,
+    measure: bool = True,
 ) -> Manifest:
     """Export a plain or patched checkpoint (a directory or a hub id) to a new directory `target`; -> its manifest.
 
     dtype: of the graphs, float32, float16 or bfloat16. max_length: slots of the key/value caches, prompt and answer
     together. graphs: some of `GRAPHS`; by default all that the model has. `progress(stage, done, total)` is called
-    as the work goes on. No weight is loaded; weights of another dtype are converted one at a time.
+    as the work goes on. No weight is loaded; weights of another dtype are converted one at a time. measure: whether
+    fp16 graphs are run, in fp32, to see what would overflow, and given fp32 there (docs/precision.md).
 
     Raises OptionError for a dtype, length or graph that cannot be, CheckpointError and FamilyError for the checkpoint,
     BundleError for a model that cannot be exported, TargetError for the target. `target` appears whole or not at all.
@@ -67,13 +73,16 @@ def export_bundle(
         described = family(config.model_type)
         _check_length(max_length, described.text_config(config))
         with staged(target, overwrite, protect=[opened.directory]) as directory:
-            return _write(opened, described, config, directory, dtype, max_length, progress, graphs)
+            manifest = _write(opened, described, config, directory, dtype, max_length, progress, graphs)
+            return _fit(directory, manifest, measure, progress) if dtype == torch.float16 else manifest
 
 
 def _check_length(max_length: int, text: Any) -> None:
     longest = text.max_position_embeddings
     if not 1 <= max_length <= longest:
-        raise OptionError(f"max_length {max_length} is out of range; this model takes 1 to {longest} tokens")
+        dynamic = text.rope_parameters["rope_type"] == "dynamic"
+        reason = ", beyond which its 'dynamic' rotary frequencies change with the length" if dynamic else ""
+        raise OptionError(f"max_length {max_length} is out of range; this model takes 1 to {longest} tokens{reason}")
 
 
 def _write(
@@ -108,6 +117,7 @@ def _write(
         if progress:
             progress("tracing graphs", done, len(wanted))
         made[name] = makers[name]()
+        Float32Operators()(made[name])
     if progress:
         progress("tracing graphs", len(wanted), len(wanted))
 
@@ -116,7 +126,7 @@ def _write(
         _save(graph, directory / f"{name}.onnx")
     _copy_processor(checkpoint, directory / PROCESSOR)
 
-    text = described.text_config(config)
+    text, record = described.text_config(config), record_of(config)
     manifest = Manifest(
         tool_version=surgeon.__version__,
         source=Source(
@@ -137,6 +147,9 @@ def _write(
             deepstack=described.deepstack_layers(config),
         ),
         tokens=_tokens(checkpoint, described, config),
+        layout=record.get("layout"),
+        positions=record.get("positions"),
+        allocation=record.get("allocation", "both"),
         memory=[
             Memory(layer=e.layer, kind=e.kind, num_key_value_heads=e.num_key_value_heads, head_dim=e.head_dim)
             for e in entries
@@ -153,6 +166,19 @@ def _write(
     )
     manifest.save(directory)
     return manifest
+
+
+def _fit(directory: Path, manifest: Manifest, measure: bool, progress: Progress | None) -> Manifest:
+    """The bundle in `directory` with fp32 where its values would overflow fp16; -> its manifest."""
+    precision, graphs = fit_float16(directory, progress) if measure else (not_measured("it was not asked for"), {})
+    described = dict(manifest.graphs)
+    for name, graph in graphs.items():
+        path = directory / manifest.graphs[name].file
+        _save(graph, path)
+        described[name] = _describe(graph, path)
+    fitted = manifest.model_copy(update={"precision": precision, "graphs": described})
+    fitted.save(directory)
+    return fitted
 
 
 def _name(dtype: torch.dtype) -> Any:
@@ -217,6 +243,7 @@ def _tokens(checkpoint: Checkpoint, described: Family, config: PretrainedConfig)
     return Tokens(
         image=described.image_token_id(config),
         visual=list(described.visual_token_ids(config)),
+        indicators=list(described.indicator_token_ids(config)),
         eos=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
         pad=lookup("pad_token_id"),
     )

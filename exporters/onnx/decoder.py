@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -12,24 +11,32 @@ from transformers import PretrainedConfig, PreTrainedModel
 from exporters.onnx import functions
 from exporters.onnx.assembly import Assembly
 from exporters.onnx.memory import layer_entries, memory_entries
+from exporters.onnx.rope import GraftRopes, grafts_of, position_axes, rotary
 from exporters.onnx.trace import Placeholder, Program, parameter_names, placeholder
 from surgeon import ops
 from surgeon.errors import BundleError
 from surgeon.families import Family
 from surgeon.memory.decoder_layer import grafts_at
+from surgeon.memory.rotary import Rotary
 
 
 class Positions(nn.Module):
-    """What the layers share: rotary angles, which slots a token sees, and each layer's DeepStack feature."""
+    """What the layers share: rotary angles, the grafts' too, which slots a token sees, and DeepStack features."""
 
     inv_freq: Tensor
     rope_axes: Tensor
 
     def __init__(
-        self, constants: Mapping[str, Tensor], rope_scaling: float, max_length: int, dtype: torch.dtype
+        self,
+        constants: Mapping[str, Tensor],
+        rope_scaling: float,
+        graft_ropes: GraftRopes,
+        max_length: int,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.rope_scaling, self.max_length, self.dtype = rope_scaling, max_length, dtype
+        self.graft_ropes = graft_ropes
         for name, value in constants.items():
             self.register_buffer(name, value.to("meta"), persistent=False)
 
@@ -37,10 +44,8 @@ class Positions(nn.Module):
         self, position_ids: Tensor, write_indices: Tensor, deepstack: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """position_ids [A, B, S], write_indices [B], deepstack [K, B, S, d] -> cos, sin [B, S, hd / 2], mask bool
-        [B, 1, S, Smax], and K features [B, S, d]."""
-        # each frequency turns with its axis of the positions; angles in fp32
-        angles = position_ids.float().index_select(0, self.rope_axes).permute(1, 2, 0) * self.inv_freq
-        cos, sin = angles.cos(), angles.sin()
+        [B, 1, S, Smax], K features [B, S, d], and cos, sin for each kind of graft with a rope."""
+        cos, sin = rotary(position_ids, self.inv_freq, self.rope_axes)
         if self.rope_scaling != 1.0:
             cos, sin = cos * self.rope_scaling, sin * self.rope_scaling
 
@@ -50,7 +55,8 @@ class Positions(nn.Module):
         mask = slots <= write_indices.view(-1, 1, 1, 1) + tokens
 
         features = () if deepstack is None else tuple(deepstack[i] for i in range(deepstack.shape[0]))
-        return cos.to(self.dtype), sin.to(self.dtype), mask, *features
+        grafts = [part for pair in self.graft_ropes(position_ids, self.dtype).values() for part in pair]
+        return cos.to(self.dtype), sin.to(self.dtype), mask, *features, *grafts
 
 
 class Layer(nn.Module):
@@ -75,15 +81,17 @@ class Layer(nn.Module):
         visual_token_mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
         memory: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        rotary: Mapping[str, Rotary] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states [B, S, d]; cos, sin, mask as from `Positions`; memory: keys and values by kind of graft ->
-        hidden_states, present keys, present values."""
+        """hidden_states [B, S, d]; cos, sin, mask as from `Positions`; memory: keys and values by kind of graft;
+        rotary: cos and sin by kind, of grafts with a rope -> hidden_states, present keys, present values."""
         attn, mlp = self.layer.self_attn, self.layer.mlp
         batch, length, width = hidden_states.shape
 
         def read(graft: Any, x: Tensor) -> Tensor:
             assert memory is not None and memory_mask is not None and visual_token_mask is not None
-            return functions.call(graft, x, *memory[graft.kind], memory_mask, visual_token_mask)
+            turned = None if rotary is None else rotary.get(graft.kind)
+            return functions.call(graft, x, *memory[graft.kind], memory_mask, visual_token_mask, turned)
 
         for graft in grafts_at(self.layer, "before_layer"):
             hidden_states = read(graft, hidden_states)
@@ -142,20 +150,22 @@ def decoder_graph(
 ) -> ir.Model:
     """The decoder of `model`, which is on the meta device and of `dtype`, over caches of `max_length` slots.
 
-    Inputs and outputs as in docs/architecture.md; initialisers bear the model's parameter names and have no values.
+    Inputs and outputs as in docs/bundle.md; initialisers bear the model's parameter names and have no values.
     `progress(done, total)` is called after each layer. Raises BundleError where the decoder does what this graph cannot
     say: another shape of layer, sliding windows, rotary frequencies that depend on the length.
     """
     text = family.text_config(config)
-    _check(family, text)
+    _check(family, text, max_length)
     decoder: Any = model.get_submodule(family.text_model)
     parts = _Parts(family, config, dtype, max_length)
+    ropes = GraftRopes.of(graft for layer in decoder.layers for graft in grafts_of(layer))
     assembly = Assembly("decoder")
 
-    shared = assembly.add(parts.positions(decoder.rotary_emb).trace(), {}, {})
+    shared = assembly.add(parts.positions(decoder.rotary_emb, ropes).trace(), {}, {})
     deepstack = [shared[f"deepstack.{i}"] for i in range(family.deepstack_layers(config))]
     common: dict[str, ir.Value | str] = {name: shared[name] for name in ("cos", "sin", "mask")}
-    common |= {name: name for name in ("write_indices", "visual_token_mask", "memory_mask")}
+    common |= {name: shared[name] for kind in ropes.kinds for name in (f"cos.{kind}", f"sin.{kind}")}
+    common |= {name: name for name in ("write_indices", *_MASKS)}
     hidden_states: ir.Value | str = "inputs_embeds"
     traced: dict[str, ir.Model] = {}
     present = []
@@ -184,7 +194,7 @@ def decoder_graph(
     names = ["inputs_embeds", "position_ids", "write_indices", "logits_indices"]
     names += ["deepstack"] if deepstack else []
     entries = memory_entries(decoder)
-    names += ["visual_token_mask", "memory_mask"] if entries else []
+    names += [name for name in _MASKS if assembly.reads(name)]  # a graft may have no use for one
     names += [f"memory_{part}.{entry.name}" for entry in entries for part in ("keys", "values")]
     names += [f"past_{part}.{i}" for i in range(len(decoder.layers)) for part in ("keys", "values")]
     return assembly.finish(names, [logits, *present])
@@ -198,7 +208,7 @@ class _Parts:
         self.width = family.text_config(config).hidden_size
         self.head_dim = family.head_dim(config)
 
-    def positions(self, rotary_emb: Any) -> Program:
+    def positions(self, rotary_emb: Any, graft_ropes: GraftRopes) -> Program:
         with torch.device("cpu"):  # not in the checkpoint, and without values on the meta device
             rotary = type(rotary_emb)(config=self.family.text_config(self.config))
         constants = {
@@ -212,9 +222,11 @@ class _Parts:
         features = range(self.family.deepstack_layers(self.config))
         if features:
             inputs["deepstack"] = placeholder(len(features), "B", "S", self.width, dtype=self.dtype)
-        module = Positions(constants, float(rotary.attention_scaling), self.max_length, self.dtype)
+        scaling = float(rotary.attention_scaling)
+        module = Positions(constants, scaling, graft_ropes, self.max_length, self.dtype)
         outputs = ["cos", "sin", "mask", *(f"deepstack.{i}" for i in features)]
-        return Program.of(module, inputs, outputs, constants=constants)
+        outputs += [f"{part}.{kind}" for kind in graft_ropes.kinds for part in ("cos", "sin")]
+        return Program.of(module, inputs, outputs, constants=constants | graft_ropes.constants("graft_ropes."))
 
     def layer(self, layer: Any) -> Program:
         def floats(*shape: int | str) -> Placeholder:
@@ -240,8 +252,11 @@ class _Parts:
             inputs["memory"] = {
                 kind: (floats("B", heads, "M", head_dim),) * 2 for kind, (heads, head_dim) in entries.items()
             }
-            names += ["visual_token_mask", "memory_mask"]
+            names += _MASKS
             names += [f"memory_{part}.{kind}" for kind in entries for part in ("keys", "values")]
+            if ropes := GraftRopes.of(grafts_of(layer)).ropes:
+                inputs["rotary"] = {kind: (floats("B", "S", rope.head_dim // 2),) * 2 for kind, rope in ropes.items()}
+                names += [f"{part}.{kind}" for kind in ropes for part in ("cos", "sin")]
         outputs = ["hidden_states", "present_keys", "present_values"]
         return Program.of(Layer(layer), inputs, outputs, input_names=names)
 
@@ -261,13 +276,7 @@ def _kind(layer: Any) -> str:
     return f"{layer}{shapes}{layer.self_attn.scaling}"
 
 
-def position_axes(family: Family, config: PretrainedConfig) -> int:
-    """How many axes the family's position ids have."""
-    one = np.ones((1, 1), dtype=np.int64)
-    return int(family.position_ids(config, one, one, [[]])[0].shape[0])
-
-
-def _check(family: Family, text: Any) -> None:
+def _check(family: Family, text: Any, max_length: int) -> None:
     if family.layer_shape != "pre_norm":
         raise BundleError(f"cannot export decoder layers of shape {family.layer_shape!r}; supported: pre_norm")
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
@@ -276,11 +285,19 @@ def _check(family: Family, text: Any) -> None:
             "set use_sliding_window to false if the context stays within the window"
         )
     rope_type = text.rope_parameters["rope_type"]
-    if rope_type in _LENGTH_DEPENDENT_ROPE:
+    if rope_type == "dynamic":
+        # the plain frequencies, as long as no position lies beyond those of the pretraining
+        if max_length > text.max_position_embeddings:
+            raise BundleError(
+                f"cannot export rotary embeddings of type 'dynamic' for max_length {max_length}: beyond "
+                f"{text.max_position_embeddings} tokens (max_position_embeddings) their frequencies change with the "
+                f"length; use a max_length of at most {text.max_position_embeddings}"
+            )
+    elif rope_type == "longrope":
         raise BundleError(
-            f"cannot export rotary embeddings of type {rope_type!r}, whose frequencies change with the length; "
-            "supported: default, linear, llama3, yarn"
+            "cannot export rotary embeddings of type 'longrope', whose frequencies change with the length; "
+            "supported: default, linear, dynamic, llama3, yarn"
         )
 
 
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_MASKS = ("visual_token_mask", "memory_mask")

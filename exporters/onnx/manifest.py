@@ -10,7 +10,8 @@ from surgeon.checkpoint.headers import header_bytes
 from surgeon.errors import BundleError, CheckpointError
 
 FILE = "bundle.json"
-FORMAT = 1
+FORMAT = 2
+"""1: without `layout`, `positions` and `allocation`, which it is read as, and without memories that need positions."""
 
 
 class _Strict(BaseModel):
@@ -43,6 +44,8 @@ class Tokens(_Strict):
     image: int
     visual: list[int]
     """Every token id whose embedding is a visual one."""
+    indicators: list[int] = []
+    """The ids that get the embeddings `indicators` of vision.onnx, in their order, in a row with pictures."""
     eos: list[int]
     pad: int | None
 
@@ -54,7 +57,7 @@ class Port(_Strict):
     dtype: str
     """As numpy writes it: "float32", "float16", "int64", "bool"; and "bfloat16"."""
     shape: list[int | str]
-    """Sizes, or the symbols of docs/architecture.md."""
+    """Sizes, or the symbols of docs/bundle.md."""
 
 
 class GraphFile(_Strict):
@@ -79,6 +82,47 @@ class Memory(_Strict):
     head_dim: int
 
 
+class Layout(_Strict):
+    """How a picture's visual tokens lie in the sequence: side * side for each tile, row by row, and for the thumbnail,
+    which is there unless there is one tile only."""
+
+    side: int
+    thumbnail: Literal["first", "last"]
+
+
+class Positions(_Strict):
+    """How position ids are made where they are not the family's own; the rule is in docs/bundle.md."""
+
+    scheme: Literal["rope_dhr"]
+    tile_order: Literal["row", "column"]
+
+
+class Activation(_Strict):
+    """The largest absolute value that a value of a graph was seen to have."""
+
+    graph: str
+    layer: str
+    """By the model's names, such as model.visual.blocks.3."""
+    operator: str
+    value: str
+    """Its name in the graph, functions inlined."""
+    max_abs: float
+
+
+class Precision(_Strict):
+    """What fp16's range was found to be enough for; the rules are in docs/precision.md."""
+
+    limit: float
+    margin: float
+    prompts: int
+    """How many were measured; 0 where `skipped` says why none was."""
+    skipped: str | None = None
+    largest: list[Activation] = []
+    """Of each layer, in the order of the graphs."""
+    widened: list[Activation] = []
+    """What is fp32 in the graphs because it would not fit in fp16 with the margin."""
+
+
 class Manifest(_Strict):
     """The content of bundle.json."""
 
@@ -89,6 +133,13 @@ class Manifest(_Strict):
     max_length: int
     sizes: Sizes
     tokens: Tokens
+    layout: Layout | None = None
+    """Where tiles matter to positions or to the memory."""
+    positions: Positions | None = None
+    allocation: Literal["both", "context", "memory"] = "both"
+    """Where a picture's tiles go beside its thumbnail: into the sequence and the memory, or into one of them."""
+    precision: Precision | None = None
+    """Of fp16 bundles."""
     memory: list[Memory]
     graphs: dict[str, GraphFile]
     weights: dict[str, WeightFile]

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from exporters.onnx import functions
 from exporters.onnx.assembly import single
+from exporters.onnx.rope import GraftRopes, grafts_of, position_axes
 from exporters.onnx.trace import Program, parameter_names, placeholder
 from surgeon import ops
 from surgeon.families import Family
@@ -45,19 +47,27 @@ def memory_entries(decoder: Any) -> list[MemoryEntry]:
 def layer_entries(layer: nn.Module, width: int, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
     """Kind of graft -> number and size of the heads of its keys, for a layer on the meta device."""
     probe = torch.empty((1, 1, width), dtype=dtype, device="meta")
-    shapes = {graft.kind: graft.project(probe)[0].shape for graft in _grafts(layer)}
-    return {kind: (shape[1], shape[3]) for kind, shape in shapes.items()}
+    found = {}
+    for graft in grafts_of(layer):
+        rotary = None
+        if graft.rope is not None:
+            rotary = graft.rope(torch.zeros((max(graft.rope.axes) + 1, 1, 1), dtype=torch.int64, device="meta"))
+        shape = graft.project(probe, rotary)[0].shape
+        found[graft.kind] = (shape[1], shape[3])
+    return found
 
 
 class Memory(nn.Module):
     """`project` of every graft."""
 
-    def __init__(self, grafts: Sequence[Graft]) -> None:
+    def __init__(self, grafts: Sequence[Graft], ropes: GraftRopes) -> None:
         super().__init__()
-        self.grafts = nn.ModuleList(grafts)
+        self.grafts, self.ropes = nn.ModuleList(grafts), ropes
 
-    def forward(self, visual_embeds: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return [graft.project(visual_embeds) for graft in self.grafts]  # type: ignore[operator]
+    def forward(self, visual_embeds: Tensor, media_position_ids: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """visual_embeds [B, M, d]; media_position_ids [A, B, M], where some graft has a rope."""
+        rotary = {} if media_position_ids is None else self.ropes(media_position_ids, visual_embeds.dtype)
+        return [functions.project(graft, visual_embeds, rotary.get(graft.kind)) for graft in self.grafts]  # type: ignore[arg-type]
 
 
 class _ExportRMSNorm(RMSNorm):
@@ -70,14 +80,15 @@ class _ExportRMSNorm(RMSNorm):
 def memory_graph(family: Family, config: PretrainedConfig, model: PreTrainedModel, dtype: torch.dtype) -> ir.Model:
     """The graph of a patched `model`, which is on the meta device, of `dtype`, and good for export alone after."""
     decoder = model.get_submodule(family.text_model)
-    module = Memory([graft for layer in decoder.layers for graft in _grafts(layer)])
+    grafts = [graft for layer in decoder.layers for graft in grafts_of(layer)]
+    ropes = GraftRopes.of(grafts)
+    module = Memory(grafts, ropes)
     for child in module.modules():
         if type(child) is RMSNorm:
             child.__class__ = _ExportRMSNorm
     inputs = {"visual_embeds": placeholder("B", "M", family.text_config(config).hidden_size, dtype=dtype)}
+    if ropes.kinds:
+        inputs["media_position_ids"] = placeholder(position_axes(family, config), "B", "M", dtype=torch.int64)
     outputs = [f"memory_{part}.{e.name}" for e in memory_entries(decoder) for part in ("keys", "values")]
-    return single("memory", Program.of(module, inputs, outputs), parameter_names(module, model))
-
-
-def _grafts(layer: nn.Module) -> list[Graft]:
-    return [child for child in layer.children() if isinstance(child, Graft)]
+    program = Program.of(module, inputs, outputs, constants=ropes.constants("ropes."))
+    return single("memory", program, parameter_names(module, model))

@@ -1,8 +1,10 @@
 """Run a bundle."""
 
-from exporters.runtime.bundle_runtime import BundleRuntime, Picture, State
+from exporters.runtime.bundle_runtime import BundleRuntime
 from exporters.runtime.generate import Generation, generate
+from exporters.runtime.placement import Picture
 from exporters.runtime.session import Provider, SessionOptions, choose_provider
+from exporters.runtime.state import State
 
 __all__ = [
     "BundleRuntime",

@@ -2,72 +2,25 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
-import torch
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from exporters.onnx.manifest import Manifest
+from exporters.runtime.placement import Entering, Picture, Placement, padded
 from exporters.runtime.session import Provider, Session, SessionOptions, as_tensor, as_value, choose_provider
+from exporters.runtime.state import State, Tokens, Wanted, rows_of, stack
 from surgeon.errors import BundleError
 from surgeon.families import family
 from surgeon.inputs import Inputs, Message, ModelInputs, Prompt
 from surgeon.models import read_config
+from surgeon.positions import Positions, choose_positions, position_ids
 
 PROCESSOR = "processor"
 """The folder of a bundle with tokenizer, chat template, image processor and config."""
-Wanted = Literal["last", "all"]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture as the decoder gets it: features fp32 [M, d], deepstack fp32 [K, M, d] where the family has it."""
-
-    features: np.ndarray
-    deepstack: np.ndarray | None
-
-
-@dataclass
-class State:
-    """Everything of one request (a batch of rows): its caches, its visual memory and how far each row is. Nothing of it
-    is kept anywhere else, so states may be used in any order."""
-
-    lengths: np.ndarray
-    """Tokens of each row so far, int64 [B]."""
-    next_positions: np.ndarray
-    """The position id of each row's next token, int64 [B]."""
-    caches: dict[str, Tensor]
-    """`past_keys.<i>`, `past_values.<i>` [B, Hkv, Smax, hd]; written in place."""
-    memory: dict[str, Tensor]
-    """`memory_keys.<entry>`, `memory_values.<entry>` [B, Hm, M, hd]."""
-    memory_mask: np.ndarray
-    """bool [B, M]: which slots of the memory a row uses."""
-    extra: dict[str, np.ndarray] = field(default_factory=dict)
-    """The extra outputs of the latest call, by name, fp32 where they are floating."""
-    binding: ort.IOBinding | None = None
-    """Of a decoding step, with everything bound that does not change from step to step."""
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.lengths)
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """New tokens of some rows, padded on the right, as the decoder takes them."""
-
-    inputs_embeds: np.ndarray
-    position_ids: np.ndarray
-    write_indices: np.ndarray
-    logits_indices: np.ndarray
-    visual_token_mask: np.ndarray
-    deepstack: np.ndarray | None
 
 
 class BundleRuntime:
@@ -95,6 +48,7 @@ class BundleRuntime:
         self.extra_outputs = tuple(extra_outputs)
         self.family = family(self.manifest.source.model_type)
         self.config = _config(self.path / PROCESSOR / "config.json")
+        self.placement = Placement(self.config)
         self.max_length = self.manifest.max_length
 
     @cached_property
@@ -123,9 +77,10 @@ class BundleRuntime:
         return Session(self.path / self.manifest.graphs[name].file, self.options, extra_outputs)
 
     # -- a request ---------------------------------------------------------------------------------------------
-    def prepare(self, prompts: Sequence[Prompt | list[Message]]) -> ModelInputs:
-        """Prompts or conversations as model inputs. Raises InputError for what cannot be used."""
-        return self.inputs.prepare(prompts, padding_side="right")
+    def prepare(self, prompts: Sequence[Prompt | list[Message]], positions: Positions | None = None) -> ModelInputs:
+        """Prompts or conversations as model inputs. `positions`: dhr or plain, for a model with RoPE-DHR, whose default
+        is dhr. Raises InputError for what cannot be used."""
+        return self.inputs.prepare(prompts, padding_side="right", positions=positions)
 
     def encode_images(self, inputs: ModelInputs) -> list[list[Picture]]:
         """Each row's pictures, one call of the vision graph for each."""
@@ -136,8 +91,7 @@ class BundleRuntime:
 
     def _encode(self, pixel_values: np.ndarray, grid: tuple[int, int, int]) -> Picture:
         outputs = self.vision.run(self.family.vision_inputs(self.config, pixel_values, grid))
-        deepstack = outputs["deepstack"].numpy() if "deepstack" in outputs else None
-        return Picture(outputs["features"].numpy(), deepstack)
+        return Picture(**{name: value.numpy() for name, value in outputs.items()})
 
     def start(self, inputs: ModelInputs, logits: Wanted = "last") -> tuple[State, np.ndarray]:
         """Begin a request: pictures, memory and prompts -> its state, and logits fp32 of each row's last token [B, V],
@@ -146,12 +100,12 @@ class BundleRuntime:
 
         Raises BundleError for a prompt that is longer than the bundle's maximum.
         """
-        rows = _rows(inputs)
+        rows = rows_of(inputs)
         state = self._empty_state(len(rows))
         self._check_room(state, rows)
         tokens = self._tokens(state, inputs, rows, logits)
         found = self._forward(state, slice(None), tokens)
-        self._advance(state, rows, tokens)
+        state.advance(rows, tokens.position_ids)
         return state, found if logits == "all" else found[:, 0]
 
     def step(self, state: State, tokens: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
@@ -184,7 +138,7 @@ class BundleRuntime:
         Pictures enter the memory beside those that are there, and positions continue. Raises BundleError for a row
         that would become longer than the bundle's maximum.
         """
-        rows = _rows(inputs)
+        rows = rows_of(inputs)
         if len(rows) != state.batch_size:
             raise BundleError(f"the request has {state.batch_size} row(s), {len(rows)} were given to append")
         self._check_room(state, rows)
@@ -194,11 +148,11 @@ class BundleRuntime:
         found, extra = [], []
         for row, ids in enumerate(rows):
             one = slice(row, row + 1)
-            found.append(self._forward(state, one, _of_row(tokens, row, len(ids), logits)))
+            found.append(self._forward(state, one, tokens.of_row(row, len(ids), logits)))
             extra.append(state.extra)
-        state.extra = {name: _stack([row[name] for row in extra]) for name in self.extra_outputs}
-        self._advance(state, rows, tokens)
-        stacked = _stack(found)
+        state.extra = {name: stack([row[name] for row in extra]) for name in self.extra_outputs}
+        state.advance(rows, tokens.position_ids)
+        stacked = stack(found)
         return stacked if logits == "all" else stacked[:, 0]
 
     # -- inside ------------------------------------------------------------------------------------------------
@@ -221,63 +175,63 @@ class BundleRuntime:
                     "shorten the prompt, scale its pictures down, or export again with a larger --max-length"
                 )
 
-    def _tokens(self, state: State, inputs: ModelInputs, rows: Sequence[np.ndarray], logits: Wanted) -> _Tokens:
+    def _tokens(self, state: State, inputs: ModelInputs, rows: Sequence[np.ndarray], logits: Wanted) -> Tokens:
         """New tokens of all rows; their pictures are encoded, put in their places, and entered into the memory."""
         batch, length = len(rows), max(map(len, rows))
         input_ids = np.zeros((batch, length), dtype=np.int64)
         present = np.zeros((batch, length), dtype=np.int64)
         for row, ids in enumerate(rows):
             input_ids[row, : len(ids)], present[row, : len(ids)] = ids, 1
-        positions, _ = self.family.position_ids(self.config, input_ids, present, inputs.grids)
+        positions = choose_positions(self.config, inputs.positions)
+        grids = [[self.placement.grid_in_sequence(grid) for grid in row] for row in inputs.grids]
+        token_positions, _ = position_ids(self.family, self.config, input_ids, present, grids, positions)
+        token_positions = token_positions + state.next_positions[None, :, None]
         images = (input_ids == self.family.image_token_id(self.config)) & (present == 1)
         embeds, deepstack = self._embed(input_ids), self._no_deepstack(batch, length)
-        pictures = self.encode_images(inputs)
-        visual: list[np.ndarray] = []
-        for row, row_pictures in enumerate(pictures):
-            visual.append(np.concatenate([p.features for p in row_pictures] or [embeds[row, :0]]))
-            embeds[row, images[row]] = visual[-1]
-            if deepstack is not None and row_pictures:
-                features = [p.deepstack for p in row_pictures if p.deepstack is not None]
-                deepstack[:, row, images[row]] = np.concatenate(features, axis=1)
-        if any(map(len, visual)) and state.memory:
-            self._remember(state, visual)
+        entering = []
+        for row, pictures in enumerate(self.encode_images(inputs)):
+            self._put(pictures, input_ids[row], embeds[row], None if deepstack is None else deepstack[:, row])
+            entering.append(self.placement.entering(pictures, inputs.grids[row], token_positions[:, row, images[row]]))
+        if state.memory and any(entering):
+            self._remember(state, entering)
         last = np.array([[len(ids) - 1] for ids in rows], dtype=np.int64)
         every = np.broadcast_to(np.arange(length), (batch, length))
-        return _Tokens(
+        return Tokens(
             inputs_embeds=embeds,
-            position_ids=positions + state.next_positions[None, :, None],
+            position_ids=token_positions,
             write_indices=state.lengths.copy(),
             logits_indices=every if logits == "all" else last,
             visual_token_mask=images,
             deepstack=deepstack,
         )
 
-    def _remember(self, state: State, visual: Sequence[np.ndarray]) -> None:
-        """Enter each row's visual embeddings [M, d] into the memory, behind what is there."""
-        longest = max(map(len, visual))
-        embeds = np.stack([np.pad(row, ((0, longest - len(row)), (0, 0))) for row in visual])
-        mask = np.arange(longest) < np.array([[len(row)] for row in visual])
-        new = {name: as_tensor(value) for name, value in self.memory.run({"visual_embeds": embeds}).items()}
-        if state.memory_mask.any():
-            new = {name: torch.cat((state.memory[name], tensor), 2) for name, tensor in new.items()}
-            mask = np.concatenate((state.memory_mask, mask), axis=1)
-        state.memory, state.memory_mask = new, mask
-        state.binding = None
+    def _put(
+        self, pictures: Sequence[Picture], input_ids: np.ndarray, embeds: np.ndarray, deepstack: np.ndarray | None
+    ) -> None:
+        """Put a row's pictures in the places of its ids [S]: embeds [S, d], deepstack [K, S, d], both in place."""
+        if not pictures:
+            return
+        shown = [self.placement.in_sequence(picture) for picture in pictures]
+        images = input_ids == self.family.image_token_id(self.config)
+        embeds[images] = np.concatenate([picture.features for picture in shown])
+        if shown[0].indicators is not None:  # the same for every picture
+            ids = self.family.indicator_token_ids(self.config)
+            for token_id, indicator in zip(ids, shown[0].indicators, strict=True):
+                embeds[input_ids == token_id] = indicator
+        if deepstack is not None:
+            deepstack[:, images] = np.concatenate([p.deepstack for p in shown if p.deepstack is not None], axis=1)
 
-    def _forward(self, state: State, rows: slice, tokens: _Tokens) -> np.ndarray:
+    def _remember(self, state: State, entering: Sequence[Entering | None]) -> None:
+        """Enter each row's visual embeddings into the memory, behind what is there."""
+        embeds, position_ids, mask = padded(entering)
+        feeds = {"visual_embeds": embeds, "media_position_ids": position_ids}
+        new = self.memory.run({name: feeds[name] for name in self.memory.inputs})  # positions where a graft has a rope
+        state.remember({name: as_tensor(value) for name, value in new.items()}, mask)
+
+    def _forward(self, state: State, rows: slice, tokens: Tokens) -> np.ndarray:
         """Run the decoder on some rows of a state; -> logits [B, T, V]."""
-        feeds: dict[str, np.ndarray | ort.OrtValue] = {
-            "inputs_embeds": tokens.inputs_embeds,
-            "position_ids": tokens.position_ids,
-            "write_indices": tokens.write_indices,
-            "logits_indices": tokens.logits_indices,
-        }
-        if tokens.deepstack is not None:
-            feeds["deepstack"] = tokens.deepstack
-        if state.memory:
-            feeds["visual_token_mask"] = tokens.visual_token_mask
-            feeds["memory_mask"] = state.memory_mask[rows]
-            feeds |= {name: as_value(tensor[rows].contiguous()) for name, tensor in state.memory.items()}
+        memory = {name: as_value(tensor[rows].contiguous()) for name, tensor in state.memory.items()}
+        feeds = self._known(tokens.feeds() | {"memory_mask": state.memory_mask[rows]}) | memory
         caches = {name: as_value(tensor[rows]) for name, tensor in state.caches.items()}
         present = {name.replace("past_", "present_"): value for name, value in caches.items()}
         binding = self.decoder.bind(feeds | caches, present)
@@ -285,27 +239,28 @@ class BundleRuntime:
 
     def _bind_step(self, state: State, changing: dict[str, np.ndarray]) -> ort.IOBinding:
         batch = state.batch_size
-        fixed: dict[str, np.ndarray | ort.OrtValue] = {"logits_indices": np.zeros((batch, 1), dtype=np.int64)}
         deepstack = self._no_deepstack(batch, 1)
-        if deepstack is not None:
-            fixed["deepstack"] = deepstack
-        if state.memory:
-            fixed["visual_token_mask"] = np.zeros((batch, 1), dtype=bool)
-            fixed["memory_mask"] = state.memory_mask
-            fixed |= {name: as_value(tensor.contiguous()) for name, tensor in state.memory.items()}
+        fixed = self._known(
+            {
+                "logits_indices": np.zeros((batch, 1), dtype=np.int64),
+                "visual_token_mask": np.zeros((batch, 1), dtype=bool),
+                "memory_mask": state.memory_mask,
+                **({} if deepstack is None else {"deepstack": deepstack}),
+            }
+        )
+        memory = {name: as_value(tensor.contiguous()) for name, tensor in state.memory.items()}
         caches = {name: as_value(tensor) for name, tensor in state.caches.items()}
         present = {name.replace("past_", "present_"): value for name, value in caches.items()}
-        return self.decoder.bind(changing | fixed | caches, present)
+        return self.decoder.bind(changing | fixed | memory | caches, present)
+
+    def _known(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray | ort.OrtValue]:
+        """Those that the decoder takes: what a model's grafts do not read is not among its inputs."""
+        return {name: value for name, value in feeds.items() if name in self.decoder.inputs}
 
     def _read(self, state: State, outputs: dict[str, ort.OrtValue]) -> np.ndarray:
         state.extra = {name: outputs[name].numpy() for name in self.extra_outputs}
         logits: np.ndarray = outputs["logits"].numpy()
         return logits
-
-    def _advance(self, state: State, rows: Sequence[np.ndarray], tokens: _Tokens) -> None:
-        for row, ids in enumerate(rows):
-            state.next_positions[row] = tokens.position_ids[:, row, : len(ids)].max() + 1
-            state.lengths[row] += len(ids)
 
     def _embed(self, input_ids: np.ndarray) -> np.ndarray:
         embeds: np.ndarray = self.embed.run({"input_ids": input_ids})["inputs_embeds"].numpy()
@@ -329,29 +284,3 @@ def _config(path: Path) -> PretrainedConfig:
         return read_config(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read ({error}): the bundle is damaged, export it again") from None
-
-
-def _rows(inputs: ModelInputs) -> list[np.ndarray]:
-    """Each row's token ids without its padding, wherever that is."""
-    masks = inputs.attention_mask.astype(bool)
-    return [ids[mask] for ids, mask in zip(inputs.input_ids, masks, strict=True)]
-
-
-def _of_row(tokens: _Tokens, row: int, length: int, logits: Wanted) -> _Tokens:
-    """One row's tokens, without padding."""
-    one = slice(row, row + 1)
-    return _Tokens(
-        inputs_embeds=tokens.inputs_embeds[one, :length],
-        position_ids=tokens.position_ids[:, one, :length],
-        write_indices=tokens.write_indices[one],
-        logits_indices=tokens.logits_indices[one, : length if logits == "all" else 1],
-        visual_token_mask=tokens.visual_token_mask[one, :length],
-        deepstack=None if tokens.deepstack is None else tokens.deepstack[:, one, :length],
-    )
-
-
-def _stack(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows [1, S, ...] of different lengths as one batch, padded with zeros."""
-    longest = max(row.shape[1] for row in rows)
-    rest = [(0, 0)] * (rows[0].ndim - 2)
-    return np.concatenate([np.pad(row, ((0, 0), (0, longest - row.shape[1]), *rest)) for row in rows])

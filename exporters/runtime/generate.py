@@ -8,6 +8,7 @@ import numpy as np
 from exporters.runtime.bundle_runtime import BundleRuntime
 from surgeon.generation import FinishReason, Rows, Sampling, TextStream, sample
 from surgeon.inputs import Message, Prompt
+from surgeon.positions import Positions
 
 OnText = Callable[[int, str], None]
 """Called with a row and the text that was added to it."""
@@ -28,8 +29,10 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     on_text: OnText | None = None,
+    positions: Positions | None = None,
 ) -> list[Generation]:
     """Answer prompts in one batch, each with its own pictures; greedy unless `sampling` says otherwise.
+    `positions`: as for `BundleRuntime.prepare`.
 
     A row ends with one of the model's end-of-sequence tokens ("stop"), or after `max_new_tokens`, or when prompt and
     answer together are as long as the bundle's maximum (both "length"). Raises InputError for a prompt or picture that
@@ -37,7 +40,7 @@ def generate(
     """
     sampling = sampling or Sampling()
     generator = sampling.generator()
-    inputs = runtime.prepare(prompts)
+    inputs = runtime.prepare(prompts, positions)
     state, logits = runtime.start(inputs)
     limits = [min(max_new_tokens, runtime.max_length - int(length)) for length in state.lengths]
     rows = Rows([runtime.manifest.tokens.eos] * len(prompts), limits)

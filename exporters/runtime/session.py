@@ -18,6 +18,7 @@ from exporters.runtime.rewrites import (
     GroupedQueryAttention,
     OrtRewrite,
     PackedMultiHeadAttention,
+    RoundFloat16,
 )
 from surgeon.errors import BundleError
 
@@ -183,6 +184,7 @@ def _rewrites(model: ir.Model, options: SessionOptions) -> Iterator[OrtRewrite]:
         yield PackedMultiHeadAttention()
     if options.provider == "cpu":
         yield EmulateBFloat16()
+        yield RoundFloat16()
     yield Float32Boundary(keep=stays_on_device)
 
 

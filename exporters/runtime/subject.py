@@ -12,18 +12,20 @@ from surgeon.errors import SurgeonError
 from surgeon.inputs import Prompt
 from surgeon.memory.patched import RECORD
 from surgeon.models import graft_class
-from surgeon.parity.ladder import TUNED, Rung, rung_between
+from surgeon.parity.ladder import MOVED, TUNED, Rung, rung_between
 from surgeon.parity.subject import Subject, Trace
 from surgeon.parity.torch_subject import TorchSubject
+from surgeon.positions import Positions
 
 
 class BundleSubject:
-    """A bundle in ONNX Runtime, its numbers as the engine's own: decoding through the caches, one step a token."""
+    """A bundle in ONNX Runtime, its numbers as the engine's own: decoding through the caches, one step a token.
+    `positions`: as for `BundleRuntime.prepare`."""
 
     stage = "bundle"
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
+    def __init__(self, path: str | Path, positions: Positions | None = None) -> None:
+        self.path, self.positions = str(path), positions
         self.runtime = BundleRuntime(path)
         self.dtype = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[self.runtime.manifest.dtype]
         self.record: Mapping[str, Any] | None = getattr(self.runtime.config, RECORD, None)
@@ -36,12 +38,16 @@ class BundleSubject:
         path = Path(self.path) / self.runtime.manifest.graphs["decoder"].file
         found = {}
         for name, value in ir.load(path).graph.initializers.items():
-            if name.rsplit(".", 1)[-1] in gates and value.const_value is not None:
-                found[name] = float(np.abs(value.const_value.numpy().astype(np.float32)).max())
+            tensor = value.const_value
+            if name.rsplit(".", 1)[-1] in gates and isinstance(tensor, ir.ExternalTensor):
+                # read here: onnx-ir refuses files with several hard links, which a bundle's weights may be
+                file, dtype = path.parent / tensor.location, tensor.dtype.numpy()
+                values = np.fromfile(file, dtype, count=tensor.size, offset=tensor.offset or 0)
+                found[name] = float(np.abs(values.astype(np.float32)).max())
         return found
 
     def trace(self, prompts: Sequence[Prompt], steps: int, tokens: np.ndarray | None = None) -> Trace:
-        inputs = self.runtime.prepare(prompts)
+        inputs = self.runtime.prepare(prompts, self.positions)
         state, prompt_logits = self.runtime.start(inputs, logits="all")
         lengths = inputs.lengths
         logits = [np.stack([row[n - 1] for row, n in zip(prompt_logits, lengths, strict=True)])]
@@ -61,7 +67,7 @@ class BundleSubject:
         layers = self.runtime.manifest.sizes.num_hidden_layers
         names = [f"hidden_states.{i}" for i in range(layers)]
         searching = BundleRuntime(self.path, extra_outputs=names)
-        inputs = searching.prepare(prompts)
+        inputs = searching.prepare(prompts, self.positions)
         state, _ = searching.start(inputs)
         return {
             name: [row[:n].astype(np.float32) for row, n in zip(state.extra[name], inputs.lengths, strict=True)]
@@ -73,27 +79,32 @@ def is_bundle(path: str | Path) -> bool:
     return (Path(path) / "bundle.json").is_file()
 
 
-def open_pair(a: str | Path, b: str | Path) -> tuple[Subject, Subject, Rung]:
+def open_pair(a: str | Path, b: str | Path, positions: Positions | None = None) -> tuple[Subject, Subject, Rung]:
     """Load two checkpoints or bundles, the reference first whichever way they were named, and the rung between them.
 
     A checkpoint is the reference of a bundle and runs in fp32 then, whatever it is stored in; an unpatched checkpoint
-    is the reference of a patched one. Raises SurgeonError where the two are not forms of one model.
+    is the reference of a patched one. `positions` of both, where they offer a choice. Raises SurgeonError where the two
+    are not forms of one model, or are asked with other tokens.
     """
     if is_bundle(a) and not is_bundle(b):
         a, b = b, a
     if is_bundle(b):
-        subject: Any = BundleSubject(b)
-        reference: Any = BundleSubject(a) if is_bundle(a) else TorchSubject(a, "fp32")
+        subject: Any = BundleSubject(b, positions)
+        reference: Any = BundleSubject(a, positions) if is_bundle(a) else TorchSubject(a, "fp32", positions=positions)
     else:
-        reference, subject = TorchSubject(a), TorchSubject(b)
+        reference, subject = (TorchSubject(path, positions=positions) for path in (a, b))
     if reference.stage == subject.stage and _comes_later(reference, subject):
         reference, subject = subject, reference
     _check_same_model(reference, subject)
-    # Whether what one has grafted and the other has not is still exactly nothing.
-    added = _grafts(reference) != _grafts(subject)
-    identity = added and not any(subject.gates().values())
-    rung = rung_between((reference.stage, subject.stage), (reference.dtype, subject.dtype), identity)
-    return reference, subject, TUNED if added and not identity else rung
+    _check_same_prompts(reference, subject)
+    moved = positions != "plain" and _scheme(reference) != _scheme(subject)
+    # Whether what one has and the other has not is still exactly nothing.
+    added = (_grafts(reference), _scheme(reference)) != (_grafts(subject), _scheme(subject))
+    closed = added and not any(subject.gates().values())
+    rung = rung_between((reference.stage, subject.stage), (reference.dtype, subject.dtype), closed)
+    if added:
+        rung = TUNED if not closed else MOVED if moved else rung
+    return reference, subject, rung
 
 
 _PRECISION = ("fp32", "fp16", "bf16")
@@ -101,11 +112,29 @@ _PRECISION = ("fp32", "fp16", "bf16")
 
 def _comes_later(a: Subject, b: Subject) -> bool:
     """Whether `a` is the later form of the two."""
-    return (len(_grafts(a)), _PRECISION.index(a.dtype)) > (len(_grafts(b)), _PRECISION.index(b.dtype))
+
+    def age(subject: Subject) -> tuple[int, bool, int]:
+        return len(_grafts(subject)), _scheme(subject) is not None, _PRECISION.index(subject.dtype)
+
+    return age(a) > age(b)
 
 
 def _grafts(subject: Subject) -> list[Any]:
     return list((subject.record or {}).get("grafts", []))
+
+
+def _scheme(subject: Subject) -> Any:
+    """Its position ids, where they are not the family's."""
+    return (subject.record or {}).get("positions")
+
+
+def _check_same_prompts(a: Subject, b: Subject) -> None:
+    allocations = [(subject.record or {}).get("allocation") == "memory" for subject in (a, b)]
+    if allocations[0] != allocations[1]:
+        raise SurgeonError(
+            f"{a.path} and {b.path} cannot be compared: in one of them tiles go to the memory alone (tiles=memory), so "
+            "the same pictures are other tokens; compare forms of one patched checkpoint"
+        )
 
 
 def _check_same_model(a: Subject, b: Subject) -> None:

@@ -9,6 +9,7 @@ from surgeon.parity.ladder import TUNED
 from surgeon.parity.torch_subject import TorchSubject
 from surgeon.parity.validate import Progress, Report, validate
 from surgeon.parity.weights import changed_tensors
+from surgeon.positions import Positions
 
 
 def validate_pair(
@@ -18,15 +19,17 @@ def validate_pair(
     prompt: str | None = None,
     steps: int = 32,
     progress: Progress | None = None,
+    positions: Positions | None = None,
 ) -> Report:
     """Load two forms of a model, compare them over the default cases or the given pictures and prompt.
 
-    Raises SurgeonError where one cannot be loaded, or the two are not forms of one model.
+    `positions`: dhr or plain, of both, where they offer RoPE-DHR; by default dhr. Raises SurgeonError where one cannot
+    be loaded, or the two are not forms of one model.
     """
     cases = own_case(images, prompt) if images or prompt is not None else default_cases()
     if progress is not None:
         progress("loading", 0, len(cases))
-    reference, subject, rung = open_pair(a, b)
+    reference, subject, rung = open_pair(a, b, positions)
     report = validate(reference, subject, cases, rung, steps, progress)
     if rung is TUNED:
         report.notes += _what_changed(reference, subject)

@@ -8,6 +8,7 @@ from exporters.runtime.rewrites.emulate_bfloat16 import EmulateBFloat16
 from exporters.runtime.rewrites.float32_boundary import Float32Boundary
 from exporters.runtime.rewrites.grouped_query_attention import GroupedQueryAttention
 from exporters.runtime.rewrites.packed_attention import PackedMultiHeadAttention
+from exporters.runtime.rewrites.round_float16 import RoundFloat16
 
 __all__ = [
     "EmulateBFloat16",
@@ -15,4 +16,5 @@ __all__ = [
     "GroupedQueryAttention",
     "OrtRewrite",
     "PackedMultiHeadAttention",
+    "RoundFloat16",
 ]

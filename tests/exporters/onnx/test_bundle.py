@@ -11,16 +11,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, DecoderRun, Pair
 from safetensors.torch import load_file, save_file
 
-from bundles import MAX_LENGTH, DecoderRun, Exported
 from checkpoints import tiny_checkpoint
 from exporters.onnx.bundle import export_bundle
 from exporters.onnx.manifest import Manifest
 from surgeon.checkpoint import read_header
 from surgeon.errors import BundleError, CheckpointError, OptionError, TargetError
 
-Export = Callable[..., Exported]
+Export = Callable[..., Pair]
 
 
 def external(directory: Path) -> dict[str, dict[str, str]]:
@@ -39,19 +39,20 @@ def shares_bytes(checkpoint: Path, bundle: Path, name: str) -> bool:
     return how == "reflink" or (bundle / "weights" / name).stat().st_ino == (checkpoint / name).stat().st_ino
 
 
-def test_weights_stay_where_they_are(export: Export) -> None:
-    exported = export("qwen3_vl", True)
+@pytest.mark.parametrize("recipe", [PVM, MIXIN + PVM], ids=["pvm", "mixin and pvm"])
+def test_weights_stay_where_they_are(export: Export, recipe: tuple[str, ...]) -> None:
+    exported = export("qwen3_vl", recipe)
     assert {w.how for w in exported.manifest.weights.values()} <= {"reflink", "hardlink"}
     for path in exported.checkpoint.glob("*.safetensors"):
-        assert shares_bytes(exported.checkpoint, exported.directory, path.name)
-    where = external(exported.directory)
+        assert shares_bytes(exported.checkpoint, exported.bundle, path.name)
+    where = external(exported.bundle)
     stored = {name: info for f in exported.checkpoint.glob("*.safetensors") for name, info in read_header(f).items()}
     assert set(where) == {name for name in stored}
     for name, info in stored.items():
         assert where[name]["location"] == f"weights/{info.file.name}"
         assert (int(where[name]["offset"]), int(where[name]["length"])) == (info.offset, info.nbytes)
     # tables of rotary frequencies and shapes alone are inside
-    for path in exported.directory.glob("*.onnx"):
+    for path in exported.bundle.glob("*.onnx"):
         for tensor in onnx.load(path, load_external_data=False).graph.initializer:
             assert tensor.data_location == tensor.EXTERNAL or len(tensor.SerializeToString()) < 500
 
@@ -79,7 +80,7 @@ def test_on_another_file_system_weights_are_copied_and_the_manifest_says_so(
 
     monkeypatch.setattr(os, "link", refuse)
     monkeypatch.setattr(fcntl, "ioctl", refuse)
-    checkpoint = export("qwen3_vl", True).checkpoint
+    checkpoint = export("qwen3_vl").checkpoint
     manifest = export_bundle(checkpoint, tmp_path / "bundle", dtype=torch.float32, max_length=16, graphs=["embed"])
     ((path, weights),) = manifest.weights.items()
     assert weights.how == "copy"
@@ -89,10 +90,10 @@ def test_on_another_file_system_weights_are_copied_and_the_manifest_says_so(
 
 
 def test_another_dtype_is_converted_once(export: Export) -> None:
-    exported = export("qwen3_vl", True, torch.float16)
+    exported = export("qwen3_vl", PVM, torch.float16)
     ((path, weights),) = exported.manifest.weights.items()
     assert (path, weights.how) == ("weights/converted-f16.safetensors", "converted")
-    converted, where = load_file(exported.directory / path), external(exported.directory)
+    converted, where = load_file(exported.bundle / path), external(exported.bundle)
     assert set(where) == set(converted)
     source = {k: v for f in exported.checkpoint.glob("*.safetensors") for k, v in load_file(f).items()}
     for name, tensor in converted.items():
@@ -103,7 +104,7 @@ def test_another_dtype_is_converted_once(export: Export) -> None:
     embeds = np.random.default_rng(0).standard_normal((1, 4, exported.manifest.sizes.hidden_size)).astype(np.float16)
     feeds = {"position_ids": np.tile(np.arange(4), (3, 1, 1)), "logits_indices": np.array([[3]])}
     got = run.step(inputs_embeds=embeds, **feeds)
-    want = DecoderRun(export("qwen3_vl", True), 1).step(inputs_embeds=embeds.astype(np.float32), **feeds)
+    want = DecoderRun(export("qwen3_vl"), 1).step(inputs_embeds=embeds.astype(np.float32), **feeds)
     assert got.dtype == np.float16
     assert np.abs(got - want).max() < 0.05 < want.std()
     for graph in exported.manifest.graphs:
@@ -120,27 +121,27 @@ def test_bf16_weights_are_pointed_into_by_a_bf16_graph(tmp_path: Path) -> None:
 
 
 def test_tied_embeddings_are_one_tensor(export: Export) -> None:
-    exported = export("qwen2_5_vl", tie_word_embeddings=True)
-    model = onnx.load(exported.directory / "decoder.onnx", load_external_data=False)
+    exported = export("qwen2_5_vl", PLAIN, tie_word_embeddings=True)
+    model = onnx.load(exported.bundle / "decoder.onnx", load_external_data=False)
     logits = [node for node in model.graph.node if node.op_type == "Gemm"][-1]
     assert logits.input[1] == "model.language_model.embed_tokens.weight"
     DecoderRun(exported, 1)
 
 
 def test_the_manifest_says_what_a_runtime_needs(export: Export) -> None:
-    exported = export("qwen3_vl", True)
+    exported = export("qwen3_vl")
     manifest = exported.manifest
     assert manifest.max_length == MAX_LENGTH and manifest.source.grafts[0]["kind"] == "pvm"
     assert [(m.layer, m.kind, m.num_key_value_heads, m.head_dim) for m in manifest.memory] == [
         (1, "pvm", 1, 16),
-        (3, "pvm", 1, 16),
+        (2, "pvm", 1, 16),
     ]
     assert set(manifest.graphs) == {"embed", "vision", "memory", "decoder"}
     for name, graph in manifest.graphs.items():
         session = exported.session(name)
         for described, found in ((graph.inputs, session.get_inputs()), (graph.outputs, session.get_outputs())):
             assert [(p.name, p.shape) for p in described] == [(v.name, v.shape) for v in found]
-    config = json.loads((exported.directory / "processor" / "config.json").read_text())
+    config = json.loads((exported.bundle / "processor" / "config.json").read_text())
     assert config == json.loads((exported.checkpoint / "config.json").read_text())
 
 
@@ -192,7 +193,7 @@ def test_weights_that_cannot_be_used_are_named(
 
 
 def test_what_cannot_be_asked_is_refused_before_anything_is_written(export: Export, tmp_path: Path) -> None:
-    checkpoint, target = export("qwen3_vl", True).checkpoint, tmp_path / "bundle"
+    checkpoint, target = export("qwen3_vl").checkpoint, tmp_path / "bundle"
     for options, kind, said in (
         ({"dtype": torch.int8, "max_length": 16}, OptionError, "fp16"),
         ({"dtype": torch.float32, "max_length": 0}, OptionError, "1 to 4096"),

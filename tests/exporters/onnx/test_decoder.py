@@ -1,19 +1,23 @@
 """decoder.onnx against transformers: prefill and decoding, rows of different lengths, DeepStack, grafts."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from pairs import MIXIN, PLAIN, PVM, DecoderRun, Pair
 from transformers import DynamicCache
 
-from bundles import DecoderRun, Exported
+from checkpoints import tiny_checkpoint, tiny_config
+from exporters.onnx.bundle import export_bundle
+from exporters.onnx.decoder import decoder_graph
 from surgeon import models
-from surgeon.errors import BundleError
+from surgeon.errors import BundleError, OptionError
 from surgeon.families import family
 
-Export = Callable[..., Exported]
+Export = Callable[..., Pair]
 
 
 class Reference:
@@ -25,10 +29,10 @@ class Reference:
 
     @torch.inference_mode()
     def step(self, embeds: torch.Tensor, position_ids: torch.Tensor, **kwargs: object) -> np.ndarray:
-        """embeds [S, d], position_ids [3, S] -> logits [S, V]."""
+        """embeds [S, d], position_ids [A, S] -> logits [S, V]."""
         out = self.model.model.language_model(
             inputs_embeds=embeds[None],
-            position_ids=position_ids[:, None],
+            position_ids=position_ids if len(position_ids) == 1 else position_ids[:, None],
             past_key_values=self.cache,
             use_cache=True,
             **kwargs,
@@ -36,9 +40,14 @@ class Reference:
         return self.model.lm_head(out.last_hidden_state)[0].numpy()
 
 
-@pytest.mark.parametrize(("model_type", "patched"), [("qwen3_vl", True), ("qwen2_5_vl", True), ("qwen3_vl", False)])
-def test_prefill_and_decoding_give_the_logits_of_transformers(export: Export, model_type: str, patched: bool) -> None:
-    exported = export(model_type, patched)
+@pytest.mark.parametrize(
+    ("model_type", "recipe"),
+    [("qwen3_vl", PVM), ("qwen2_5_vl", PVM), ("qwen3_vl", MIXIN), ("qwen2_5_vl", MIXIN + PVM), ("qwen3_vl", PLAIN)],
+)
+def test_prefill_and_decoding_give_the_logits_of_transformers(
+    export: Export, model_type: str, recipe: tuple[str, ...]
+) -> None:
+    exported = export(model_type, recipe)
     model = models.load(exported.checkpoint)
     width, deepstack = exported.manifest.sizes.hidden_size, exported.manifest.sizes.deepstack
     generator = torch.Generator().manual_seed(0)
@@ -59,8 +68,9 @@ def test_prefill_and_decoding_give_the_logits_of_transformers(export: Export, mo
         "position_ids": np.zeros((3, 2, longest), np.int64),
         "write_indices": np.zeros(2, np.int64),
         "logits_indices": np.array([[n - 1, 0] for n in lengths]),
-        "visual_token_mask": np.zeros((2, longest), bool),
     }
+    if PVM[0] in recipe:  # nothing else reads it
+        feeds["visual_token_mask"] = np.zeros((2, longest), bool)
     if deepstack:
         feeds["deepstack"] = np.zeros((deepstack, 2, longest, width), np.float32)
     expected = []
@@ -69,16 +79,15 @@ def test_prefill_and_decoding_give_the_logits_of_transformers(export: Export, mo
         if deepstack:
             kwargs = {"visual_pos_masks": where[None], "deepstack_visual_embeds": list(features[b])}
             feeds["deepstack"][:, b, :n][:, where.numpy()] = features[b].numpy()
-        if patched:
+        if recipe:
             kwargs["visual_token_mask"] = where[None]
         logits = references[b].step(row[:n], positions[b][:, :n], **kwargs)
         expected.append(logits[[n - 1, 0]])
         feeds["inputs_embeds"][b, :n] = row[:n].numpy()
         feeds["position_ids"][:, b, :n] = positions[b][:, :n].numpy()
-        feeds["visual_token_mask"][b, :n] = where.numpy()
-    memory = remember(exported, rows, visual) if patched else {}
-    if not patched:
-        del feeds["visual_token_mask"]
+        if "visual_token_mask" in feeds:
+            feeds["visual_token_mask"][b, :n] = where.numpy()
+    memory = remember(exported, rows, visual, positions) if recipe else {}
     assert np.abs(run.step(**feeds, **memory) - np.stack(expected)).max() < 1e-4
 
     for step in range(steps):
@@ -95,23 +104,30 @@ def test_prefill_and_decoding_give_the_logits_of_transformers(export: Export, mo
             assert np.abs(got[b] - want).max() < 1e-4
 
 
-def remember(exported: Exported, rows: list[torch.Tensor], visual: list[torch.Tensor]) -> dict[str, np.ndarray]:
-    """memory.onnx over the rows' visual embeddings, padded to the longest."""
+def remember(
+    exported: Pair, rows: list[torch.Tensor], visual: list[torch.Tensor], positions: list[torch.Tensor]
+) -> dict[str, np.ndarray]:
+    """memory.onnx over the rows' visual embeddings, padded to the longest, at their positions [A, S]."""
     slots = max(int(v.sum()) for v in visual)
     embeds = np.zeros((len(rows), slots, rows[0].shape[1]), np.float32)
+    media = np.zeros((len(positions[0]), len(rows), slots), np.int64)
     mask = np.zeros((len(rows), slots), bool)
     for b, (row, where) in enumerate(zip(rows, visual, strict=True)):
         count = int(where.sum())
         embeds[b, :count] = row[: len(where)][where].numpy()
+        media[:, b, :count] = positions[b][:, : len(where)][:, where].numpy()
         mask[b, :count] = True
     session = exported.session("memory")
+    feeds = {"visual_embeds": embeds, "media_position_ids": media}
+    feeds = {value.name: feeds[value.name] for value in session.get_inputs()}
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, {"visual_embeds": embeds}), strict=True)) | {"memory_mask": mask}
+    return dict(zip(names, session.run(names, feeds), strict=True)) | {"memory_mask": mask}
 
 
-def test_a_row_without_pictures_is_the_plain_model(export: Export) -> None:
+@pytest.mark.parametrize("recipe", [PVM, MIXIN], ids=["pvm", "mixin"])
+def test_a_row_without_pictures_is_the_plain_model(export: Export, recipe: tuple[str, ...]) -> None:
     """Also beside a row with pictures, and in a batch where there is none at all."""
-    exported = export("qwen3_vl", True)
+    exported = export("qwen3_vl", recipe)
     model = models.load(exported.checkpoint)
     embeds = torch.randn(2, 6, exported.manifest.sizes.hidden_size, generator=torch.Generator().manual_seed(2))
     positions = torch.arange(6).expand(3, 6)
@@ -124,21 +140,34 @@ def test_a_row_without_pictures_is_the_plain_model(export: Export) -> None:
     alone = DecoderRun(exported, 2).step(**feeds)
     assert np.abs(alone[1] - want).max() < 1e-4
     where = [torch.tensor([True, True, False, False, False, False]), torch.zeros(6, dtype=torch.bool)]
-    memory = remember(exported, list(embeds), where)
-    beside = DecoderRun(exported, 2).step(**feeds, **memory, visual_token_mask=np.stack([w.numpy() for w in where]))
+    memory = remember(exported, list(embeds), where, [positions, positions])
+    if recipe == PVM:
+        feeds["visual_token_mask"] = np.stack([w.numpy() for w in where])
+    beside = DecoderRun(exported, 2).step(**feeds, **memory)
     assert np.abs(beside[1] - want).max() < 1e-4
     assert np.abs(beside[0] - alone[0]).max() > 1e-3  # the memory does something where there is one
 
 
-def test_the_graph_is_written_in_fused_operators(export: Export) -> None:
-    exported = export("qwen3_vl", True)
-    model = onnx.load(exported.directory / "decoder.onnx", load_external_data=False)
+@pytest.mark.parametrize(
+    ("recipe", "functions"),
+    [(PVM, ["PersistentVisualMemory"]), (MIXIN, ["Mixin"]), (MIXIN + PVM, ["Mixin", "PersistentVisualMemory"])],
+    ids=["pvm", "mixin", "both"],
+)
+def test_the_graph_is_written_in_fused_operators(export: Export, recipe: tuple[str, ...], functions: list[str]) -> None:
+    exported = export("qwen3_vl", recipe)
+    memory = onnx.load(exported.bundle / "memory.onnx", load_external_data=False)
+    mixins = sum(entry.kind == "mixin" for entry in exported.manifest.memory)
+    assert sum(node.op_type == "RotaryEmbedding" for node in memory.graph.node) == mixins
+    assert not any(node.op_type in ("Slice", "Split", "Neg") for node in memory.graph.node), "a rotary in pieces"
+    model = onnx.load(exported.bundle / "decoder.onnx", load_external_data=False)
     nodes = model.graph.node
     layers = exported.manifest.sizes.num_hidden_layers
     count = {op: sum(node.op_type == op for node in nodes) for op in ("Attention", "TensorScatter", "RotaryEmbedding")}
     assert count == {"Attention": layers, "TensorScatter": 2 * layers, "RotaryEmbedding": 2 * layers}
-    assert {(n.domain, n.op_type) for n in nodes if n.domain} == {("surgeon", "PersistentVisualMemory")}
-    assert [(f.domain, f.name) for f in model.functions] == [("surgeon", "PersistentVisualMemory")]
+    angles = 1 + (mixins > 0)
+    assert [sum(node.op_type == op for node in nodes) for op in ("Cos", "Sin")] == [angles, angles], "shared by layers"
+    assert {(n.domain, n.op_type) for n in nodes if n.domain} == {("surgeon", name) for name in functions}
+    assert sorted((f.domain, f.name) for f in model.functions) == [("surgeon", name) for name in functions]
     weights = {t.name for t in model.graph.initializer if t.data_location == t.EXTERNAL}
     for node in nodes:
         assert not (node.op_type in ("Transpose", "Cast") and set(node.input) & weights), "a weight is copied"
@@ -151,7 +180,6 @@ def test_the_graph_is_written_in_fused_operators(export: Export) -> None:
 
 def test_depth_does_not_change_what_is_traced(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of one kind are traced once."""
-    from checkpoints import tiny_config
     from exporters.onnx import decoder, trace
 
     traced = []
@@ -169,15 +197,41 @@ def test_depth_does_not_change_what_is_traced(export: Export, monkeypatch: pytes
     [
         ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "sliding-window"),
         (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0, "mrope_section": [4, 2, 2]}},
-            "'dynamic'",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e6,
+                    "original_max_position_embeddings": 64,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                    "mrope_section": [4, 2, 2],
+                }
+            },
+            "'longrope'",
         ),
     ],
 )
 def test_a_decoder_that_the_graph_cannot_say_is_refused(overrides: dict[str, object], said: str) -> None:
-    from checkpoints import tiny_config
-    from exporters.onnx.decoder import decoder_graph
-
     config = tiny_config("qwen2_5_vl", **overrides)
     with pytest.raises(BundleError, match=said):
         decoder_graph(family("qwen2_5_vl"), config, models.build_meta(config), torch.float32, 16)
+
+
+def test_dynamic_rotary_embeddings_are_plain_up_to_the_pretraining_length(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": 40, "text_type": "llama", "rope_parameters": rope}
+    checkpoint = tiny_checkpoint(tmp_path / "source", "internvl", **sizes)
+    with pytest.raises(OptionError, match="41 is out of range; this model takes 1 to 40 tokens, beyond which"):
+        export_bundle(checkpoint, tmp_path / "bundle", dtype=torch.float32, max_length=41)
+    config = tiny_config("internvl", **sizes)
+    with pytest.raises(BundleError, match=r"max_length 41: beyond 40 tokens"):
+        decoder_graph(family("internvl"), config, models.build_meta(config), torch.float32, 41)
+
+    export_bundle(checkpoint, tmp_path / "bundle", dtype=torch.float32, max_length=40, graphs=["decoder"])
+    pair = Pair(checkpoint, tmp_path / "bundle")
+    embeds = torch.randn(1, 40, pair.manifest.sizes.hidden_size, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(40)[None, None]
+    want = Reference(models.load(checkpoint)).step(embeds[0], positions[0])
+    feeds = {"inputs_embeds": embeds, "position_ids": positions, "logits_indices": torch.arange(40)[None]}
+    got = DecoderRun(pair, 1).step(**{name: value.numpy() for name, value in feeds.items()})
+    assert np.abs(got[0] - want).max() < 1e-4

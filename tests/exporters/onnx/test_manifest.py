@@ -6,20 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pairs import Pair
 
-from bundles import Exported
 from exporters.onnx.manifest import Manifest
 from surgeon.errors import BundleError
 
 
 @pytest.fixture
-def bundle(export: Callable[..., Exported], tmp_path: Path) -> Path:
+def bundle(export: Callable[..., Pair], tmp_path: Path) -> Path:
     """A copy that a test may damage."""
-    return Path(shutil.copytree(export("qwen3_vl", True).directory, tmp_path / "bundle"))
+    return Path(shutil.copytree(export("qwen3_vl").bundle, tmp_path / "bundle"))
 
 
-def test_a_copy_of_a_bundle_is_the_bundle(bundle: Path, export: Callable[..., Exported]) -> None:
-    assert Manifest.load(bundle) == export("qwen3_vl", True).manifest
+def test_a_copy_of_a_bundle_is_the_bundle(bundle: Path, export: Callable[..., Pair]) -> None:
+    assert Manifest.load(bundle) == export("qwen3_vl").manifest
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -32,6 +32,10 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
+def weights(bundle: Path) -> Path:
+    return bundle / "weights" / "model-base.safetensors"
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -42,9 +46,9 @@ def flip(path: Path, at: int) -> None:
         (lambda b: (b / "bundle.json").write_text("{"), "JSON"),
         (lambda b: (b / "decoder.onnx").unlink(), "decoder.onnx is missing"),
         (lambda b: flip(b / "decoder.onnx", 100), "decoder.onnx is not the file"),
-        (lambda b: (b / "weights" / "model.safetensors").unlink(), "model.safetensors is missing"),
-        (lambda b: (b / "weights" / "model.safetensors").write_bytes(b""), "has 0 bytes"),
-        (lambda b: flip(b / "weights" / "model.safetensors", 20), "model.safetensors is not the file"),
+        (lambda b: weights(b).unlink(), "model-base.safetensors is missing"),
+        (lambda b: weights(b).write_bytes(b""), "has 0 bytes"),
+        (lambda b: flip(weights(b), 20), "model-base.safetensors is not the file"),
     ],
 )
 def test_a_damaged_bundle_is_told(bundle: Path, damage: Callable[[Path], object], said: str) -> None:
@@ -54,6 +58,6 @@ def test_a_damaged_bundle_is_told(bundle: Path, damage: Callable[[Path], object]
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_is_not_a_bundle(export: Callable[..., Exported]) -> None:
+def test_a_checkpoint_is_not_a_bundle(export: Callable[..., Pair]) -> None:
     with pytest.raises(BundleError, match="surgeon export"):
-        Manifest.load(export("qwen3_vl", True).checkpoint)
+        Manifest.load(export("qwen3_vl").checkpoint)

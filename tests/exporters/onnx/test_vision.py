@@ -5,15 +5,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from pairs import Pair
 
-from bundles import Exported
 from surgeon import models
 from surgeon.families import family
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen2_5_vl"])
-def test_one_graph_takes_pictures_of_any_size(export: Callable[..., Exported], model_type: str) -> None:
-    exported = export(model_type, True)
+def test_one_graph_takes_pictures_of_any_size(export: Callable[..., Pair], model_type: str) -> None:
+    exported = export(model_type)
     model = models.load(exported.checkpoint)
     described = family(model_type)
     session = exported.session("vision")
@@ -32,8 +32,8 @@ def test_one_graph_takes_pictures_of_any_size(export: Callable[..., Exported], m
             assert np.abs(got["deepstack"] - torch.stack(want.deepstack_features).numpy()).max() < 1e-4
 
 
-def test_embeddings_are_rows_of_the_table(export: Callable[..., Exported]) -> None:
-    exported = export("qwen3_vl", True)
+def test_embeddings_are_rows_of_the_table(export: Callable[..., Pair]) -> None:
+    exported = export("qwen3_vl")
     model = models.load(exported.checkpoint)
     ids = np.array([[1, 5, 2047], [0, 0, 7]])
     got = exported.session("embed").run(None, {"input_ids": ids})[0]

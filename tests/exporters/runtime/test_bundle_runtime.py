@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pairs import MAX_LENGTH, Pair, Row, picture
+from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, Pair, Row, picture
 
 from checkpoints import MODEL_TYPES
 from exporters.runtime import BundleRuntime
@@ -60,10 +60,10 @@ def runtime(pair: Pair) -> BundleRuntime:
 
 
 # -- equality with torch -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("patched", [True, False], ids=["patched", "plain"])
+@pytest.mark.parametrize("recipe", [PVM, PLAIN, MIXIN + PVM], ids=["pvm", "plain", "mixin and pvm"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_logits_and_greedy_tokens_are_those_of_torch(export: Export, model_type: str, patched: bool) -> None:
-    pair = export(model_type, patched)
+def test_logits_and_greedy_tokens_are_those_of_torch(export: Export, model_type: str, recipe: tuple[str, ...]) -> None:
+    pair = export(model_type, recipe)
     runtime = BundleRuntime(pair.bundle, threads=1)
     for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[2:]):
         tokens, logits = decode(runtime, runtime.prepare(prompts), STEPS)
@@ -73,6 +73,17 @@ def test_logits_and_greedy_tokens_are_those_of_torch(export: Export, model_type:
     layers = runtime.manifest.sizes.num_hidden_layers
     assert runtime.decoder.rewrites["GroupedQueryAttention"] == layers
     assert runtime.vision.rewrites["PackedMultiHeadAttention"] == {"qwen3_vl": 3, "qwen2_5_vl": 1}[model_type]
+
+
+def test_pictures_whose_tokens_are_not_square(export: Export) -> None:
+    """LLaVA-OneVision: plain positions, rows of features with a newline behind each."""
+    pair = export("llava_onevision", MIXIN + PVM)
+    runtime = BundleRuntime(pair.bundle, threads=1)
+    prompts = [Prompt("Compare.", (picture(60, 60, 1), picture(160, 40, 2))), Prompt("A star is a")]
+    tokens, logits = decode(runtime, runtime.prepare(prompts), STEPS)
+    expected_tokens, expected = pair.greedy(pair.inputs.prepare(prompts), STEPS)
+    close(logits, expected)
+    assert tokens.tolist() == expected_tokens.tolist()
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -163,7 +174,7 @@ def test_hidden_states(pair: Pair) -> None:
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float16, 0.1), (torch.bfloat16, 1.0)], ids=str)
 def test_half_precision_is_close(export: Export, dtype: torch.dtype, atol: float) -> None:
     """Logits are spread over a dozen units, and rounding is 2^-11 and 2^-8 of each value, layer after layer."""
-    pair = export("qwen3_vl", True, dtype)
+    pair = export("qwen3_vl", MIXIN + PVM, dtype)
     runtime = BundleRuntime(pair.bundle, threads=1)
     expected_tokens, expected = pair.greedy(pair.inputs.prepare(PROMPTS), 16)
     state, last = runtime.start(runtime.prepare(PROMPTS))
@@ -177,7 +188,7 @@ def test_half_precision_is_close(export: Export, dtype: torch.dtype, atol: float
 
 def test_bfloat16_rounds_as_torch_does(export: Export) -> None:
     """As far from fp32 as the same model in torch's bf16, not nearer: the rounding is there."""
-    pair = export("qwen3_vl", True, torch.bfloat16)
+    pair = export("qwen3_vl", MIXIN + PVM, torch.bfloat16)
     runtime = BundleRuntime(pair.bundle, threads=1)
     inputs = runtime.prepare(PROMPTS[:1])
     _, found = runtime.start(inputs, logits="all")
@@ -232,10 +243,10 @@ def test_requests_do_not_disturb_each_other(pair: Pair, runtime: BundleRuntime) 
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-@pytest.mark.parametrize("patched", [True, False], ids=["patched", "plain"])
-def test_a_later_turn_with_new_pictures(export: Export, model_type: str, patched: bool) -> None:
+@pytest.mark.parametrize("recipe", [PVM, PLAIN, MIXIN], ids=["pvm", "plain", "mixin"])
+def test_a_later_turn_with_new_pictures(export: Export, model_type: str, recipe: tuple[str, ...]) -> None:
     """Turn by turn through transformers' own cache, row by row: positions continue, the memory grows."""
-    pair = export(model_type, patched)
+    pair = export(model_type, recipe)
     runtime = BundleRuntime(pair.bundle, threads=1)
     state, logits = runtime.start(pair.raw(FIRST_TURN))
     answer = logits.argmax(-1)
@@ -286,7 +297,7 @@ def test_rows_that_do_not_go_on_are_not_touched(pair: Pair, runtime: BundleRunti
 # -- limits ------------------------------------------------------------------------------------------------------
 def test_a_row_may_fill_the_cache_beside_others(pair: Pair, runtime: BundleRuntime) -> None:
     """Padding that would not fit behind the long row must not be written, nor move what is there."""
-    long = "word " * 200
+    long = "word " * MAX_LENGTH
     token = pair.inputs.tokenize(long, [])
     room = MAX_LENGTH - 3
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
-from pairs import Pair
+from pairs import MIXIN, PVM, Pair
 
 from exporters.runtime import BundleRuntime, SessionOptions, choose_provider
 from exporters.runtime.session import Session
@@ -62,7 +62,7 @@ def test_a_missing_graph(bundle: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_host_sees_float32(export: Callable[..., Pair], dtype: torch.dtype) -> None:
-    path = export("qwen3_vl", True, dtype).bundle / "decoder.onnx"
+    path = export("qwen3_vl", MIXIN + PVM, dtype).bundle / "decoder.onnx"
     session = Session(path, SessionOptions(threads=1))
     types = {v.name: v.type for v in (*session.session.get_inputs(), *session.session.get_outputs())}
     for name in ("inputs_embeds", "deepstack", "logits"):

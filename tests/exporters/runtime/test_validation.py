@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from pairs import Pair
+from pairs import MIXIN, PVM, Pair
 from safetensors.torch import load_file, save_file
 
+import surgeon
 from checkpoints import MODEL_TYPES, tiny_checkpoint
 from cli import cli
 from exporters.runtime.validation import validate_pair
@@ -19,6 +20,7 @@ from surgeon.errors import SurgeonError
 
 Export = Callable[..., Pair]
 STEPS = 6
+CHART = Path(surgeon.__file__).parent / "parity" / "data" / "chart.png"
 
 
 def run(*arguments: object) -> Result:
@@ -66,6 +68,48 @@ def test_a_trained_patch_is_reported_not_judged(export: Export) -> None:
     text_only = next(case for case in report.cases if not case.pictures)
     assert text_only.prefill.equal and text_only.decode.equal
     assert "layers.1.pvm" in report.notes[0] and report.notes[1].startswith("0 tensors")
+
+
+def test_tiles_at_other_ids_are_reported_and_with_plain_ones_judged(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "internvl", num_hidden_layers=2)
+    apply(source, tmp_path / "patched", "mixin:layers=1", "rope-dhr")
+    moved = validate_pair(source, tmp_path / "patched", steps=2)
+    assert moved.rung.name == "positions" and moved.passed and moved.reference == str(source)
+    assert max(case.prefill.max_abs for case in moved.cases) > 0.1
+    text_only = next(case for case in moved.cases if not case.pictures)
+    assert text_only.prefill.equal and text_only.decode.equal
+    judged = validate_pair(source, tmp_path / "patched", steps=2, positions="plain")
+    assert judged.rung.name == "identity" and judged.passed
+    with pytest.raises(SurgeonError, match="has no RoPE-DHR"):
+        validate_pair(source, tmp_path / "patched", steps=2, positions="dhr")
+
+    apply(source, tmp_path / "memory", "mixin:layers=1,tiles=memory")
+    with pytest.raises(SurgeonError, match="tiles go to the memory alone"):
+        validate_pair(source, tmp_path / "memory", steps=2)
+
+
+@pytest.mark.parametrize("positions", ["dhr", "plain"])
+def test_the_command_takes_positions(export: Export, positions: str) -> None:
+    pair = export("internvl", (*MIXIN, *PVM, "rope-dhr:tile_order=column"))
+    own = ("--image", CHART, "--prompt", "What is this?")
+    held = run("validate", pair.checkpoint, pair.bundle, *own, "--steps", 3, "--positions", positions, "--json")
+    assert held.exit_code == 0, held.output
+    assert json.loads(held.stdout)["rung"]["name"] == "fp32"
+    texts = []
+    for path in (pair.checkpoint, pair.bundle):
+        said = run("generate", path, *own, "--max-new-tokens", 6, "--positions", positions, "--json")
+        assert said.exit_code == 0, said.output
+        texts.append(json.loads(said.stdout))
+    assert texts[0] == texts[1]
+    refused = run("generate", export("qwen3_vl").bundle, *own, "--positions", "dhr")
+    assert refused.exit_code == 2 and "has no RoPE-DHR positions" in refused.stderr
+
+
+def test_a_trained_bundle_beside_its_source(export: Export) -> None:
+    pair = export("qwen3_vl")
+    report = validate_pair(pair.checkpoint.parent / "source", pair.bundle, steps=2)
+    assert report.rung.name == "tuned" and report.passed
+    assert "layers.1.pvm 0.8" in report.notes[0]
 
 
 def test_the_first_wrong_layer_of_a_bundle_is_named(export: Export, tmp_path: Path) -> None:

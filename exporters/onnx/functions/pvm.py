@@ -1,30 +1,18 @@
-"""Grafts as functions of the project's ONNX domain: one node per graft, carrying its definition in standard operators.
+"""Persistent Visual Memory's branch: `surgeon.memory.pvm` as a function of the domain."""
 
-A backend that knows the function runs a kernel in its place; any other inlines the definition. Each is the ONNX form
-of a plain torch definition in `surgeon/memory`, and must agree with it.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
-import onnx
-import onnx_ir as ir
 import torch
-from onnxscript import BOOL, INT32, script, values
+from onnxscript import BOOL, INT32, script
 from torch import Tensor
 
-from surgeon.memory.graft import Graft
+from exporters.onnx.functions.base import GraftFunction, domain, op
 from surgeon.memory.pvm import PersistentVisualMemory as PVM
-from surgeon.memory.pvm import persistent_visual_memory as pvm_definition
-
-OPSET = 24
-IR_VERSION = 10
-DOMAIN = "surgeon"
-op: Any = values.Opset("", OPSET)
-_domain = values.Opset(DOMAIN, 1)
+from surgeon.memory.pvm import persistent_visual_memory as plain_definition
+from surgeon.memory.rotary import Rotary
 
 
-@script(_domain, default_opset=op)  # type: ignore[untyped-decorator]
+@script(domain, default_opset=op)  # type: ignore[untyped-decorator]
 def PersistentVisualMemory(  # type: ignore[no-untyped-def]
     hidden_states,
     keys,
@@ -96,7 +84,7 @@ def persistent_visual_memory(
     eps: float,
 ) -> Tensor:
     """The plain definition as one operator, so that it is one node in a traced graph."""
-    return pvm_definition(
+    return plain_definition(
         hidden_states, keys, values, memory_mask, visual_token_mask, text_proj, input_norm, q_proj, q_norm, o_proj,
         post_attention_norm, gate_proj, up_proj, down_proj, output_proj, alpha, eps,
     )  # fmt: skip
@@ -107,41 +95,23 @@ def _(hidden_states: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(hidden_states)
 
 
-def translation_table() -> dict[Any, Callable[..., Any]]:
-    """Torch operator -> a node that calls the ONNX function by name; `definitions` has what it means."""
-    return {torch.ops.surgeon.persistent_visual_memory.default: _node(PersistentVisualMemory)}
+class _PVMFunction(GraftFunction):
+    definition = PersistentVisualMemory
+    operator = torch.ops.surgeon.persistent_visual_memory.default
 
-
-def _node(function: Any) -> values.Op:
-    """What translates into one node: an operator with a schema and no body. Functions with one are inlined by the
-    exporter, whose opset conversion does not look into functions. Inputs named `*_mask` are bool, other ones float."""
-    schema = onnx.defs.OpSchema
-    proto = function.to_function_proto()
-    inputs = [schema.FormalParameter(name, "tensor(bool)" if name.endswith("_mask") else "T") for name in proto.input]
-    described = schema(
-        proto.name,
-        proto.domain,
-        function.opset.version,
-        inputs=inputs,
-        outputs=[schema.FormalParameter(name, "T") for name in proto.output],
-        type_constraints=[("T", [f"tensor({dtype})" for dtype in ("float", "float16", "bfloat16")], "")],
-        attributes=[schema.Attribute(name, schema.AttrType.FLOAT, "") for name in proto.attribute],
-    )
-    return values.Op(_domain, proto.name, described)
-
-
-def definitions() -> list[ir.Function]:
-    """Every function of the domain. The exporter would inline those that are in the model while it is made."""
-    return [ir.from_proto(function.to_function_proto()) for function in (PersistentVisualMemory,)]
-
-
-def call(
-    graft: Graft, hidden_states: Tensor, keys: Tensor, values: Tensor, memory_mask: Tensor, visual_token_mask: Tensor
-) -> Tensor:
-    """`graft(...)` as its one operator; a graft that has none is traced into standard operators."""
-    if isinstance(graft, PVM):
-        return torch.ops.surgeon.persistent_visual_memory(
+    def call(
+        self,
+        graft: PVM,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        memory_mask: Tensor,
+        visual_token_mask: Tensor,
+        rotary: Rotary | None,
+    ) -> Tensor:
+        return persistent_visual_memory(
             hidden_states, keys, values, memory_mask, visual_token_mask, *graft.weights(), graft.eps
         )
-    output: Tensor = graft(hidden_states, keys, values, memory_mask, visual_token_mask)
-    return output
+
+
+FUNCTION = _PVMFunction()

@@ -1,0 +1,61 @@
+"""Grafts as functions of the project's ONNX domain: one node per graft, carrying its definition in standard operators.
+
+A backend that knows the function runs a kernel in its place; any other inlines the definition. Each is the ONNX form
+of a plain torch definition in `surgeon/memory`, and must agree with it. A graft's function is the `FUNCTION` of the
+file here that bears its kind's name; a graft without one is traced into standard operators.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import onnx_ir as ir
+from torch import Tensor
+
+from exporters.onnx.functions.base import DOMAIN, IR_VERSION, OPSET, GraftFunction, op
+from surgeon.memory.graft import Graft
+from surgeon.memory.rotary import Rotary
+
+__all__ = ["DOMAIN", "IR_VERSION", "OPSET", "call", "definitions", "op", "project", "translation_table"]
+
+
+@cache
+def registry() -> dict[str, GraftFunction]:
+    """Every graft's function, by kind."""
+    kinds = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"]
+    return {kind: importlib.import_module(f"{__name__}.{kind}").FUNCTION for kind in kinds}
+
+
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """Torch operator -> a node that calls the ONNX function by name; `definitions` has what it means."""
+    return {each.operator: each.translation for each in registry().values()}
+
+
+def definitions() -> list[ir.Function]:
+    """Every function of the domain. The exporter would inline those that are in the model while it is made."""
+    return [each.function for each in registry().values()]
+
+
+def call(
+    graft: Graft,
+    hidden_states: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    memory_mask: Tensor,
+    visual_token_mask: Tensor,
+    rotary: Rotary | None = None,
+) -> Tensor:
+    """`graft(...)` as its one operator; tensors as `Graft.forward` takes them."""
+    found = registry().get(graft.kind)
+    if found is not None:
+        return found.call(graft, hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
+    output: Tensor = graft(hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
+    return output
+
+
+def project(graft: Graft, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+    """`graft.project(...)`, written for export where the graft's function says how."""
+    found = registry().get(graft.kind)
+    return graft.project(visual_embeds, rotary) if found is None else found.project(graft, visual_embeds, rotary)

@@ -1,0 +1,51 @@
+"""Where in a model a value of a graph is: its layer, and the operator that makes it."""
+
+import re
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Place:
+    """`layer` by the model's names, such as model.visual.blocks.3; `operator`, such as `Mul after mlp.up_proj`."""
+
+    layer: str
+    operator: str
+
+
+def places(graph: ir.Graph) -> dict[str, Place]:
+    """Every value that a node of a graph makes, by name. Layers are known by the parameters that are read last."""
+    found: dict[str, Place] = {}
+    nearest: dict[ir.Value, tuple[int, str]] = {}
+    """Value -> where in the graph its last parameter was read, and the module that the parameter is of."""
+    for number, node in enumerate(graph):
+        known = [nearest[value] for value in node.inputs if value in nearest]  # type: ignore[index]
+        own = [str(value.name).rpartition(".")[0] for value in node.inputs if value is not None and _is_parameter(value)]
+        reached = max(known, default=None)
+        # a gate or scale of a whole layer says less about the place than what it is applied to
+        own = [module for module in own if reached is None or not reached[1].startswith(f"{module}.")]
+        if own:
+            reached = (number, own[0])
+        for value in node.outputs:
+            found[str(value.name)] = _place(node.op_type, reached and reached[1], own=bool(own))
+            if reached is not None:
+                nearest[value] = reached
+    return found
+
+
+def _is_parameter(value: ir.Value) -> bool:
+    return isinstance(value.const_value, ir.ExternalTensor)
+
+
+_NUMBERED = re.compile(r"(.*?\.\d+)(?:\.(.+))?")
+
+
+def _place(op_type: str, module: str | None, own: bool) -> Place:
+    if module is None:
+        return Place("inputs", op_type)
+    numbered = _NUMBERED.fullmatch(module)
+    layer, rest = (numbered[1], numbered[2] or "") if numbered else (module, "")
+    if not rest:
+        return Place(layer, op_type)
+    return Place(layer, f"{op_type} {rest}" if own else f"{op_type} after {rest}")

@@ -1,0 +1,101 @@
+"""Where a picture's visual tokens go: into the sequence, into the memory, or both, and at which positions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from surgeon.families import Grid
+from surgeon.memory.rope_dhr import TileOrder, tile_position_ids
+from surgeon.positions import record_of
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as the decoder gets it: features fp32 [M, d], and where the family has them deepstack fp32 [K, M, d],
+    and indicators fp32 [K, d], the embeddings of the tokens around and between its tiles."""
+
+    features: np.ndarray
+    deepstack: np.ndarray | None = None
+    indicators: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Entering:
+    """What enters a row's memory: embeds fp32 [M, d], position_ids int64 [A, M]."""
+
+    embeds: np.ndarray
+    position_ids: np.ndarray
+
+
+def padded(rows: Sequence[Entering | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embeds [B, M, d] and position_ids [A, B, M], padded with zeros to the longest row, and bool [B, M]: what is
+    not padding. None: a row that nothing enters; there is one that something does."""
+    lengths = np.array([0 if row is None else len(row.embeds) for row in rows])
+    some = next(row for row in rows if row is not None)
+    embeds = np.zeros((len(rows), lengths.max(), some.embeds.shape[1]), dtype=np.float32)
+    position_ids = np.zeros((len(some.position_ids), *embeds.shape[:2]), dtype=np.int64)
+    for index, row in enumerate(rows):
+        if row is not None:
+            embeds[index, : lengths[index]], position_ids[:, index, : lengths[index]] = row.embeds, row.position_ids
+    return embeds, position_ids, np.arange(lengths.max()) < lengths[:, None]
+
+
+class Placement:
+    """By what a bundle's config records of tiles; without it every visual token is in the sequence and the memory."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        record = record_of(config)
+        layout = record.get("layout", {})
+        self.allocation: str = record.get("allocation", "both")
+        self.side: int = layout.get("side", 0)
+        self.thumbnail: str = layout.get("thumbnail", "last")
+        self.tile_order: TileOrder = record.get("positions", {}).get("tile_order", "row")
+
+    def grid_in_sequence(self, grid: Grid) -> Grid:
+        """The grid of what stands in the sequence for a picture."""
+        return (1, 1, 1) if self.allocation == "memory" else grid
+
+    def in_sequence(self, picture: Picture) -> Picture:
+        """What of a picture stands in the sequence: all, or where tiles go to the memory alone its thumbnail."""
+        if self.allocation != "memory":
+            return picture
+        assert picture.deepstack is None
+        return replace(picture, features=picture.features[self._thumbnail])
+
+    def entering(self, pictures: Sequence[Picture], grids: Sequence[Grid], position_ids: np.ndarray) -> Entering | None:
+        """What of a row's pictures enters the memory. position_ids int64 [A, n]: of what of them stands in the
+        sequence."""
+        if not pictures:
+            return None
+        ends = np.cumsum([len(self.in_sequence(picture).features) for picture in pictures])
+        parts = [
+            self._entering(*each) for each in zip(pictures, grids, np.split(position_ids, ends[:-1], 1), strict=True)
+        ]
+        embeds, positions = zip(*parts, strict=True)
+        return Entering(np.concatenate(embeds), np.concatenate(positions, axis=1))
+
+    def _entering(self, picture: Picture, grid: Grid, position_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of one picture: embeds [M, d] and position_ids [A, M]."""
+        if self.allocation == "context":
+            return picture.features[self._thumbnail], position_ids[:, self._thumbnail]
+        if self.allocation == "memory":
+            position_ids = position_ids[:, :1] + self._offsets(grid)
+        return picture.features, position_ids
+
+    @property
+    def _thumbnail(self) -> slice:
+        """Where it is among a picture's tokens; a single tile is its own."""
+        count = self.side**2
+        return slice(count) if self.thumbnail == "first" else slice(-count, None)
+
+    def _offsets(self, grid: Grid) -> np.ndarray:
+        """Of a picture's tokens from its thumbnail's first, int64 [M]: a tile's token is where the patch is that it
+        covers, having no place of its own in the sequence."""
+        own = np.arange(self.side**2)
+        _, rows, columns = grid
+        if rows * columns == 1:
+            return own
+        tiles = tile_position_ids(rows, columns, self.side, self.tile_order).flatten().numpy()
+        return np.concatenate((own, tiles) if self.thumbnail == "first" else (tiles, own))
