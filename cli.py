@@ -65,6 +65,12 @@ def cli(debug: bool) -> None:
         quiet()
 
 
+positions_option = click.option(
+    "--positions",
+    type=click.Choice(["dhr", "plain"]),
+    help="For a model with RoPE-DHR: tiles at the ids of the thumbnail patches they cover (long contexts), or tokens "
+    "one after the other (reading text).  [default: dhr]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else there.")
 
 
@@ -72,12 +78,16 @@ def is_bundle(path: str) -> bool:
     return (Path(path) / "bundle.json").is_file()
 
 
+def is_engine(path: str) -> bool:
+    return (Path(path) / "engine.json").is_file()
+
+
 def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @cli.command()
-@click.argument("path", metavar="CKPT|BUNDLE")
+@click.argument("path", metavar="CKPT|BUNDLE|ENGINES")
 @json_option
 @click.option("--image", type=click.Path(path_type=Path), help="A picture, to draw where its tokens stand.")
 @click.option("--out", type=click.Path(path_type=Path), help="The drawing: a .png, .svg or .pdf file.")
@@ -101,7 +111,13 @@ def inspect(path: str, as_json: bool, image: Path | None, out: Path | None) -> N
         return
     from surgeon import console
 
-    if is_bundle(path):
+    if is_engine(path):
+        from exporters.tensorrt.show import inspect_engines
+
+        found_engines = inspect_engines(path, show=not as_json)
+        if as_json:
+            print_json(found_engines.model_dump(mode="json"))
+    elif is_bundle(path):
         from exporters.onnx.manifest import Manifest
 
         manifest = Manifest.load(path).model_dump(mode="json")
@@ -256,9 +272,17 @@ def patch_command(
     show_default=True,
     help="Tokens that the key-value cache holds: prompt, pictures and answer together.",
 )
+@click.option(
+    "--measure/--no-measure",
+    default=True,
+    help="fp16: run the graphs in fp32 over a few pictures and prompts, and keep in fp32 what would overflow. It takes "
+    "the time of five prompts on this CPU.  [default: measure]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace BUNDLE, once the new one is complete.")
 @json_option
-def export(source: str, target: Path, dtype: str, max_length: int, overwrite: bool, as_json: bool) -> None:
+def export(
+    source: str, target: Path, dtype: str, max_length: int, measure: bool, overwrite: bool, as_json: bool
+) -> None:
     """Write an ONNX bundle of a checkpoint, plain or patched: the graphs, and everything a runtime needs to know.
 
     The graphs point into the checkpoint's weights where they can, so keep it where it is.
@@ -271,10 +295,104 @@ def export(source: str, target: Path, dtype: str, max_length: int, overwrite: bo
 
     with console.progress() as progress:
         manifest = export_bundle(
-            source, target, dtype=DTYPES[dtype], max_length=max_length, overwrite=overwrite, progress=progress
+            source,
+            target,
+            dtype=DTYPES[dtype],
+            max_length=max_length,
+            overwrite=overwrite,
+            progress=progress,
+            measure=measure,
         )
+    if measure and manifest.precision is not None and manifest.precision.skipped is not None:
+        click.echo(f"warning: what overflows fp16 was not measured: {manifest.precision.skipped}", err=True)
     written = manifest.model_dump(mode="json")
     print_json(written) if as_json else console.show_bundle(target, written)
+
+
+@cli.command()
+@click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--backend",
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    default="tensorrt-rtx",
+    show_default=True,
+    help="The library that builds. tensorrt-rtx needs no GPU for it, tensorrt does.",
+)
+@click.option(
+    "--target",
+    "capabilities",
+    default="native",
+    show_default=True,
+    metavar="SM80,SM89,...|native",
+    help="GPUs to build for, by compute capability; native: the one that is here.",
+)
+@click.option("--dtype", type=click.Choice(["fp16", "bf16"]), help="What the bundle must be of.  [default: what it is]")
+@click.option("--prefill", metavar="LOW..HIGH", help="Tokens of one prefill.  [default: 1 to the bundle's maximum]")
+@click.option("--batch", metavar="LOW..HIGH", default="1..8", show_default=True, help="Rows at a time.")
+@click.option("--picture-tokens", metavar="LOW..HIGH", help="Visual tokens of one picture.  [default: as prefill]")
+@click.option(
+    "--visual-tokens",
+    metavar="1..HIGH",
+    help="Visual tokens that the memory of one row holds, of all its pictures.  [default: as prefill]",
+)
+@click.option("--graph", "graphs", multiple=True, help="Build the engine of this graph alone; repeat for more.")
+@click.option("--timing-cache", type=click.Path(path_type=Path), help="A file of TensorRT's timings, read and written.")
+@click.option("--cache", type=click.Path(path_type=Path), help="A folder to keep engines in, and to take them from.")
+@click.option("--strict", is_flag=True, help="Attention that is not one fused kernel is an error.")
+@click.option("--dry-run", is_flag=True, help="Plan only: no weight is read, nothing is built.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is complete.")
+@json_option
+def engine(
+    bundle: Path,
+    target: Path | None,
+    backend: Literal["tensorrt", "tensorrt-rtx"],
+    capabilities: str,
+    dtype: Literal["fp16", "bf16"] | None,
+    prefill: str | None,
+    batch: str,
+    picture_tokens: str | None,
+    visual_tokens: str | None,
+    graphs: tuple[str, ...],
+    timing_cache: Path | None,
+    cache: Path | None,
+    strict: bool,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Build NVIDIA engines of a bundle, with TensorRT or TensorRT for RTX.
+
+    The library works in a process of its own. Ranges are LOW..HIGH, or LOW..USUAL..HIGH with the size to be fastest
+    for. OUT appears complete or not at all; OUT/layers.json says which operators became fused kernels.
+
+    \b
+    surgeon engine BUNDLE OUT --target sm89,sm120 --prefill 1..4096 --batch 1..8
+    surgeon engine BUNDLE OUT --backend tensorrt --target native --timing-cache timings
+    surgeon engine BUNDLE --target sm89 --dry-run
+    """
+    if target is None and not dry_run:
+        raise click.UsageError("missing argument OUT: where to write the engines (or add --dry-run)")
+    from exporters.tensorrt import show
+    from exporters.tensorrt.build import Options, build_engines, plan_engines
+    from exporters.tensorrt.profiles import Limits
+    from surgeon import console
+
+    limits = Limits.parse(prefill, batch, picture_tokens, visual_tokens)
+    options = Options(backend, capabilities, dtype, limits, timing_cache, cache, strict, graphs)
+    if dry_run:
+        plan = plan_engines(bundle, options, target, overwrite)
+        print_json(show.plan_json(plan, capabilities)) if as_json else show.show_plan(plan, capabilities)
+        return
+    assert target is not None
+    with console.progress() as progress:
+        built = build_engines(bundle, target, options, overwrite=overwrite, progress=progress)
+    for warning in built.report.warnings():
+        click.echo(f"warning: {warning}", err=True)
+    if as_json:
+        print_json(show.built_json(built))
+    else:
+        show.show_engines(target, built.manifest, built.report, built)
 
 
 @cli.command()
@@ -287,6 +405,7 @@ def export(source: str, target: Path, dtype: str, max_length: int, overwrite: bo
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from the likeliest P of probability.")
 @click.option("--top-k", type=click.IntRange(1), help="Sample from the K likeliest tokens.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the sampling.")
+@positions_option
 @json_option
 def generate(
     path: str,
@@ -298,6 +417,7 @@ def generate(
     top_p: float | None,
     top_k: int | None,
     seed: int,
+    positions: Literal["dhr", "plain"] | None,
     as_json: bool,
 ) -> None:
     """Answer a prompt about pictures, with a checkpoint in torch or with a bundle in ONNX Runtime.
@@ -324,11 +444,11 @@ def generate(
         from exporters import runtime
 
         bundle = runtime.BundleRuntime(path)
-        (found,) = runtime.generate(bundle, [asked], max_new_tokens, sampling, lambda row, text: show(text))
+        (found,) = runtime.generate(bundle, [asked], max_new_tokens, sampling, lambda row, text: show(text), positions)
     else:
         from surgeon.torch_generate import answer
 
-        found = answer(path, asked, max_new_tokens, sampling, show)
+        found = answer(path, asked, max_new_tokens, sampling, show, positions=positions)
     print_json(dataclasses.asdict(found)) if as_json else click.echo()
 
 
@@ -340,6 +460,7 @@ def generate(
 @click.option(
     "--steps", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded after each prompt."
 )
+@positions_option
 @click.option("--report", "report_file", type=click.Path(path_type=Path), help="Write the whole verdict as JSON.")
 @click.option("--overwrite", is_flag=True, help="Replace the report file.")
 @json_option
@@ -349,6 +470,7 @@ def validate(
     images: tuple[Path, ...],
     prompt: str | None,
     steps: int,
+    positions: Literal["dhr", "plain"] | None,
     report_file: Path | None,
     overwrite: bool,
     as_json: bool,
@@ -373,7 +495,7 @@ def validate(
     from exporters.runtime.validation import validate_pair
 
     with console.progress() as progress:
-        report = validate_pair(a, b, images, prompt, steps, progress)
+        report = validate_pair(a, b, images, prompt, steps, progress, positions)
     if report_file is not None:
         from surgeon.checkpoint import staged_file
 
@@ -382,6 +504,50 @@ def validate(
     print_json(report.to_json()) if as_json else console.show_report(report)
     if not report.passed:
         click.get_current_context().exit(1)
+
+
+@cli.command()
+@click.argument("paths", metavar="A B ...", nargs=-1, required=True)
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="A picture; repeat for more.")
+@click.option("--prompt", help="What to ask.  [default: to describe the picture]")
+@click.option("--tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens of each answer.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts at a time.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Measurements of each.")
+@click.option("--threads", type=click.IntRange(1), help="Processor threads of each.  [default: the library's]")
+@click.option("--out", type=click.Path(path_type=Path), help="Draw the figures: a .png, .svg or .pdf file.")
+@json_option
+def bench(
+    paths: tuple[str, ...],
+    images: tuple[Path, ...],
+    prompt: str | None,
+    tokens: int,
+    batch: int,
+    rounds: int,
+    threads: int | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Latency, tokens per second and memory of checkpoints and bundles, side by side.
+
+    Each is loaded in a process of its own, all at the same time, and they are measured in turns. The tokens are greedy
+    and an answer does not end early. Without --image it is about a picture of this tool's own.
+
+    \b
+    surgeon bench CKPT BUNDLE --tokens 128 --out bench.png
+    """
+    from exporters.bench import Workload, draw, measure
+    from surgeon import console
+    from surgeon.parity.cases import default_cases
+
+    (own,) = default_cases()[0].prompts
+    pictures = images or tuple(Path(str(picture)) for picture in own.images)
+    workload = Workload(prompt or own.text, pictures, tokens, batch, rounds, threads)
+    with console.progress() as progress:
+        found = measure(paths, workload, progress)
+    if out is not None:
+        draw(found, out)
+    figures = [each.as_dict() for each in found]
+    print_json(figures) if as_json else console.show_bench(figures)
 
 
 @cli.command()

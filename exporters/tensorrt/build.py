@@ -1,0 +1,271 @@
+"""Engines of a bundle, each built in a child process, published together."""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+import surgeon
+from exporters.onnx import manifest as bundles
+from exporters.onnx.manifest import Port
+from exporters.tensorrt import layers
+from exporters.tensorrt.cache import BuildCache, graph_digest, weights_digest
+from exporters.tensorrt.errors import BuildError, EngineError, LayerError
+from exporters.tensorrt.layers import GraphLayers, LayerReport
+from exporters.tensorrt.library import (
+    NATIVE,
+    Backend,
+    Library,
+    choose_targets,
+    find,
+    gpu,
+    installed_version,
+    link_libraries,
+)
+from exporters.tensorrt.manifest import LAYERS, PROCESSOR, EngineFile, EngineManifest, LibraryUsed, digest
+from exporters.tensorrt.plan import GraphPlan, Plan, make_plan
+from exporters.tensorrt.process import log_errors, run_child
+from exporters.tensorrt.profiles import Limits
+from surgeon.checkpoint import check_target, staged, staged_file
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is going on, how much is done and how much there is."""
+
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "BOOL": "bool"}
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """How engines are built."""
+
+    backend: Backend = "tensorrt-rtx"
+    target: str = "native"
+    """Compute capabilities, such as "sm80,sm89", or "native"."""
+    dtype: Literal["fp16", "bf16"] | None = None
+    """What the bundle must be of."""
+    limits: Limits = Limits()  # noqa: RUF009 (it is frozen)
+    timing_cache: Path | None = None
+    """Read where it is there, written with what was timed."""
+    cache: Path | None = None
+    """A folder where engines are kept for the next build of the same."""
+    strict: bool = False
+    """Attention that is not fused is an error."""
+    graphs: tuple[str, ...] = ()
+    """Some of the bundle's graphs; all where it is empty."""
+
+
+@dataclass(frozen=True)
+class Built:
+    manifest: EngineManifest
+    report: LayerReport
+    seconds: dict[str, float]
+    peak_memory: dict[str, int]
+    """Bytes that the child process held at most, by graph; 0 for an engine out of the cache."""
+
+
+@dataclass(frozen=True)
+class _Made:
+    layers: GraphLayers
+    seconds: float
+    peak_memory: int
+
+
+def build_engines(
+    bundle: Path, target: Path, options: Options, *, overwrite: bool = False, progress: Progress | None = None
+) -> Built:
+    """Build the engines of a bundle into a new directory `target`, which appears whole or not at all.
+
+    Weights are read by the library alone, in a child process. Raises EngineError for what cannot be built here or from
+    this bundle, BuildError where the library fails or its process ends, LayerError for unfused attention with
+    `strict`, BundleError for the bundle, TargetError for the target.
+    """
+    plan = _plan(bundle, options)
+    check_target(target, overwrite, protect=[bundle])
+    library = find(options.backend)
+    targets = choose_targets(library, options.target)
+    if options.timing_cache is not None and not library.keeps_timings:
+        raise EngineError(f"--timing-cache: {library.backend} times nothing when it builds; leave it out")
+    cache = None if options.cache is None else BuildCache(options.cache)
+    with staged(target, overwrite, protect=[bundle]) as directory:
+        with tempfile.TemporaryDirectory(prefix=".work-", dir=directory) as work:
+            builder = _Builder(plan, library, targets, options, cache, Path(work), progress)
+            made = {graph.name: builder.build(graph, directory / graph.engine) for graph in plan.graphs}
+            builder.keep_timings()
+        found = LayerReport(graphs={name: each.layers for name, each in made.items()})
+        if options.strict and (warnings := found.warnings()):
+            raise LayerError(f"{'; '.join(warnings)} (--strict)")
+        (directory / LAYERS).write_text(found.model_dump_json(indent=2) + "\n")
+        shutil.copytree(bundle / PROCESSOR, directory / PROCESSOR)
+        manifest = _manifest(plan, library, targets, directory)
+        manifest.save(directory)
+    return Built(
+        manifest,
+        found,
+        {name: each.seconds for name, each in made.items()},
+        {name: each.peak_memory for name, each in made.items()},
+    )
+
+
+def plan_engines(bundle: Path, options: Options, target: Path | None = None, overwrite: bool = False) -> Plan:
+    """What `build_engines` would build, and its refusals, without a library as far as that goes: only where it is
+    installed are the names of targets checked. A plan for the GPU that is here needs none."""
+    plan = _plan(bundle, options)
+    if target is not None:
+        check_target(target, overwrite, protect=[bundle])
+    if options.target != NATIVE and installed_version(options.backend) is not None:
+        choose_targets(find(options.backend), options.target)
+    return plan
+
+
+def _plan(bundle: Path, options: Options) -> Plan:
+    return make_plan(bundle, options.backend, options.limits, options.dtype, options.graphs)
+
+
+def _manifest(plan: Plan, library: Library, targets: tuple[str, ...], directory: Path) -> EngineManifest:
+    here = None if targets else gpu()
+    return EngineManifest(
+        tool_version=surgeon.__version__,
+        library=LibraryUsed(backend=library.backend, version=library.version),
+        targets=list(targets) or ([] if here is None else [here.capability]),
+        gpu=None if here is None else here.name,
+        dtype=plan.manifest.dtype,  # type: ignore[arg-type]  # fp32 was refused
+        bundle_sha256=str(bundles.sha256(plan.bundle / bundles.FILE)),
+        bundle=plan.manifest,
+        engines={graph.name: _engine(graph, directory / graph.engine) for graph in plan.graphs},
+    )
+
+
+def _engine(graph: GraphPlan, path: Path) -> EngineFile:
+    return EngineFile(
+        file=path.name,
+        bytes=path.stat().st_size,
+        sha256=digest(path),
+        graph_sha256=graph_digest(_serialized(graph.model)),
+        rewrites=graph.rewrites,
+        profiles=graph.profiles,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+    )
+
+
+def _serialized(model: ir.Model) -> bytes:
+    data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return data
+
+
+class _Builder:
+    """Builds one graph after the other in a folder of its own."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        library: Library,
+        targets: tuple[str, ...],
+        options: Options,
+        cache: BuildCache | None,
+        work: Path,
+        progress: Progress | None,
+    ) -> None:
+        self.plan, self.library, self.targets, self.options = plan, library, targets, options
+        self.cache, self.work, self.progress = cache, work, progress
+        self.links = link_libraries(library.backend, work / "lib")
+        self.timings = work / "timings"
+        if options.timing_cache is not None and options.timing_cache.is_file():
+            shutil.copyfile(options.timing_cache, self.timings)
+
+    def build(self, graph: GraphPlan, engine: Path) -> _Made:
+        spec = self._spec(graph, engine)
+        key = None if self.cache is None else BuildCache.key(self._made_of(graph, spec))
+        if self.cache is not None and key is not None:
+            kept = self.cache.take(key, engine)
+            if kept is not None:
+                return _Made(GraphLayers.model_validate(kept["layers"]), 0.0, 0)
+        made = self._run(graph, spec)
+        if self.cache is not None and key is not None:
+            self.cache.put(key, engine, {"layers": made.layers.model_dump()})
+        return made
+
+    def keep_timings(self) -> None:
+        if self.options.timing_cache is not None and self.timings.is_file():
+            with staged_file(self.options.timing_cache, overwrite=True) as file:
+                shutil.copyfile(self.timings, file)
+
+    def _spec(self, graph: GraphPlan, engine: Path) -> dict[str, Any]:
+        """What the child is told, JSON."""
+        timed = self.options.timing_cache is not None
+        return {
+            "module": self.library.module,
+            "graph": str(self.work / f"{graph.name}.onnx"),
+            "beside": str(graph.graph.resolve()),
+            "output": str(engine),
+            "layers": str(self.work / f"{graph.name}.layers"),
+            "report": layers.REPORTED,
+            "targets": list(self.targets),
+            "profiles": [profile.shapes(graph.inputs) for profile in graph.profiles],
+            "timing_cache_in": str(self.timings) if timed and self.timings.is_file() else None,
+            "timing_cache_out": str(self.timings) if timed else None,
+        }
+
+    def _made_of(self, graph: GraphPlan, spec: Mapping[str, Any]) -> dict[str, Any]:
+        here = None if self.targets else gpu()
+        return {
+            "graph": graph_digest(_serialized(graph.model)),
+            "weights": weights_digest(graph.model, self.plan.bundle),
+            "library": [self.library.backend, self.library.version],
+            "targets": list(self.targets) or [None if here is None else [here.name, here.capability]],
+            "profiles": spec["profiles"],
+        }
+
+    def _run(self, graph: GraphPlan, spec: Mapping[str, Any]) -> _Made:
+        Path(spec["graph"]).write_bytes(_serialized(graph.model))
+        told = self.work / f"{graph.name}.json"
+        told.write_text(json.dumps(spec))
+        log = self.work / f"{graph.name}.log"
+
+        def heard(event: dict[str, Any]) -> None:
+            if self.progress is not None and event["event"] == "progress":
+                self.progress(f"{graph.name}: {event['phase'].lower()}", event["done"], event["total"])
+
+        start = time.perf_counter()
+        what = f"{self.library.backend} building {graph.engine}"
+        outcome = run_child(["build", str(told)], what, log, self.links, heard)
+        seconds = time.perf_counter() - start
+        if failed := outcome.last("failed"):
+            raise BuildError(_told(graph.name, self.library, failed, log))
+        parsed = outcome.last("parsed")
+        assert parsed is not None
+        self._check_ports(graph, parsed["ports"])
+        found = layers.report(graph.model, parsed, Path(spec["layers"]).read_text())
+        return _Made(found, seconds, outcome.peak_memory)
+
+    def _check_ports(self, graph: GraphPlan, ports: Mapping[str, Mapping[str, Any]]) -> None:
+        """An engine with other inputs and outputs than the manifest says would fail only where it runs."""
+        sides: tuple[tuple[str, list[Port]], ...] = (("input", graph.inputs), ("output", graph.outputs))
+        for what, expected in sides:
+            found = {name: _DTYPES.get(dtype, dtype) for name, (dtype, _) in ports[what].items()}
+            if found != {port.name: port.dtype for port in expected}:
+                wrong = next(p for p in expected if found.get(p.name) != p.dtype)
+                raise BuildError(
+                    f"{graph.name}: {self.library.backend} made of {what} {wrong.name} ({wrong.dtype}) "
+                    f"{found.get(wrong.name, 'nothing')}: the bundle and this version of the library do not fit"
+                )
+
+
+def _told(name: str, library: Library, failed: Mapping[str, Any], log: Path) -> str:
+    """The child's reason in one line."""
+    reasons = list(dict.fromkeys(" ".join(str(reason).split()) for reason in failed["reasons"]))
+    shown = " | ".join(reason[:300] for reason in reasons[:_SHOWN]) or log_errors(log)
+    known = f"{library.backend} {library.version}"
+    match failed["stage"]:
+        case "parse":
+            return f"{name}: {known} does not take the graph: {shown}"
+        case "unused":
+            return f"{name}: {known} would leave out part of the graph, and its engine compute something else: {shown}"
+    return f"{name}: {known} built no engine: {shown}"

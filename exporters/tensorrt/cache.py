@@ -1,0 +1,89 @@
+"""Engines kept for the next build of the very same thing."""
+
+import hashlib
+import json
+import mmap
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from exporters.tensorrt.errors import EngineError
+from exporters.tensorrt.manifest import digest
+from surgeon.checkpoint import share_file, staged
+
+_FORMAT = 1
+"""Raised when what an entry holds, or what is built from the same things, changes."""
+_ENGINE, _RESULT = "engine", "result.json"
+_CHUNK = 64 << 20
+
+
+def graph_digest(model: bytes) -> str:
+    """Of a serialised graph: operators, attributes, shapes, names, and where its weights lie."""
+    return hashlib.sha256(model).hexdigest()
+
+
+def weights_digest(model: ir.Model, base: Path) -> str:
+    """Of every byte of the weights that a graph points to: headers alone would tell two fine-tunes of a model, which
+    differ in nothing else, for one. Files are mapped and read in pieces, in the order in which they lie."""
+    ranges: dict[tuple[str, int, int], None] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            ranges[str(tensor.location), tensor.offset or 0, tensor.length or 0] = None
+    whole = hashlib.sha256()
+    for location, offset, length in sorted(ranges):
+        whole.update(f"{location} {offset} {length}\n".encode())
+        if not length:
+            continue
+        with open(base / location, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            view = memoryview(mapped)
+            try:
+                for start in range(offset, offset + length, _CHUNK):
+                    with view[start : min(start + _CHUNK, offset + length)] as piece:
+                        whole.update(piece)
+            finally:
+                view.release()
+    return whole.hexdigest()
+
+
+class BuildCache:
+    """A folder of engines by what they were made of. Entries appear whole or not at all, and are checked when used."""
+
+    def __init__(self, folder: Path) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise EngineError(f"--cache {folder} is no directory")
+        self.folder = folder
+
+    @staticmethod
+    def key(made_of: Mapping[str, Any]) -> str:
+        """Of everything that an engine depends on, JSON."""
+        text = json.dumps({"format": _FORMAT, **made_of}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def take(self, key: str, engine: Path) -> dict[str, Any] | None:
+        """Put the kept engine at `engine` -> what was kept with it; None where there is none."""
+        entry = self.folder / key
+        try:
+            result: dict[str, Any] = json.loads((entry / _RESULT).read_text())
+            sound = digest(entry / _ENGINE) == result["sha256"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            warnings.warn(f"{entry} is damaged: it is built again", stacklevel=2)
+            shutil.rmtree(entry, ignore_errors=True)
+            return None
+        share_file(entry / _ENGINE, engine)
+        kept: dict[str, Any] = result["kept"]
+        return kept
+
+    def put(self, key: str, engine: Path, kept: Mapping[str, Any]) -> None:
+        """Keep an engine, and what belongs to it, JSON."""
+        with staged(self.folder / key, overwrite=True) as entry:
+            share_file(engine, entry / _ENGINE)
+            (entry / _RESULT).write_text(json.dumps({"sha256": digest(engine), "kept": kept}, indent=2) + "\n")

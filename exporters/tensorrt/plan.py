@@ -1,0 +1,114 @@
+"""What would be built: files, profiles, sizes. Nothing is read of the weights, and no library is needed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from exporters.onnx.manifest import Manifest, Port
+from exporters.tensorrt.errors import EngineError
+from exporters.tensorrt.library import BACKENDS, Backend
+from exporters.tensorrt.profiles import Limits, Profile, cache_bytes, make_profiles
+from exporters.tensorrt.rewrites import rewrite
+
+DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """One engine to build."""
+
+    name: str
+    graph: Path
+    """The bundle's file."""
+    model: ir.Model
+    """After the rewrites; its weights are pointed to."""
+    rewrites: dict[str, int]
+    weight_bytes: int
+    profiles: list[Profile]
+    inputs: list[Port]
+    """Those of the bundle's graph that are left after the rewrites."""
+    outputs: list[Port]
+
+    @property
+    def engine(self) -> str:
+        return f"{self.name}.engine"
+
+
+@dataclass(frozen=True)
+class Plan:
+    bundle: Path
+    manifest: Manifest
+    backend: Backend
+    graphs: list[GraphPlan]
+    cache_bytes: int
+    """Key/value caches of the largest batch."""
+    memory_bytes: int
+    """Visual memory of the largest batch."""
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(graph.weight_bytes for graph in self.graphs)
+
+
+def make_plan(
+    bundle: Path,
+    backend: Backend,
+    limits: Limits,
+    dtype: Literal["fp16", "bf16"] | None = None,
+    graphs: tuple[str, ...] = (),
+) -> Plan:
+    """Plan the engines of a bundle; `graphs`: some of its graphs, by default all. `dtype`: what the bundle must be of.
+
+    Raises BundleError for what is no bundle, or a damaged one or one of a newer version; EngineError for a bundle of
+    another dtype, of fp32, and for limits that do not fit it.
+    """
+    if backend not in BACKENDS:
+        raise EngineError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
+    manifest = Manifest.load(bundle)
+    _check_dtype(manifest, backend, dtype)
+    if unknown := sorted(set(graphs) - manifest.graphs.keys()):
+        raise EngineError(f"the bundle has no graph {unknown[0]!r}; it has {', '.join(manifest.graphs)}")
+    profiles = make_profiles(bundle, manifest, limits)
+    return Plan(
+        bundle=bundle,
+        manifest=manifest,
+        backend=backend,
+        graphs=[_graph(bundle, manifest, n, profiles[n]) for n in manifest.graphs if not graphs or n in graphs],
+        cache_bytes=cache_bytes(manifest, profiles, ("past_",)),
+        memory_bytes=cache_bytes(manifest, profiles, ("memory_keys.", "memory_values.")),
+    )
+
+
+def _check_dtype(manifest: Manifest, backend: Backend, dtype: str | None) -> None:
+    if manifest.dtype == "float32":
+        raise EngineError(
+            f"the bundle is of float32, for which {backend} has no attention kernels; export it again with --dtype "
+            f"{dtype or 'bf16 or fp16'}"
+        )
+    if dtype is not None and DTYPES[dtype] != manifest.dtype:
+        raise EngineError(
+            f"--dtype {dtype}: the bundle is of {manifest.dtype}, and an engine computes in what its graph says; "
+            f"export it again with --dtype {dtype}"
+        )
+
+
+def _graph(bundle: Path, manifest: Manifest, name: str, profiles: list[Profile]) -> GraphPlan:
+    path = bundle / manifest.graphs[name].file
+    model = ir.load(path)
+    replaced = rewrite(model)
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    size = sum(tensor.length or 0 for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+    left = {value.name for value in model.graph.inputs}
+    described = manifest.graphs[name]
+    return GraphPlan(
+        name=name,
+        graph=path,
+        model=model,
+        rewrites=replaced,
+        weight_bytes=size,
+        profiles=profiles,
+        inputs=[port for port in described.inputs if port.name in left],
+        outputs=described.outputs,
+    )

@@ -1,0 +1,103 @@
+"""The child process: started, listened to, and its end explained."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporters.tensorrt.errors import BuildError
+
+CHILD = Path(__file__).with_name("child.py")
+_SHOWN_LINES = 3
+_NO_MEMORY = ("bad_alloc", "out of memory", "OutOfMemory", "MemoryError", "Cannot allocate memory")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a child told and how it ended."""
+
+    events: list[dict[str, Any]]
+    peak_memory: int
+    """Bytes that were resident at most."""
+
+    def last(self, event: str) -> dict[str, Any] | None:
+        return next((each for each in reversed(self.events) if each["event"] == event), None)
+
+
+def run_child(
+    arguments: Sequence[str],
+    what: str,
+    log: Path,
+    library_path: Path | None = None,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+    script: Path = CHILD,
+) -> Outcome:
+    """Run `script` to its end; `on_event` is called with each event as it comes. `what` it was doing is for messages,
+    `log` the file that its stderr goes to, `library_path` a folder where it finds shared libraries.
+
+    Raises BuildError where the process was killed or crashed. A child that ends itself with an error has told why in
+    an event. When the caller is interrupted the child is killed.
+    """
+    environment = dict(os.environ)
+    if library_path is not None:
+        paths = (str(library_path), environment.get("LD_LIBRARY_PATH", ""))
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
+    # -P: the folder that the script is in holds modules of its own, which must not stand in for others
+    command = [sys.executable, "-P", str(script), *arguments]
+    events = []
+    with open(log, "wb") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment)
+        assert process.stdout is not None
+        try:
+            with process.stdout as told:
+                for line in told:
+                    event = json.loads(line)
+                    events.append(event)
+                    if on_event is not None:
+                        on_event(event)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    outcome = Outcome(events, usage.ru_maxrss * 1024)
+    if process.returncode != 0 and outcome.last("failed") is None:
+        raise BuildError(_explain(what, process.returncode, usage, log))
+    return outcome
+
+
+def log_tail(log: Path, lines: int = _SHOWN_LINES) -> str:
+    """The last lines of a log as one."""
+    return " | ".join(_lines(log)[-lines:])
+
+
+def log_errors(log: Path, lines: int = _SHOWN_LINES) -> str:
+    """The first errors that the library logged, as one line; where it logged none, the last lines."""
+    errors = [line for line in _lines(log) if line.startswith(("[ERROR]", "[INTERNAL_ERROR]"))]
+    # without a driver every failure is followed by that of looking for one
+    errors = [line for line in errors if "catchCudaError::" not in line] or errors
+    return " | ".join(dict.fromkeys(errors[:lines])) or log_tail(log, lines)
+
+
+def _lines(log: Path) -> list[str]:
+    found = (line.strip() for line in log.read_text(errors="replace").splitlines())
+    return [line[:300] for line in found if line]
+
+
+def _explain(what: str, code: int, usage: resource.struct_rusage, log: Path) -> str:
+    peak, total = usage.ru_maxrss * 1024, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    tail = log_tail(log)
+    if code == -signal.SIGKILL or any(sign in tail for sign in _NO_MEMORY):
+        return (
+            f"out of memory: {what} was killed with {peak / 2**30:.1f} GiB in use, this machine has "
+            f"{total / 2**30:.1f} GiB; build on one with more, or a graph at a time (--graph)"
+        )
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    return f"{what} ended {how}; the last it said: {tail or 'nothing'}"

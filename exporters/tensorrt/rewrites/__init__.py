@@ -1,0 +1,34 @@
+"""Rewrites of a bundle's standard graphs for TensorRT, made in memory: no file of the bundle changes.
+
+Each is an onnx-ir pass that computes what the graph did before; they run in the order of `REWRITES`.
+"""
+
+import onnx_ir as ir
+
+from exporters.tensorrt.rewrites.additive_mask import AdditiveMask
+from exporters.tensorrt.rewrites.base import TensorRTRewrite
+from exporters.tensorrt.rewrites.inline import InlineFunctions
+from exporters.tensorrt.rewrites.static_heads import StaticHeads
+from exporters.tensorrt.rewrites.unread_inputs import DropUnreadInputs
+
+__all__ = [
+    "REWRITES",
+    "AdditiveMask",
+    "DropUnreadInputs",
+    "InlineFunctions",
+    "StaticHeads",
+    "TensorRTRewrite",
+    "rewrite",
+]
+
+REWRITES: tuple[type[TensorRTRewrite], ...] = (InlineFunctions, StaticHeads, AdditiveMask, DropUnreadInputs)
+
+
+def rewrite(model: ir.Model) -> dict[str, int]:
+    """Apply every rewrite to `model` in place -> how many nodes each replaced, by name."""
+    replaced = {}
+    for each in REWRITES:
+        found = each()
+        found(model)
+        replaced[each.__name__] = found.replaced
+    return replaced

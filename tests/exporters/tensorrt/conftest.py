@@ -1,0 +1,70 @@
+"""Engines of tiny bundles, built once for all tests of them, and single graphs built without a bundle."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from pairs import Pair
+
+from engines import CASES, Case
+from exporters.tensorrt import layers
+from exporters.tensorrt.build import Built, Options, build_engines
+from exporters.tensorrt.library import link_libraries
+from exporters.tensorrt.process import Outcome, run_child
+from exporters.tensorrt.profiles import Limits, Range
+
+TARGETS = "sm80,sm89,sm120"
+
+
+@pytest.fixture(scope="session")
+def bundle_of(export: Callable[..., Pair]) -> Callable[[Case], Pair]:
+    return lambda case: export(case.model_type, case.recipe, getattr(torch, case.dtype))
+
+
+@pytest.fixture(scope="session")
+def engines(bundle_of: Callable[[Case], Pair], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """engines(case) -> bundle, directory of its engines, and what was built; made once for each."""
+    made: dict[Case, tuple[Path, Path, Built]] = {}
+
+    def get(case: Case = CASES[0]) -> tuple[Path, Path, Built]:
+        if case not in made:
+            bundle, target = bundle_of(case).bundle, tmp_path_factory.mktemp("engines") / "out"
+            options = Options(target=TARGETS, limits=Limits(batch=Range.of(1, 4)))
+            made[case] = bundle, target, build_engines(bundle, target, options)
+        return made[case]
+
+    return get
+
+
+@pytest.fixture
+def build_graph(tmp_path: Path) -> Callable[..., tuple[Outcome, str]]:
+    """build_graph(model, shapes=..., targets=...) -> what the child told, and the engine's layers as it logged them."""
+
+    def build(model: onnx.ModelProto, targets: tuple[str, ...] = ("sm89",), **shapes: Any) -> tuple[Outcome, str]:
+        path = tmp_path / "graph.onnx"
+        path.write_bytes(model.SerializeToString())
+        spec = {
+            "module": "tensorrt_rtx",
+            "graph": str(path),
+            "beside": str(path),
+            "output": str(tmp_path / "engine"),
+            "layers": str(tmp_path / "layers"),
+            "report": layers.REPORTED,
+            "targets": targets,
+            "profiles": [shapes],
+            "timing_cache_in": None,
+            "timing_cache_out": None,
+        }
+        (tmp_path / "spec.json").write_text(json.dumps(spec))
+        links = tmp_path / "lib"
+        if not links.exists():
+            link_libraries("tensorrt-rtx", links)
+        outcome = run_child(["build", str(tmp_path / "spec.json")], "the test", tmp_path / "log", links)
+        logged = tmp_path / "layers"
+        return outcome, logged.read_text() if logged.exists() else ""
+
+    return build

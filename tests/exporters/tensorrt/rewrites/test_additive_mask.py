@@ -1,0 +1,62 @@
+"""Bool masks over a memory become numbers that are added; the result is the same."""
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from small_graphs import cached_attention, op_types, run
+
+from exporters.tensorrt.rewrites import AdditiveMask
+
+GRAPH = """
+<ir_version: 10, opset_import: ["": 24]>
+graph (DTYPE[B, 4, S, 8] q, DTYPE[B, 2, M, 8] k, DTYPE[B, 2, M, 8] v, bool[B, M] memory_mask)
+    => (DTYPE[B, 4, S, 8] y, DTYPE[B, 4, S, 8] z) {
+    shape = Constant <value_ints = [0, 1, 1, -1]> ()
+    flipped = Not (memory_mask)
+    seen = Not (flipped)
+    mask = Reshape (seen, shape)
+    one = Constant <value_ints = [1]> ()
+    length = Shape <start = 2, end = 3> (q)
+    size = Concat <axis = 0> (one, one, length, one)
+    expanded = Expand (mask, size)
+    y = Attention (q, k, v, expanded)
+    z = Attention <scale = 0.2> (q, k, v, expanded)
+}
+"""
+
+
+def graph(dtype: str) -> ir.Model:
+    return ir.from_proto(onnx.parser.parse_model(GRAPH.replace("DTYPE", dtype)))
+
+
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+def test_the_same_numbers(dtype: str) -> None:
+    kind = {"float": np.float32, "float16": np.float16}[dtype]
+    rng = np.random.default_rng(0)
+    shapes = {"q": (2, 4, 3, 8), "k": (2, 2, 5, 8), "v": (2, 2, 5, 8)}
+    feeds = {name: (rng.standard_normal(shape) * 3).astype(kind) for name, shape in shapes.items()}
+    feeds["memory_mask"] = np.array([[1, 0, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=bool)
+    model, want = graph(dtype), run(graph(dtype), feeds)
+    rewrite = AdditiveMask()
+    assert rewrite(model).modified and rewrite.replaced == 2
+    assert op_types(model).count("Where") == 1, "one for both"
+    for a, b in zip(run(model, feeds), want, strict=True):
+        assert np.abs(a.astype(float) - b.astype(float)).max() < {"float": 1e-6, "float16": 2e-3}[dtype]
+    assert not AdditiveMask()(model).modified
+
+
+def test_bfloat16_has_a_lowest_number_of_its_own() -> None:
+    model = graph("bfloat16")
+    AdditiveMask()(model)
+    lowest = next(v for n, v in model.graph.initializers.items() if "lowest" in n).const_value
+    assert lowest is not None and lowest.dtype == ir.DataType.BFLOAT16
+    assert lowest.numpy() == ml_dtypes.finfo(ml_dtypes.bfloat16).min
+
+
+def test_the_mask_over_a_cache_and_numbers_stay() -> None:
+    assert not AdditiveMask()(cached_attention()).modified
+    text = GRAPH.replace("bool[B, M] memory_mask", "float16[B, M] memory_mask").replace("DTYPE", "float16")
+    text = text.replace("flipped = Not (memory_mask)\n    seen = Not (flipped)", "seen = Identity (memory_mask)")
+    assert not AdditiveMask()(ir.from_proto(onnx.parser.parse_model(text))).modified

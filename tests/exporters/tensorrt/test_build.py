@@ -1,0 +1,222 @@
+"""Real engines of TensorRT for RTX, for three generations of GPUs, of every family and pass; nothing here needs one."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from pairs import Pair
+
+from engines import CASES, Case
+from exporters.onnx.manifest import Manifest, Port
+from exporters.runtime.rewrites import EmulateBFloat16
+from exporters.tensorrt.build import Options, build_engines
+from exporters.tensorrt.errors import EngineError, LayerError
+from exporters.tensorrt.layers import Operator
+from exporters.tensorrt.manifest import EngineManifest
+from exporters.tensorrt.plan import make_plan
+from exporters.tensorrt.profiles import Limits, Range
+from surgeon.checkpoint import read_header
+from surgeon.errors import BundleError, TargetError
+
+Engines = Callable[..., Any]
+SIZES = {"B": 2, "S": 3, "T": 2, "M": 5, "W": 2}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_family_and_pass_builds_with_all_attention_fused(engines: Engines, case: Case) -> None:
+    bundle, directory, built = engines(case)
+    manifest = Manifest.load(bundle)
+    assert list(built.manifest.engines) == list(manifest.graphs)
+    assert built.report.warnings() == []
+    decoder = built.report.graphs["decoder"]
+    layers = manifest.sizes.num_hidden_layers
+    attentions = layers + len(manifest.memory)
+    assert decoder.count("Attention") == (attentions, attentions)
+    assert decoder.count("TensorScatter") == (2 * layers, 2 * layers)
+    assert decoder.count("RotaryEmbedding")[0] >= 2 * layers
+    fused, total = built.report.graphs["vision"].count("Attention")
+    assert fused == total > 0
+    # one kernel for each profile: that of decoding reads one query
+    own = next(each for each in decoder.operators if each.node == "node_attention.0")
+    assert {"_gemv_mha_v1", "_gemm_mha_v2"} <= set(own.kernels)
+    for name, engine in built.manifest.engines.items():
+        assert (directory / engine.file).stat().st_size == engine.bytes > 10_000
+        assert built.peak_memory[name] > 50 << 20
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_is_built_computes_what_the_bundle_does(bundle_of: Callable[[Case], Pair], case: Case) -> None:
+    """Every rewritten graph beside the bundle's own, in ONNX Runtime."""
+    bundle = bundle_of(case).bundle
+    for graph in make_plan(bundle, "tensorrt-rtx", Limits()).graphs:
+        given, original = graph.model, ir.load(graph.graph)
+        feeds = {port.name: example(port, graph.name) for port in Manifest.load(bundle).graphs[graph.name].inputs}
+        want = run(original, feeds, bundle)
+        got = run(given, {port.name: feeds[port.name] for port in graph.inputs}, bundle)
+        for port, a, b in zip(graph.outputs, want, got, strict=True):
+            assert np.isfinite(a).all(), port.name
+            assert np.abs(a - b).max() <= 2e-3 * np.abs(a).max(), (graph.name, port.name)
+
+
+def example(port: Port, graph: str) -> np.ndarray:
+    """Inputs that mean something: masks with a hole, indices within range."""
+    rng = np.random.default_rng(len(port.name))
+    shape = [size if isinstance(size, int) else eval(size, {}, SIZES) for size in port.shape]
+    if port.dtype == "bool":
+        mask = rng.random(shape) < 0.7
+        mask[0, 0] = True
+        if port.name == "memory_mask":
+            mask[-1] = False  # a row without pictures
+        return mask
+    if port.dtype == "int64":
+        high = {"window_kv_len": 9, "write_indices": 20, "logits_indices": SIZES["S"]}.get(port.name, 4)
+        return rng.integers(1 if port.name == "window_kv_len" else 0, high, shape)
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def run(model: ir.Model, feeds: dict[str, np.ndarray], bundle: Path) -> list[np.ndarray]:
+    """A graph of fp16 or bf16 on the CPU; outputs in fp32."""
+    model = ir.from_proto(ir.to_proto(model))
+    EmulateBFloat16()(model)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.resolve()))
+    data = ir.to_proto(model).SerializeToString()
+    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    kinds = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
+    given = {i.name: feeds[i.name].astype(kinds.get(i.type, feeds[i.name].dtype)) for i in session.get_inputs()}
+    return [output.astype(np.float32) for output in session.run(None, given)]
+
+
+def test_the_same_again_gives_the_same_layer_report(engines: Engines, tmp_path: Path) -> None:
+    bundle, directory, built = engines()
+    options = Options(target="sm80,sm89,sm120", limits=Limits(batch=Range.of(1, 4)), graphs=("decoder",))
+    again = build_engines(bundle, tmp_path / "again", options)
+    assert again.report.graphs["decoder"] == built.report.graphs["decoder"]
+    assert list(again.manifest.engines) == ["decoder"]
+    found = json.loads((directory / "layers.json").read_text())["graphs"]["decoder"]
+    assert found == json.loads((tmp_path / "again" / "layers.json").read_text())["graphs"]["decoder"]
+
+
+def test_nothing_of_the_bundle_is_needed_or_changed(engines: Engines) -> None:
+    bundle, directory, built = engines()
+    Manifest.load(bundle)  # its digests still hold
+    written = {path.name for path in directory.iterdir()}
+    assert written == {f"{name}.engine" for name in built.manifest.engines} | {
+        "engine.json",
+        "layers.json",
+        "processor",
+    }
+    assert {p.name for p in (directory / "processor").iterdir()} == {p.name for p in (bundle / "processor").iterdir()}
+    manifest = EngineManifest.load(directory)
+    assert manifest == built.manifest
+    assert manifest.bundle == Manifest.load(bundle)
+    manifest.check_bundle(bundle)
+
+
+def test_progress_is_the_librarys_own(engines: Engines, tmp_path: Path) -> None:
+    bundle, _, _ = engines()
+    seen: list[tuple[str, int, int]] = []
+    options = Options(target="sm89", graphs=("embed",))
+    build_engines(bundle, tmp_path / "out", options, progress=lambda *step: seen.append(step))
+    assert {stage for stage, _, _ in seen} == {"embed: building engine"}
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert seen[-1][1] == seen[-1][2]
+
+
+def test_the_cache_gives_back_what_was_built(engines: Engines, tmp_path: Path) -> None:
+    bundle, _, _ = engines()
+    options = Options(target="sm89", graphs=("embed", "memory"), cache=tmp_path / "cache")
+    first = build_engines(bundle, tmp_path / "a", options)
+    second = build_engines(bundle, tmp_path / "b", options)
+    assert all(first.peak_memory.values()) and not any(second.peak_memory.values())
+    assert second.manifest.engines == first.manifest.engines
+    assert second.report == first.report
+    # other targets and other limits are other engines
+    other = Options(target="sm80", graphs=("embed",), cache=tmp_path / "cache")
+    assert build_engines(bundle, tmp_path / "c", other).peak_memory["embed"]
+    # and so are those of a fine-tune, of which not even the bundle's manifest knows
+    shutil.copytree(bundle, tmp_path / "tuned")
+    (weights,) = (tmp_path / "tuned" / "weights").iterdir()
+    infos = read_header(weights)
+    table = next(info for name, info in infos.items() if name.endswith("embed_tokens.weight"))
+    data = bytearray(weights.read_bytes())
+    data[table.offset + table.nbytes // 2] ^= 1
+    weights.write_bytes(data)
+    just_embed = Options(target="sm89", graphs=("embed",), cache=tmp_path / "cache")
+    assert build_engines(tmp_path / "tuned", tmp_path / "e", just_embed).peak_memory["embed"]
+    assert not build_engines(bundle, tmp_path / "f", just_embed).peak_memory["embed"]
+    wider = Options(target="sm89", graphs=("embed",), cache=tmp_path / "cache", limits=Limits(batch=Range.of(1, 2)))
+    assert build_engines(bundle, tmp_path / "d", wider).peak_memory["embed"]
+
+
+def test_strict_refuses_attention_that_fell_apart(
+    engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, _, _ = engines()
+    from exporters.tensorrt import layers
+
+    def apart(*given: Any) -> Any:
+        found = real(*given)
+        broken = Operator(node="node_x", operator="Attention", fused=False, kernels=[], reason="no kernel")
+        return found.model_copy(update={"operators": [broken]})
+
+    real = layers.report
+    monkeypatch.setattr(layers, "report", apart)
+    options = Options(target="sm89", graphs=("embed",))
+    built = build_engines(bundle, tmp_path / "a", options)
+    (warning,) = built.report.warnings()
+    assert "node_x" in warning and "no kernel" in warning
+    with pytest.raises(LayerError, match="node_x"):
+        build_engines(bundle, tmp_path / "b", Options(target="sm89", graphs=("embed",), strict=True))
+    assert not list(tmp_path.glob("*b*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (Options(target="sm99"), "unknown target 'sm99'.*sm89"),
+        (Options(target=""), "--target needs one of"),
+        (Options(target="sm89,native"), "native stands alone"),
+        (Options(target="sm89", dtype="bf16"), "the bundle is of float16"),
+        (Options(target="sm89", graphs=("audio",)), "no graph 'audio'; it has embed, vision, memory, decoder"),
+        (Options(target="sm89", timing_cache=Path("x")), "--timing-cache: tensorrt-rtx times nothing"),
+        (Options(target="sm89", limits=Limits(prefill=Range.of(1, 512))), "--prefill 1..512: .* hold 256 tokens"),
+    ],
+    ids=lambda value: None,
+)
+def test_what_cannot_be_built_is_refused_at_once(
+    engines: Engines, tmp_path: Path, options: Options, expected: str
+) -> None:
+    bundle, _, _ = engines()
+    with pytest.raises(EngineError, match=expected) as raised:
+        build_engines(bundle, tmp_path / "out", options)
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fp32_is_refused_and_so_is_what_is_no_bundle(engines: Engines, tmp_path: Path) -> None:
+    shutil.copytree(engines()[0], tmp_path / "bundle")
+    described = tmp_path / "bundle" / "bundle.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"dtype": "float32"}))
+    with pytest.raises(EngineError, match="float32, for which tensorrt-rtx has no attention kernels; export it again"):
+        build_engines(tmp_path / "bundle", tmp_path / "out", Options(target="sm89"))
+    with pytest.raises(BundleError, match="no bundle"):
+        build_engines(tmp_path, tmp_path / "out", Options(target="sm89"))
+
+
+def test_a_bundle_of_a_newer_version_and_a_target_that_exists(engines: Engines, tmp_path: Path) -> None:
+    bundle, directory, _ = engines()
+    with pytest.raises(TargetError, match="exists"):
+        build_engines(bundle, directory, Options(target="sm89"))
+    content = json.loads((bundle / "bundle.json").read_text()) | {"format": 99}
+    (tmp_path / "bundle.json").write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="format 99"):
+        build_engines(tmp_path, tmp_path / "out", Options(target="sm89"))

@@ -1,0 +1,124 @@
+"""Profiles: what was asked for, in the graphs' own dimensions, or a refusal with the numbers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pairs import Pair
+
+from engines import CASES, Case
+from exporters.onnx.manifest import Manifest, Port
+from exporters.tensorrt.errors import EngineError
+from exporters.tensorrt.profiles import LOGITS, Limits, Profile, Range, make_profiles, split_dimension
+
+QWEN3, QWEN25, INTERNVL, _, LLAVA = CASES
+BundleOf = Callable[[Case], Pair]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1..4096", (1, 1024, 4096)),
+        ("1..512..4096", (1, 512, 4096)),
+        ("8", (8, 8, 8)),
+        ("2048..4096", (2048, 2048, 4096)),
+        ("1..16", (1, 16, 16)),
+    ],
+)
+def test_ranges(text: str, expected: tuple[int, int, int]) -> None:
+    found = Range.parse(text, "--x")
+    assert (found.min, found.opt, found.max) == expected
+    assert str(found) == text
+
+
+@pytest.mark.parametrize("text", ["", "..", "4..1", "0..4", "1..2..3..4", "a..b", "-1..4", "1.5", "1..", "¹..²"])
+def test_what_is_no_range(text: str) -> None:
+    with pytest.raises(EngineError, match="--batch"):
+        Range.parse(text, "--batch")
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=2, max_size=2).map(sorted))
+def test_a_range_of_two_numbers_holds_both(numbers: list[int]) -> None:
+    found = Range.parse(f"{numbers[0]}..{numbers[1]}", "--x")
+    assert found.min == numbers[0] <= found.opt <= found.max == numbers[1]
+
+
+def test_shapes_of_multiples() -> None:
+    ports = [Port(name="x", dtype="float16", shape=["4*M", 8]), Port(name="y", dtype="float16", shape=[3, 8])]
+    profile = Profile(name="any", sizes={"M": Range(min=1, opt=5, max=9)})
+    assert profile.shapes(ports) == {"x": ([4, 8], [20, 8], [36, 8])}
+    assert split_dimension("M") == (1, "M")
+    with pytest.raises(EngineError, match=r"'M \+ 1', which no profile is known for"):
+        split_dimension("M + 1")
+
+
+def profiles(bundle_of: BundleOf, case: Case, **limits: str) -> dict[str, list[Profile]]:
+    bundle = bundle_of(case).bundle
+    given = [limits.get(name) for name in ("prefill", "batch", "picture_tokens", "visual_tokens")]
+    return make_profiles(bundle, Manifest.load(bundle), Limits.parse(given[0], given[1] or "1", given[2], given[3]))
+
+
+def test_the_decoder_has_one_for_decoding_and_one_for_prefill(bundle_of: BundleOf) -> None:
+    found = profiles(bundle_of, QWEN3, prefill="1..128", batch="1..8", visual_tokens="1..200")
+    decode, prefill = found["decoder"]
+    assert (decode.name, prefill.name) == ("decode", "prefill")
+    assert {name: str(size) for name, size in decode.sizes.items()} == {
+        "B": "1..1..8",
+        "S": "1",
+        "T": "1",
+        "M": "1..200",
+    }
+    assert str(prefill.sizes["S"]) == "1..128" and prefill.sizes["T"] == Range(min=1, opt=1, max=LOGITS)
+    assert found["memory"][0].sizes["M"] == decode.sizes["M"]
+    assert found["embed"][0].sizes["S"].max == 128
+
+
+def test_pictures_of_patches_windows_and_tiles(bundle_of: BundleOf) -> None:
+    (qwen3,) = profiles(bundle_of, QWEN3, picture_tokens="4..100")["vision"]
+    assert qwen3.sizes == {"M": Range(min=4, opt=100, max=100)}
+    (qwen25,) = profiles(bundle_of, QWEN25, picture_tokens="4..100")["vision"]
+    # windows of 4 x 4 tokens: one for 4 tokens, 25 for a picture of 1 x 100
+    assert (qwen25.sizes["W"].min, qwen25.sizes["W"].max) == (1, 25)
+    (tiles,) = profiles(bundle_of, INTERNVL, picture_tokens="9..63")["vision"]
+    assert tiles.sizes == {"T": Range(min=1, opt=7, max=7)}, "9 tokens a tile"
+    (both,) = profiles(bundle_of, LLAVA)["vision"]
+    assert set(both.sizes) == {"T", "M"} and both.sizes["T"].max == 10, "3 x 3 tiles and the whole"
+
+
+def test_by_default_tiles_are_those_that_the_processor_cuts(bundle_of: BundleOf) -> None:
+    settings = json.loads((bundle_of(INTERNVL).bundle / "processor" / "preprocessor_config.json").read_text())
+    (vision,) = profiles(bundle_of, INTERNVL)["vision"]
+    assert vision.sizes["T"].max == settings["max_patches"] + 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"prefill": "1..257"}, r"--prefill 1..257: the bundle's caches hold 256 tokens.* --max-length 257"),
+        ({"picture_tokens": "4..300"}, r"--picture-tokens 4..300: .* hold 256 tokens.* --max-length 300"),
+        ({"visual_tokens": "1..32"}, r"--visual-tokens 1..32: one picture has up to 256 visual tokens"),
+        ({"visual_tokens": "2..256"}, r"--visual-tokens 2..256: a row without pictures has one slot"),
+        ({"batch": "1..1000000"}, r"embed: .* elements, TensorRT takes 2,147,483,647; lower --batch"),
+    ],
+)
+def test_limits_that_do_not_fit(bundle_of: BundleOf, limits: dict[str, str], expected: str) -> None:
+    with pytest.raises(EngineError, match=expected) as raised:
+        profiles(bundle_of, QWEN3, **limits)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_tile_is_the_least(bundle_of: BundleOf) -> None:
+    with pytest.raises(EngineError, match="one tile of this model has 9 tokens already"):
+        profiles(bundle_of, INTERNVL, picture_tokens="1..8")
+
+
+def test_a_dimension_of_another_version(bundle_of: BundleOf, tmp_path: Path) -> None:
+    manifest = Manifest.load(bundle_of(QWEN3).bundle)
+    content: Any = json.loads(manifest.model_dump_json())
+    content["graphs"]["decoder"]["inputs"][0]["shape"][0] = "Z"
+    with pytest.raises(EngineError, match=r"decoder.onnx has a dimension 'Z'.*update surgeon"):
+        make_profiles(tmp_path, Manifest.model_validate(content), Limits())
