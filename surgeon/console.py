@@ -125,14 +125,18 @@ def show_inspection(found: Inspection) -> None:
 def show_bundle(path: str | Path, manifest: Mapping[str, Any]) -> None:
     """`manifest`: the content of a bundle.json."""
     source, sizes, memory = manifest["source"], manifest["sizes"], manifest["memory"]
-    kinds = ", ".join(dict.fromkeys(entry["kind"] for entry in memory))
-    layers = ", ".join(str(entry["layer"]) for entry in memory)
     print(f"{path}: bundle of {source['name']} ({source['model_type']}), {manifest['dtype']}")
     print(
         f"decoder  {sizes['num_hidden_layers']} layers, hidden {sizes['hidden_size']}, "
         f"vocabulary {sizes['vocab_size']:,}, {manifest['max_length']:,} tokens at most"
     )
-    print(f"grafted  {kinds} at layers {layers}" if memory else "grafted  nothing")
+    for kind in dict.fromkeys(entry["kind"] for entry in memory):
+        layers = ", ".join(str(entry["layer"]) for entry in memory if entry["kind"] == kind)
+        print(f"grafted  {kind} at layers {layers}")
+    if not memory:
+        print("grafted  nothing")
+    if scheme := manifest.get("positions"):
+        print(f"tiles    positions {scheme['scheme']} in {scheme['tile_order']} order; plain ones by request")
     print()
     graphs = manifest["graphs"].items()
     print_table(("graph", "inputs", "outputs"), [(n, len(g["inputs"]), len(g["outputs"])) for n, g in graphs])
@@ -180,7 +184,8 @@ def show_patch(report: "PatchReport", target: Path | None) -> None:
     if report.grafts:
         print_table(("graft", "parameters"), list(report.grafts.items()))
         share = report.new_parameters / report.source_parameters
-        print(f"total {report.new_parameters:,} new parameters, {share:.2%} of the source's {report.source_parameters:,}")
+        of_source = f"{share:.2%} of the source's {report.source_parameters:,}"
+        print(f"total {report.new_parameters:,} new parameters, {of_source}")
     else:
         print(f"no new parameters beside the source's {report.source_parameters:,}: positions change, weights do not")
     if target is None:

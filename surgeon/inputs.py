@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig
 from surgeon.errors import CheckpointError, InputError
 from surgeon.families import Family, Grid
 from surgeon.families import family as find_family
-from surgeon.positions import Positions, choose_positions, record_of
+from surgeon.positions import Positions, choose_positions, grid_in_sequence, record_of
 
 Picture = Image.Image | Path | str
 Message = dict[str, Any]
@@ -192,7 +192,7 @@ class Inputs:
             grids.append([grid for _, grid in processed])
             pixel_values.append([pixels for pixels, _ in processed])
             text = self.render(messages, add_generation_prompt)
-            rows.append(self.tokenize(text, [self._grid_in_sequence(grid) for grid in grids[-1]]))
+            rows.append(self.tokenize(text, [grid_in_sequence(self.config, grid) for grid in grids[-1]]))
         length = max(map(len, rows))
         input_ids = np.full((len(rows), length), self.pad_token_id, dtype=np.int64)
         attention_mask = np.zeros_like(input_ids)
@@ -210,10 +210,6 @@ class Inputs:
             positions=chosen,
             needs_tile_grids="layout" in record_of(self.config),
         )
-
-    def _grid_in_sequence(self, grid: Grid) -> Grid:
-        """The grid of what stands in the sequence for a picture: the thumbnail, where tiles go to the memory alone."""
-        return (1, 1, 1) if record_of(self.config).get("allocation") == "memory" else grid
 
     def picture(self, picture: Picture, alone: bool = True) -> tuple[np.ndarray, Grid]:
         """One picture's pixel values, fp32, and its grid, both as the family has them. `alone`: no other picture is in

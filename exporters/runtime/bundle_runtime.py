@@ -17,7 +17,7 @@ from surgeon.errors import BundleError
 from surgeon.families import family
 from surgeon.inputs import Inputs, Message, ModelInputs, Prompt
 from surgeon.models import read_config
-from surgeon.positions import Positions, choose_positions, position_ids
+from surgeon.positions import Positions, choose_positions, grid_in_sequence, position_ids
 
 PROCESSOR = "processor"
 """The folder of a bundle with tokenizer, chat template, image processor and config."""
@@ -183,7 +183,7 @@ class BundleRuntime:
         for row, ids in enumerate(rows):
             input_ids[row, : len(ids)], present[row, : len(ids)] = ids, 1
         positions = choose_positions(self.config, inputs.positions)
-        grids = [[self.placement.grid_in_sequence(grid) for grid in row] for row in inputs.grids]
+        grids = [[grid_in_sequence(self.config, grid) for grid in row] for row in inputs.grids]
         token_positions, _ = position_ids(self.family, self.config, input_ids, present, grids, positions)
         token_positions = token_positions + state.next_positions[None, :, None]
         images = (input_ids == self.family.image_token_id(self.config)) & (present == 1)

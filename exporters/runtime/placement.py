@@ -53,10 +53,6 @@ class Placement:
         self.thumbnail: str = layout.get("thumbnail", "last")
         self.tile_order: TileOrder = record.get("positions", {}).get("tile_order", "row")
 
-    def grid_in_sequence(self, grid: Grid) -> Grid:
-        """The grid of what stands in the sequence for a picture."""
-        return (1, 1, 1) if self.allocation == "memory" else grid
-
     def in_sequence(self, picture: Picture) -> Picture:
         """What of a picture stands in the sequence: all, or where tiles go to the memory alone its thumbnail."""
         if self.allocation != "memory":
