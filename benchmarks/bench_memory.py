@@ -47,6 +47,9 @@ class Kept:
         self.graft, self.visual_embeds, self.token = graft, visual_embeds, token
         self.mask = torch.ones(visual_embeds.shape[:2], dtype=torch.bool)
         self.keys, self.values = self._project()
+        projections = ("k_proj", "v_proj", "visual_proj")
+        used = [p for n, p in graft.named_parameters() if p.ndim == 2 and n.split(".")[0] not in projections]
+        self.matrices = [(matrix, torch.randn(matrix.shape[1])) for matrix in used]
 
     def _rotary(self, positions: Tensor) -> Rotary | None:
         return None if self.graft.rope is None else self.graft.rope(positions[None, None])
@@ -61,6 +64,12 @@ class Kept:
     def step(self, position: int) -> Tensor:
         """The token's step, with keys and values kept."""
         return self._read(self.keys, self.values, position)
+
+    def read_weights(self) -> Tensor:
+        """A matrix-vector product with each of the matrices that a step with kept keys and values uses."""
+        for matrix, vector in self.matrices:
+            torch.mv(matrix, vector)
+        return vector
 
     def projected(self, position: int) -> Tensor:
         """The same with the picture projected again, as the published implementations do."""
@@ -91,6 +100,7 @@ def main() -> None:
             variants: dict[str, Callable[[], Tensor]] = {
                 "kept": lambda memory=memory, at=count: memory.step(at),  # type: ignore[misc]
                 f"kept, {LATER:,} tokens later": lambda memory=memory, at=count + LATER: memory.step(at),  # type: ignore[misc]
+                "reading the weights of a kept step": lambda memory=memory: memory.read_weights(),  # type: ignore[misc]
                 "projected at every step": lambda memory=memory, at=count: memory.projected(at),  # type: ignore[misc]
             }
             found = interleaved(
@@ -100,8 +110,13 @@ def main() -> None:
             label = f"{graft.kind}, {count:,} visual tokens"
             for name, spread in found.items():
                 report.figure(f"{label}: {name}", spread, "ms a token and layer")
-            near, later, projected = found.values()
+            near, later, reading, projected = found.values()
             report.check(f"{label}: projected / kept", ratios(projected, near), ">=", target, "x")
+            report.figure(
+                f"{label}: projected / reading the weights, which no kept step can beat",
+                ratios(projected, reading),
+                "x",
+            )
             report.figure(f"{label}: {LATER:,} tokens later / at once", ratios(later, near), "x")
     report.write(options.out)
 
