@@ -28,9 +28,7 @@ def fit_float16(directory: Path, progress: Progress | None = None) -> tuple[Prec
         key = (each.graph, each.layer)
         if key not in largest or each.max_abs > largest[key].max_abs:
             largest[key] = each
-    found = Precision(
-        limit=LIMIT, margin=MARGIN, prompts=prompts, largest=list(largest.values()), widened=widened
-    )
+    found = Precision(limit=LIMIT, margin=MARGIN, prompts=prompts, largest=list(largest.values()), widened=widened)
     return found, graphs
 
 

@@ -28,7 +28,10 @@ MOVES_DATA = frozenset(
 
 
 def compute_in_float32(
-    graph: ir.Graph, nodes: Iterable[ir.Node], wide: Collection[ir.Value] = (), reduced: Collection[ir.DataType] = REDUCED
+    graph: ir.Graph,
+    nodes: Iterable[ir.Node],
+    wide: Collection[ir.Value] = (),
+    reduced: Collection[ir.DataType] = REDUCED,
 ) -> int:
     """Make `nodes`, given in the graph's order, compute in fp32; -> how many of them had something to change.
 

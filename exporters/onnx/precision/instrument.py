@@ -46,10 +46,7 @@ class Instrument(ir.passes.InPlacePass):
             for index, value in enumerate(node.inputs):
                 if value is not None and value.is_initializer() and value.dtype == _HALF:
                     if value not in weights:
-                        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
-                        weights[value] = cast.outputs[0]
-                        weights[value].dtype, weights[value].shape = ir.DataType.FLOAT, value.shape
-                        graph.insert_before(node, cast)
+                        weights[value] = _weight(graph, node, value)
                     node.replace_input_with(index, weights[value])
             if node.op_type == "Cast" and node.attributes["to"].as_int() == _HALF:
                 node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
@@ -70,6 +67,32 @@ class Instrument(ir.passes.InPlacePass):
         assert producer is not None
         graph.insert_after(producer, [magnitude, largest])
         graph.outputs.append(output)
+
+
+def _weight(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
+    """A weight in fp32, cast when `node` is about to run.
+
+    Its shape is made to depend on what else the node reads: with nothing to wait for, all weights of a model would be
+    cast before its first layer runs.
+    """
+    made: list[ir.Node] = []
+    source = value
+    computed = [other for other in node.inputs if other is not None and other.producer() is not None]
+    assert value.shape is not None
+    if computed:
+        sizes = [int(size) for size in value.shape]  # type: ignore[arg-type]
+        nothing = ir.node("Shape", computed[:1], {"start": 0, "end": 0})
+        shape = ir.node("Constant", [], {"value_ints": sizes})
+        dependent = ir.node("Concat", [*nothing.outputs, *shape.outputs], {"axis": 0})
+        moved = ir.node("Reshape", [value, *dependent.outputs])
+        for each in (nothing, shape, dependent):
+            each.outputs[0].dtype = ir.DataType.INT64
+        moved.outputs[0].dtype, moved.outputs[0].shape = _HALF, value.shape
+        made, source = [nothing, shape, dependent, moved], moved.outputs[0]
+    cast = ir.node("Cast", [source], {"to": int(ir.DataType.FLOAT)})
+    cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.FLOAT, value.shape
+    graph.insert_before(node, [*made, cast])
+    return cast.outputs[0]
 
 
 SUFFIX = ".max_abs"

@@ -29,8 +29,8 @@ class Unmeasurable(Exception):
 
 
 def measure(directory: Path, progress: Progress | None = None) -> tuple[list[Activation], int]:
-    """The largest absolute value of everything that the graphs of an fp16 bundle compute, with fp32 arithmetic, over the
-    prompts and pictures of the validator; and over how many prompts.
+    """The largest absolute value of everything that the graphs of an fp16 bundle compute, with fp32 arithmetic, over
+    the prompts and pictures of the validator; and over how many prompts.
 
     One prompt at a time is prefilled. Weights are mapped from their files and cast where they are used, so that memory
     goes to one weight in fp32, the key/value cache of one row, and activations. Raises Unmeasurable where that does not
@@ -83,6 +83,8 @@ class _MeasuringSession(Session):
         # a folded Cast would be an fp32 copy of a weight, and all of them together twice the model
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         settings.add_session_config_entry("session.disable_prepacking", "1")
+        settings.enable_cpu_mem_arena = False
+        settings.enable_mem_pattern = False  # a plan would hold every weight's copy at once
         folder = str(path.parent.resolve())
         settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         proto = ir.to_proto(model).SerializeToString()
@@ -121,9 +123,7 @@ class _MeasuringRuntime(BundleRuntime):
         for name, session in sorted(self.sessions.items(), key=lambda item: _ORDER.index(item[0])):
             for value, largest in session.maxima.items():
                 place = session.places[value]
-                yield Activation(
-                    graph=name, layer=place.layer, operator=place.operator, value=value, max_abs=largest
-                )
+                yield Activation(graph=name, layer=place.layer, operator=place.operator, value=value, max_abs=largest)
 
 
 _ORDER = ("vision", "memory", "decoder")
@@ -146,13 +146,8 @@ def _check_memory(runtime: BundleRuntime) -> None:
 def memory_needed(directory: Path, sizes: Mapping[str, int], max_length: int) -> int:
     """An upper estimate in bytes: the largest weight in fp32, one row's cache in fp32 (past and present are one), and
     the activations of a prompt of 4,096 tokens at the width of the widest layer."""
-    weights = [
-        value
-        for path in directory.glob("*.onnx")
-        for value in ir.load(path).graph.initializers.values()
-        if value.shape is not None
-    ]
-    largest = max((math.prod(int(n) for n in value.shape) for value in weights), default=0)  # type: ignore[union-attr,arg-type]
+    weights = (value for path in directory.glob("*.onnx") for value in ir.load(path).graph.initializers.values())
+    largest = max((value.const_value.size for value in weights if value.const_value is not None), default=0)
     cache = 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * sizes["head_dim"] * max_length
     activations = min(4096, max_length) * sizes["hidden_size"] * 32
     return 4 * (largest + cache + activations)

@@ -20,8 +20,10 @@ def places(graph: ir.Graph) -> dict[str, Place]:
     nearest: dict[ir.Value, tuple[int, str]] = {}
     """Value -> where in the graph its last parameter was read, and the module that the parameter is of."""
     for number, node in enumerate(graph):
-        known = [nearest[value] for value in node.inputs if value in nearest]  # type: ignore[index]
-        own = [str(value.name).rpartition(".")[0] for value in node.inputs if value is not None and _is_parameter(value)]
+        known = [nearest[value] for value in node.inputs if value in nearest]
+        own = [
+            str(value.name).rpartition(".")[0] for value in node.inputs if value is not None and _is_parameter(value)
+        ]
         reached = max(known, default=None)
         # a gate or scale of a whole layer says less about the place than what it is applied to
         own = [module for module in own if reached is None or not reached[1].startswith(f"{module}.")]

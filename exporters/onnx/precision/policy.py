@@ -8,7 +8,7 @@ from exporters.onnx.precision.float32_nodes import REDUCED, compute_in_float32
 
 FLOAT32_OPERATORS = {
     "Softmax": "a sum over thousands of terms: fp16 loses the small ones, bf16 stops counting at 256",
-    "Tanh": "of gates, which start at zero: half-precision units bound the absolute error, not the relative one",
+    "Tanh": "of gates, which start at zero: an approximation in half precision may be off by more than a small gate",
 }
 """Operator -> why. Attention's softmax is not meant: it is inside one operator, and the backend's kernel's own."""
 

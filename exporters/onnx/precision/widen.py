@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from exporters.onnx.precision.float32_nodes import MOVES_DATA, compute_in_float32
-from exporters.onnx.precision.places import places
+from exporters.onnx.precision.places import Place, places
 from surgeon.errors import BundleError
 
 _FUSED = ("Attention", "TensorScatter")
@@ -48,26 +48,26 @@ class WidenToFloat32(ir.passes.InPlacePass):
     def _closure(self, graph: ir.Graph) -> set[ir.Value]:
         """The values in question, and those that are the same numbers moved."""
         where = places(graph)
-        wide: set[ir.Value] = set()
+        origins: dict[ir.Value, str] = {}
         for node in graph:
-            inherits = node.op_type in MOVES_DATA and any(value in wide for value in node.inputs)
+            read = [origins[value] for value in node.inputs if value is not None and value in origins]
+            if read and node.op_type in _FUSED:
+                raise BundleError(_refusal(where[read[0]], f"{node.op_type} reads it"))
             for value in node.outputs:
-                if value.dtype == ir.DataType.FLOAT16 and (inherits or value.name in self.names):
-                    if node.op_type in _FUSED or value.is_graph_output():
-                        place = where[str(value.name)]
-                        raise BundleError(_refusal(f"{place.layer} ({place.operator}): {value.name}"))
-                    wide.add(value)
-            for value in node.inputs:
-                if value in wide and node.op_type in _FUSED:
-                    place = where[str(value.name)]
-                    raise BundleError(_refusal(f"{place.layer} ({place.operator}): {value.name}, read by attention"))
-        if missing := self.names - {str(value.name) for value in wide}:
+                moved = read if node.op_type in MOVES_DATA else []
+                named = [str(value.name)] if value.name in self.names else []
+                if value.dtype != ir.DataType.FLOAT16 or not (origin := [*named, *moved]):
+                    continue
+                if value.is_graph_output() or node.op_type in _FUSED:
+                    raise BundleError(_refusal(where[origin[0]], f"it leaves {graph.name}.onnx or attention"))
+                origins[value] = origin[0]
+        if missing := self.names - set(origins.values()):
             raise BundleError(f"{graph.name} has no fp16 value named {sorted(missing)[0]!r}; export the bundle again")
-        return wide
+        return set(origins)
 
 
-def _refusal(where: str) -> str:
+def _refusal(place: Place, reason: str) -> str:
     return (
-        f"{where} would overflow fp16, and cannot be fp32: attention, caches, and what goes from graph to graph are of "
-        "the bundle's dtype; export with --dtype bf16"
+        f"{place.layer} ({place.operator}) would overflow fp16 and cannot be fp32: {reason}, and attention, caches and "
+        "what goes from graph to graph are of the bundle's dtype; export with --dtype bf16"
     )

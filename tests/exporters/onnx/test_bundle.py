@@ -11,12 +11,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, DecoderRun, Pair
 from safetensors.torch import load_file, save_file
 
 from checkpoints import tiny_checkpoint
 from exporters.onnx.bundle import export_bundle
 from exporters.onnx.manifest import Manifest
+from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, DecoderRun, Pair
 from surgeon.checkpoint import read_header
 from surgeon.errors import BundleError, CheckpointError, OptionError, TargetError
 

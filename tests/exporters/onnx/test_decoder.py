@@ -7,12 +7,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from pairs import MIXIN, PLAIN, PVM, DecoderRun, Pair
 from transformers import DynamicCache
 
 from checkpoints import tiny_checkpoint, tiny_config
 from exporters.onnx.bundle import export_bundle
 from exporters.onnx.decoder import decoder_graph
+from pairs import MIXIN, PLAIN, PVM, DecoderRun, Pair
 from surgeon import models
 from surgeon.errors import BundleError, OptionError
 from surgeon.families import family

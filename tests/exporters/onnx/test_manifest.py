@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pairs import Pair
 
 from exporters.onnx.manifest import Manifest
+from pairs import Pair
 from surgeon.errors import BundleError
 
 

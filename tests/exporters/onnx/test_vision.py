@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from pairs import Pair
 
+from pairs import Pair
 from surgeon import models
 from surgeon.families import family
 

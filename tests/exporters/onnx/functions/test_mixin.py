@@ -4,11 +4,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from graft_graphs import exported, run
 from safetensors.torch import load_file
 
 from exporters.onnx import functions
 from golden import DATA
+from graft_graphs import exported, run
 from surgeon.memory.mixin import Mixin
 from surgeon.memory.rotary import Rope
 

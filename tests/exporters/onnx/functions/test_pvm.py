@@ -4,11 +4,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from graft_graphs import exported, run
 from safetensors.torch import load_file
 from torch import Tensor
 
 from golden import DATA, our_name
+from graft_graphs import exported, run
 from surgeon.memory.pvm import PersistentVisualMemory
 
 

@@ -6,9 +6,9 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 import torch
-from small_graphs import cached_attention, op_types, run
 
 from exporters.runtime.rewrites import EmulateBFloat16
+from small_graphs import cached_attention, op_types, run
 
 BFLOAT16 = """
 <ir_version: 11, opset_import: ["" : 24, "surgeon" : 1]>

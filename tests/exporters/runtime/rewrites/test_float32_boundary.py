@@ -1,7 +1,7 @@
 import numpy as np
-from small_graphs import parse, session
 
 from exporters.runtime.rewrites import Float32Boundary
+from small_graphs import parse, session
 
 
 def test_the_host_sees_float32() -> None:

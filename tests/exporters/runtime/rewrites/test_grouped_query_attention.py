@@ -4,9 +4,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from small_graphs import HKV, SMAX, B, D, H, cached_attention, op_types, session
 
 from exporters.runtime.rewrites import GroupedQueryAttention
+from small_graphs import HKV, SMAX, B, D, H, cached_attention, op_types, session
 
 
 class Decoder:

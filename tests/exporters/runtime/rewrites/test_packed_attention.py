@@ -1,7 +1,7 @@
 import numpy as np
-from small_graphs import op_types, parse, run
 
 from exporters.runtime.rewrites import PackedMultiHeadAttention
+from small_graphs import op_types, parse, run
 
 PACKED = """
 <ir_version: 11, opset_import: ["" : 24]>
