@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import click
 
+from exporters.forms import form_of
 from surgeon import __version__
 from surgeon.errors import SurgeonError
 
@@ -74,12 +75,20 @@ positions_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else there.")
 
 
-def is_bundle(path: str) -> bool:
-    return (Path(path) / "bundle.json").is_file()
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["ort-cpu", "ort-cuda", "ort-tensorrt-rtx"]),
+    help="What ONNX Runtime computes a bundle with.  [default: CUDA where it works, else the CPU]",
+)
 
 
-def is_engine(path: str) -> bool:
-    return (Path(path) / "engine.json").is_file()
+def provider_of(backend: str | None, *paths: str) -> Any:
+    """ONNX Runtime's provider that --backend names."""
+    if backend is None:
+        return "auto"
+    if all(form_of(path) != "bundle" for path in paths):
+        raise click.UsageError(f"--backend {backend} is for bundles, and there is none among {', '.join(paths)}")
+    return backend.removeprefix("ort-")
 
 
 def print_json(value: Any) -> None:
@@ -111,13 +120,13 @@ def inspect(path: str, as_json: bool, image: Path | None, out: Path | None) -> N
         return
     from surgeon import console
 
-    if is_engine(path):
+    if form_of(path) == "engines":
         from exporters.tensorrt.show import inspect_engines
 
         found_engines = inspect_engines(path, show=not as_json)
         if as_json:
             print_json(found_engines.model_dump(mode="json"))
-    elif is_bundle(path):
+    elif form_of(path) == "bundle":
         from exporters.onnx.manifest import Manifest
 
         manifest = Manifest.load(path).model_dump(mode="json")
@@ -340,6 +349,11 @@ def export(
 @click.option("--timing-cache", type=click.Path(path_type=Path), help="A file of TensorRT's timings, read and written.")
 @click.option("--cache", type=click.Path(path_type=Path), help="A folder to keep engines in, and to take them from.")
 @click.option("--strict", is_flag=True, help="Attention that is not one fused kernel is an error.")
+@click.option(
+    "--serve-layout",
+    type=click.Choice(["triton"]),
+    help="Make OUT a model repository of NVIDIA Triton Inference Server, with the engines in OUT/<name>/1/engines.",
+)
 @click.option("--dry-run", is_flag=True, help="Plan only: no weight is read, nothing is built.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is complete.")
 @json_option
@@ -357,6 +371,7 @@ def engine(
     timing_cache: Path | None,
     cache: Path | None,
     strict: bool,
+    serve_layout: str | None,
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -369,6 +384,7 @@ def engine(
     \b
     surgeon engine BUNDLE OUT --target sm89,sm120 --prefill 1..4096 --batch 1..8
     surgeon engine BUNDLE OUT --backend tensorrt --target native --timing-cache timings
+    surgeon engine BUNDLE OUT --target sm89 --serve-layout triton
     surgeon engine BUNDLE --target sm89 --dry-run
     """
     if target is None and not dry_run:
@@ -380,13 +396,25 @@ def engine(
 
     limits = Limits.parse(prefill, batch, picture_tokens, visual_tokens)
     options = Options(backend, capabilities, dtype, limits, timing_cache, cache, strict, graphs)
+    if serve_layout is not None:
+        from exporters.serving import triton
+
+        triton.check_graphs(graphs)
     if dry_run:
         plan = plan_engines(bundle, options, target, overwrite)
         print_json(show.plan_json(plan, capabilities)) if as_json else show.show_plan(plan, capabilities)
         return
     assert target is not None
     with console.progress() as progress:
-        built = build_engines(bundle, target, options, overwrite=overwrite, progress=progress)
+        if serve_layout is None:
+            built = build_engines(bundle, target, options, overwrite=overwrite, progress=progress)
+        else:
+            built = triton.write_repository(
+                target,
+                lambda engines: build_engines(bundle, engines, options, progress=progress),
+                overwrite=overwrite,
+                protect=bundle,
+            )
     for warning in built.report.warnings():
         click.echo(f"warning: {warning}", err=True)
     if as_json:
@@ -396,7 +424,7 @@ def engine(
 
 
 @cli.command()
-@click.argument("path", metavar="CKPT|BUNDLE")
+@click.argument("path", metavar="CKPT|BUNDLE|ENGINES")
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="A picture; repeat for more.")
 @click.option("--prompt", required=True, help="What to ask.")
 @click.option("--system", help="The system prompt.")
@@ -406,6 +434,7 @@ def engine(
 @click.option("--top-k", type=click.IntRange(1), help="Sample from the K likeliest tokens.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the sampling.")
 @positions_option
+@backend_option
 @json_option
 def generate(
     path: str,
@@ -418,9 +447,10 @@ def generate(
     top_k: int | None,
     seed: int,
     positions: Literal["dhr", "plain"] | None,
+    backend: str | None,
     as_json: bool,
 ) -> None:
-    """Answer a prompt about pictures, with a checkpoint in torch or with a bundle in ONNX Runtime.
+    """Answer a prompt about pictures, with a checkpoint in torch, a bundle in ONNX Runtime or engines on a GPU.
 
     The text comes on stdout as it is made. Pictures are shown to the model in the order they are given.
 
@@ -439,12 +469,19 @@ def generate(
         if not as_json:
             click.echo(text, nl=False)
 
+    provider = provider_of(backend, path)
     found: Any
-    if is_bundle(path):
+    if (form := form_of(path)) != "checkpoint":
         from exporters import runtime
 
-        bundle = runtime.BundleRuntime(path)
-        (found,) = runtime.generate(bundle, [asked], max_new_tokens, sampling, lambda row, text: show(text), positions)
+        model: runtime.Runtime
+        if form == "engines":
+            from exporters.tensorrt.runtime import EngineRuntime
+
+            model = EngineRuntime(path)
+        else:
+            model = runtime.BundleRuntime(path, provider=provider)
+        (found,) = runtime.generate(model, [asked], max_new_tokens, sampling, lambda row, text: show(text), positions)
     else:
         from surgeon.torch_generate import answer
 
@@ -461,6 +498,7 @@ def generate(
     "--steps", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded after each prompt."
 )
 @positions_option
+@backend_option
 @click.option("--report", "report_file", type=click.Path(path_type=Path), help="Write the whole verdict as JSON.")
 @click.option("--overwrite", is_flag=True, help="Replace the report file.")
 @json_option
@@ -471,11 +509,12 @@ def validate(
     prompt: str | None,
     steps: int,
     positions: Literal["dhr", "plain"] | None,
+    backend: str | None,
     report_file: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Prove that a later form of a model computes what an earlier one did. A and B: checkpoints or bundles.
+    """Prove that a later form of a model computes what an earlier one did. A and B: checkpoints, bundles or engines.
 
     Compared are the logits over each prompt and over every decoding step, and the greedy tokens; a failure names the
     first layer that is wrong. What must hold depends on the two: a fresh patch gives its source's logits bit for bit,
@@ -492,10 +531,11 @@ def validate(
         from surgeon.checkpoint import check_target
 
         check_target(report_file, overwrite, directory=False)
+    provider = provider_of(backend, a, b)
     from exporters.runtime.validation import validate_pair
 
     with console.progress() as progress:
-        report = validate_pair(a, b, images, prompt, steps, progress, positions)
+        report = validate_pair(a, b, images, prompt, steps, progress, positions, provider)
     if report_file is not None:
         from surgeon.checkpoint import staged_file
 
@@ -527,7 +567,7 @@ def bench(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Latency, tokens per second and memory of checkpoints and bundles, side by side.
+    """Latency, tokens per second and memory of checkpoints, bundles and engines, side by side.
 
     Each is loaded in a process of its own, all at the same time, and they are measured in turns. The tokens are greedy
     and an answer does not end early. Without --image it is about a picture of this tool's own.

@@ -2,16 +2,20 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from exporters.forms import form_of
 from surgeon import models
 from surgeon.inputs import Inputs, Prompt
+
+if TYPE_CHECKING:
+    from exporters.runtime import Runtime
 
 
 class Runner(ABC):
@@ -81,17 +85,13 @@ class _Clock(LogitsProcessor):
         return scores
 
 
-class BundleRunner(Runner):
-    """A bundle, by ONNX Runtime."""
+class RuntimeRunner(Runner):
+    """A model in one of this tool's runtimes."""
 
-    stage = "bundle"
-
-    def __init__(self, path: Path, prompts: Sequence[Prompt], threads: int | None) -> None:
-        from exporters.runtime import BundleRuntime
-
-        self.runtime = BundleRuntime(path, threads=threads)
-        self.device, self.dtype = self.runtime.options.provider, self.runtime.manifest.dtype
-        self.prepared = self.runtime.prepare(prompts)
+    def __init__(self, runtime: "Runtime", prompts: Sequence[Prompt]) -> None:
+        self.runtime = runtime
+        self.device, self.dtype = runtime.device, runtime.manifest.dtype
+        self.prepared = runtime.prepare(prompts)
 
     @property
     def prompt_tokens(self) -> int:
@@ -108,7 +108,40 @@ class BundleRunner(Runner):
         return ends
 
 
+class BundleRunner(RuntimeRunner):
+    """A bundle, by ONNX Runtime."""
+
+    stage = "bundle"
+
+    def __init__(self, path: Path, prompts: Sequence[Prompt], threads: int | None) -> None:
+        from exporters.runtime import BundleRuntime
+
+        super().__init__(BundleRuntime(path, threads=threads), prompts)
+
+
+class EngineRunner(RuntimeRunner):
+    """Engines, by TensorRT. `threads` means nothing to them."""
+
+    stage = "engine"
+
+    def __init__(self, path: Path, prompts: Sequence[Prompt], threads: int | None) -> None:
+        from exporters.tensorrt.runtime import EngineRuntime
+
+        self.engines = EngineRuntime(path)
+        super().__init__(self.engines, prompts)
+
+    def device_memory(self) -> int:
+        """What torch holds, and the engines, which TensorRT loads beside it; without its working memory."""
+        return super().device_memory() + sum(engine.bytes for engine in self.engines.engines.engines.values())
+
+
+_RUNNERS: dict[str, Callable[[Path, Sequence[Prompt], int | None], Runner]] = {
+    "checkpoint": CheckpointRunner,
+    "bundle": BundleRunner,
+    "engines": EngineRunner,
+}
+
+
 def open_runner(path: Path, prompts: Sequence[Prompt], threads: int | None) -> Runner:
     """The runner of what `path` is. Raises SurgeonError kinds where it cannot be run."""
-    runner = BundleRunner if (path / "bundle.json").is_file() else CheckpointRunner
-    return runner(path, prompts, threads)
+    return _RUNNERS[form_of(path)](path, prompts, threads)

@@ -1,29 +1,28 @@
-"""Run a bundle with ONNX Runtime: pictures and prompts in, logits out, token by token."""
+"""Run a bundle with ONNX Runtime."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from transformers import PretrainedConfig
+from torch import Tensor
 
 from exporters.onnx.manifest import Manifest
-from exporters.runtime.placement import Entering, Picture, Placement, padded
-from exporters.runtime.session import Provider, Session, SessionOptions, as_tensor, as_value, choose_provider
-from exporters.runtime.state import State, Tokens, Wanted, rows_of, stack
-from surgeon.errors import BundleError
-from surgeon.families import family
-from surgeon.inputs import Inputs, Message, ModelInputs, Prompt
-from surgeon.models import read_config
-from surgeon.positions import Positions, choose_positions, grid_in_sequence, position_ids
+from exporters.runtime.runtime import GraphName, Runtime
+from exporters.runtime.session import (
+    Provider,
+    Session,
+    SessionOptions,
+    as_tensor,
+    as_value,
+    choose_provider,
+    stays_on_device,
+)
+from exporters.runtime.state import State, Tokens
 
-PROCESSOR = "processor"
-"""The folder of a bundle with tokenizer, chat template, image processor and config."""
 
-
-class BundleRuntime:
+class BundleRuntime(Runtime):
     """A bundle, ready to run. It holds weights and sessions; what belongs to a request is in its `State`."""
 
     def __init__(
@@ -42,19 +41,10 @@ class BundleRuntime:
 
         Raises BundleError for a bundle that is missing or damaged, and for a provider that does not work here.
         """
-        self.path = Path(path)
-        self.manifest = Manifest.load(self.path)
+        manifest = Manifest.load(path)
         self.options = SessionOptions(choose_provider(provider), threads, low_memory, fast_attention)
         self.extra_outputs = tuple(extra_outputs)
-        self.family = family(self.manifest.source.model_type)
-        self.config = _config(self.path / PROCESSOR / "config.json")
-        self.placement = Placement(self.config)
-        self.max_length = self.manifest.max_length
-
-    @cached_property
-    def inputs(self) -> Inputs:
-        """The bundle's tokenizer, chat template and image processor. Raises CheckpointError where one is missing."""
-        return Inputs.from_directory(self.path / PROCESSOR, self.family)
+        super().__init__(Path(path), manifest)
 
     # -- sessions ----------------------------------------------------------------------------------------------
     @cached_property
@@ -76,182 +66,44 @@ class BundleRuntime:
     def _session(self, name: str, extra_outputs: Sequence[str] = ()) -> Session:
         return Session(self.path / self.manifest.graphs[name].file, self.options, extra_outputs)
 
-    # -- a request ---------------------------------------------------------------------------------------------
-    def prepare(self, prompts: Sequence[Prompt | list[Message]], positions: Positions | None = None) -> ModelInputs:
-        """Prompts or conversations as model inputs. `positions`: dhr or plain, for a model with RoPE-DHR, whose default
-        is dhr. Raises InputError for what cannot be used."""
-        return self.inputs.prepare(prompts, padding_side="right", positions=positions)
+    # -- as every runtime --------------------------------------------------------------------------------------
+    @property
+    def device(self) -> str:
+        return self.options.device
 
-    def encode_images(self, inputs: ModelInputs) -> list[list[Picture]]:
-        """Each row's pictures, one call of the vision graph for each."""
-        return [
-            [self._encode(pixels, grid) for pixels, grid in zip(row_pixels, row_grids, strict=True)]
-            for row_pixels, row_grids in zip(inputs.pixel_values, inputs.grids, strict=True)
-        ]
+    def takes(self, graph: GraphName) -> Collection[str]:
+        session: Session = getattr(self, graph)
+        return session.inputs.keys()
 
-    def _encode(self, pixel_values: np.ndarray, grid: tuple[int, int, int]) -> Picture:
-        outputs = self.vision.run(self.family.vision_inputs(self.config, pixel_values, grid))
-        return Picture(**{name: value.numpy() for name, value in outputs.items()})
+    def run(self, graph: GraphName, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray | Tensor]:
+        session: Session = getattr(self, graph)
+        outputs = session.run({name: value for name, value in feeds.items() if name in session.inputs})
+        return {n: as_tensor(value) if stays_on_device(n) else value.numpy() for n, value in outputs.items()}
 
-    def start(self, inputs: ModelInputs, logits: Wanted = "last") -> tuple[State, np.ndarray]:
-        """Begin a request: pictures, memory and prompts -> its state, and logits fp32 of each row's last token [B, V],
-        or with `logits="all"` of every prompt position [B, S, V], S the longest row; what is behind a shorter row's
-        end means nothing.
+    def zeros(self, name: str, sizes: Mapping[str, int]) -> Tensor:
+        return self.decoder.zeros(name, sizes)
 
-        Raises BundleError for a prompt that is longer than the bundle's maximum.
-        """
-        rows = rows_of(inputs)
-        state = self._empty_state(len(rows))
-        self._check_room(state, rows)
-        tokens = self._tokens(state, inputs, rows, logits)
-        found = self._forward(state, slice(None), tokens)
-        state.advance(rows, tokens.position_ids)
-        return state, found if logits == "all" else found[:, 0]
+    def prefill(self, state: State, rows: slice, tokens: Tokens) -> np.ndarray:
+        memory = {name: as_value(tensor[rows].contiguous()) for name, tensor in state.memory.items()}
+        feeds = self._known(tokens.feeds() | {"memory_mask": state.memory_mask[rows]})
+        return self._read(state, self.decoder.execute(self._bind(feeds | memory, state, rows)))
 
-    def step(self, state: State, tokens: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
-        """Feed each row's next token, int64 [B] -> logits fp32 [B, V]. Rows that are not in `active` (bool [B]) stay as
-        they are, and their logits mean nothing. Raises BundleError where an active row is full."""
-        active = np.ones(state.batch_size, dtype=bool) if active is None else active
-        if (state.lengths[active] >= self.max_length).any():
-            raise BundleError(f"a row has the bundle's maximum of {self.max_length} tokens; none can follow")
-        changing = {
-            "inputs_embeds": self._embed(tokens.astype(np.int64)[:, None]),
-            "position_ids": self._text_positions(state.next_positions[:, None]),
-            # what an inactive row writes is overwritten by its next token, which a full row never has
-            "write_indices": np.minimum(state.lengths, self.max_length - 1),
-        }
+    def decode(self, state: State, changing: dict[str, np.ndarray], fixed: dict[str, np.ndarray]) -> np.ndarray:
         if state.binding is None:
-            state.binding = self._bind_step(state, changing)
+            memory = {name: as_value(tensor.contiguous()) for name, tensor in state.memory.items()}
+            state.binding = self._bind(self._known(changing | fixed) | memory, state, slice(None))
         else:
             self.decoder.bind_inputs(state.binding, changing)
             for name in ("logits", *self.extra_outputs):
                 self.decoder.bind_new_output(state.binding, name)
-        found = self._read(state, self.decoder.execute(state.binding))
-        state.lengths += active
-        state.next_positions += active
-        return found[:, 0]
-
-    def append(self, state: State, inputs: ModelInputs, logits: Wanted = "last") -> np.ndarray:
-        """Feed each row of a request further tokens, perhaps with new pictures: a later turn. `inputs` holds the new
-        tokens and pictures alone. -> logits as from `start`.
-
-        Pictures enter the memory beside those that are there, and positions continue. Raises BundleError for a row
-        that would become longer than the bundle's maximum.
-        """
-        rows = rows_of(inputs)
-        if len(rows) != state.batch_size:
-            raise BundleError(f"the request has {state.batch_size} row(s), {len(rows)} were given to append")
-        self._check_room(state, rows)
-        tokens = self._tokens(state, inputs, rows, logits)
-        # Row by row: a batch's padding might not fit behind a long row, and ONNX Runtime's attention takes several new
-        # tokens on a filled cache for one row at a time.
-        found, extra = [], []
-        for row, ids in enumerate(rows):
-            one = slice(row, row + 1)
-            found.append(self._forward(state, one, tokens.of_row(row, len(ids), logits)))
-            extra.append(state.extra)
-        state.extra = {name: stack([row[name] for row in extra]) for name in self.extra_outputs}
-        state.advance(rows, tokens.position_ids)
-        stacked = stack(found)
-        return stacked if logits == "all" else stacked[:, 0]
+        return self._read(state, self.decoder.execute(state.binding))
 
     # -- inside ------------------------------------------------------------------------------------------------
-    def _empty_state(self, batch_size: int) -> State:
-        decoder, sizes = self.decoder, {"B": batch_size, "M": 1}
-        return State(
-            lengths=np.zeros(batch_size, dtype=np.int64),
-            next_positions=np.zeros(batch_size, dtype=np.int64),
-            caches={n: decoder.zeros(n, sizes) for n in decoder.inputs if n.startswith("past_")},
-            memory={n: decoder.zeros(n, sizes) for n in decoder.inputs if n.startswith(_MEMORY)},
-            memory_mask=np.zeros((batch_size, 1), dtype=bool),
-        )
-
-    def _check_room(self, state: State, rows: Sequence[np.ndarray]) -> None:
-        for row, ids in enumerate(rows):
-            length = int(state.lengths[row]) + len(ids)
-            if length > self.max_length:
-                raise BundleError(
-                    f"row {row} has {length} tokens, the bundle was exported for {self.max_length}: "
-                    "shorten the prompt, scale its pictures down, or export again with a larger --max-length"
-                )
-
-    def _tokens(self, state: State, inputs: ModelInputs, rows: Sequence[np.ndarray], logits: Wanted) -> Tokens:
-        """New tokens of all rows; their pictures are encoded, put in their places, and entered into the memory."""
-        batch, length = len(rows), max(map(len, rows))
-        input_ids = np.zeros((batch, length), dtype=np.int64)
-        present = np.zeros((batch, length), dtype=np.int64)
-        for row, ids in enumerate(rows):
-            input_ids[row, : len(ids)], present[row, : len(ids)] = ids, 1
-        positions = choose_positions(self.config, inputs.positions)
-        grids = [[grid_in_sequence(self.config, grid) for grid in row] for row in inputs.grids]
-        token_positions, _ = position_ids(self.family, self.config, input_ids, present, grids, positions)
-        token_positions = token_positions + state.next_positions[None, :, None]
-        images = (input_ids == self.family.image_token_id(self.config)) & (present == 1)
-        embeds, deepstack = self._embed(input_ids), self._no_deepstack(batch, length)
-        entering = []
-        for row, pictures in enumerate(self.encode_images(inputs)):
-            self._put(pictures, input_ids[row], embeds[row], None if deepstack is None else deepstack[:, row])
-            entering.append(self.placement.entering(pictures, inputs.grids[row], token_positions[:, row, images[row]]))
-        if state.memory and any(entering):
-            self._remember(state, entering)
-        last = np.array([[len(ids) - 1] for ids in rows], dtype=np.int64)
-        every = np.broadcast_to(np.arange(length), (batch, length))
-        return Tokens(
-            inputs_embeds=embeds,
-            position_ids=token_positions,
-            write_indices=state.lengths.copy(),
-            logits_indices=every if logits == "all" else last,
-            visual_token_mask=images,
-            deepstack=deepstack,
-        )
-
-    def _put(
-        self, pictures: Sequence[Picture], input_ids: np.ndarray, embeds: np.ndarray, deepstack: np.ndarray | None
-    ) -> None:
-        """Put a row's pictures in the places of its ids [S]: embeds [S, d], deepstack [K, S, d], both in place."""
-        if not pictures:
-            return
-        shown = [self.placement.in_sequence(picture) for picture in pictures]
-        images = input_ids == self.family.image_token_id(self.config)
-        embeds[images] = np.concatenate([picture.features for picture in shown])
-        if shown[0].indicators is not None:  # the same for every picture
-            ids = self.family.indicator_token_ids(self.config)
-            for token_id, indicator in zip(ids, shown[0].indicators, strict=True):
-                embeds[input_ids == token_id] = indicator
-        if deepstack is not None:
-            deepstack[:, images] = np.concatenate([p.deepstack for p in shown if p.deepstack is not None], axis=1)
-
-    def _remember(self, state: State, entering: Sequence[Entering | None]) -> None:
-        """Enter each row's visual embeddings into the memory, behind what is there."""
-        embeds, position_ids, mask = padded(entering)
-        feeds = {"visual_embeds": embeds, "media_position_ids": position_ids}
-        new = self.memory.run({name: feeds[name] for name in self.memory.inputs})  # positions where a graft has a rope
-        state.remember({name: as_tensor(value) for name, value in new.items()}, mask)
-
-    def _forward(self, state: State, rows: slice, tokens: Tokens) -> np.ndarray:
-        """Run the decoder on some rows of a state; -> logits [B, T, V]."""
-        memory = {name: as_value(tensor[rows].contiguous()) for name, tensor in state.memory.items()}
-        feeds = self._known(tokens.feeds() | {"memory_mask": state.memory_mask[rows]}) | memory
+    def _bind(self, feeds: dict[str, np.ndarray | ort.OrtValue], state: State, rows: slice) -> ort.IOBinding:
+        """With past and present of the caches in the same place."""
         caches = {name: as_value(tensor[rows]) for name, tensor in state.caches.items()}
         present = {name.replace("past_", "present_"): value for name, value in caches.items()}
-        binding = self.decoder.bind(feeds | caches, present)
-        return self._read(state, self.decoder.execute(binding))
-
-    def _bind_step(self, state: State, changing: dict[str, np.ndarray]) -> ort.IOBinding:
-        batch = state.batch_size
-        deepstack = self._no_deepstack(batch, 1)
-        fixed = self._known(
-            {
-                "logits_indices": np.zeros((batch, 1), dtype=np.int64),
-                "visual_token_mask": np.zeros((batch, 1), dtype=bool),
-                "memory_mask": state.memory_mask,
-                **({} if deepstack is None else {"deepstack": deepstack}),
-            }
-        )
-        memory = {name: as_value(tensor.contiguous()) for name, tensor in state.memory.items()}
-        caches = {name: as_value(tensor) for name, tensor in state.caches.items()}
-        present = {name.replace("past_", "present_"): value for name, value in caches.items()}
-        return self.decoder.bind(changing | fixed | memory | caches, present)
+        return self.decoder.bind(feeds | caches, present)
 
     def _known(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray | ort.OrtValue]:
         """Those that the decoder takes: what a model's grafts do not read is not among its inputs."""
@@ -261,26 +113,3 @@ class BundleRuntime:
         state.extra = {name: outputs[name].numpy() for name in self.extra_outputs}
         logits: np.ndarray = outputs["logits"].numpy()
         return logits
-
-    def _embed(self, input_ids: np.ndarray) -> np.ndarray:
-        embeds: np.ndarray = self.embed.run({"input_ids": input_ids})["inputs_embeds"].numpy()
-        return embeds
-
-    def _no_deepstack(self, batch: int, length: int) -> np.ndarray | None:
-        sizes = self.manifest.sizes
-        if not sizes.deepstack:
-            return None
-        return np.zeros((sizes.deepstack, batch, length, sizes.hidden_size), dtype=np.float32)
-
-    def _text_positions(self, positions: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(positions, (self.manifest.sizes.position_axes, *positions.shape))
-
-
-_MEMORY = ("memory_keys.", "memory_values.")
-
-
-def _config(path: Path) -> PretrainedConfig:
-    try:
-        return read_config(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read ({error}): the bundle is damaged, export it again") from None

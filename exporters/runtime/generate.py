@@ -1,11 +1,11 @@
-"""Generate text from a bundle: batches, streaming, rows that end at different times."""
+"""Generate text from a bundle or engines: batches, streaming, rows that end at different times."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from exporters.runtime.bundle_runtime import BundleRuntime
+from exporters.runtime.runtime import Runtime
 from surgeon.generation import FinishReason, Rows, Sampling, TextStream, sample
 from surgeon.inputs import Message, Prompt
 from surgeon.positions import Positions
@@ -24,7 +24,7 @@ class Generation:
 
 
 def generate(
-    runtime: BundleRuntime,
+    runtime: Runtime,
     prompts: Sequence[Prompt | list[Message]],
     max_new_tokens: int,
     sampling: Sampling | None = None,
@@ -32,7 +32,7 @@ def generate(
     positions: Positions | None = None,
 ) -> list[Generation]:
     """Answer prompts in one batch, each with its own pictures; greedy unless `sampling` says otherwise.
-    `positions`: as for `BundleRuntime.prepare`.
+    `positions`: as for `Runtime.prepare`.
 
     A row ends with one of the model's end-of-sequence tokens ("stop"), or after `max_new_tokens`, or when prompt and
     answer together are as long as the bundle's maximum (both "length"). Raises InputError for a prompt or picture that

@@ -22,10 +22,20 @@ from exporters.runtime.rewrites import (
 )
 from surgeon.errors import BundleError
 
-Provider = Literal["auto", "cpu", "cuda"]
+Provider = Literal["auto", "cpu", "cuda", "tensorrt-rtx"]
+Chosen = Literal["cpu", "cuda", "tensorrt-rtx"]
 Feeds = Mapping[str, "np.ndarray | ort.OrtValue"]
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+_NEEDS = {
+    "cuda": ("CUDA", "install onnxruntime-gpu", "CUDA or cuDNN of the version that onnxruntime-gpu is built for"),
+    "tensorrt-rtx": ("TensorRT-RTX", "`surgeon engine` needs none of it", "TensorRT for RTX and CUDA"),
+}
+"""How a provider is called, what to do where onnxruntime is built without it, and which libraries it loads."""
 _DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -38,35 +48,44 @@ _DTYPES = {
 class SessionOptions:
     """How a bundle's graphs are run."""
 
-    provider: Literal["cpu", "cuda"] = "cpu"
+    provider: Chosen = "cpu"
     threads: int | None = None
     """Threads of one operator; None: as many as there are physical cores."""
     low_memory: bool = False
     """Map weights from their files instead of packing them: no copy in memory, but slower (by about 40 % a token)."""
     fast_attention: bool = True
-    """Rewrite attention to ONNX Runtime's own operators."""
+    """Rewrite attention to ONNX Runtime's own operators; TensorRT has none of them."""
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Where caches and memory are, as torch and onnxruntime name it."""
+        return "cpu" if self.provider == "cpu" else "cuda"
 
 
-def choose_provider(provider: Provider) -> Literal["cpu", "cuda"]:
+def choose_provider(provider: Provider) -> Chosen:
     """The execution provider to use: `auto` is CUDA where it works, else the CPU. Raises BundleError for one that
     does not work here."""
     if provider == "cpu":
         return "cpu"
-    if provider not in ("auto", "cuda"):
-        raise BundleError(f"unknown provider {provider!r}; there are auto, cpu and cuda")
-    reason = _why_not_cuda()
+    if provider not in ("auto", *_NEEDS):
+        raise BundleError(f"unknown provider {provider!r}; there are auto, {', '.join(_PROVIDERS)}")
+    wanted: Chosen = "cuda" if provider == "auto" else provider
+    reason = _why_not(wanted)
     if reason is None:
-        return "cuda"
-    if provider == "cuda":
-        raise BundleError(f"the CUDA provider does not work here: {reason}; use provider 'cpu' or 'auto'")
+        return wanted
+    if provider != "auto":
+        raise BundleError(
+            f"the {_NEEDS[wanted][0]} provider does not work here: {reason}; use provider 'cpu' or 'auto'"
+        )
     return "cpu"
 
 
 @cache
-def _why_not_cuda() -> str | None:
-    """What is missing for the CUDA provider; None where a session with it was really made."""
-    if _PROVIDERS["cuda"] not in ort.get_available_providers():
-        return "this onnxruntime is built without it (install onnxruntime-gpu)"
+def _why_not(provider: Chosen) -> str | None:
+    """What is missing for a provider; None where a session with it was really made."""
+    _, remedy, libraries = _NEEDS[provider]
+    if _PROVIDERS[provider] not in ort.get_available_providers():
+        return f"this onnxruntime is built without it ({remedy})"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     value = ir.val("x", ir.DataType.FLOAT, [1])
@@ -77,9 +96,9 @@ def _why_not_cuda() -> str | None:
     options.log_severity_level = 4
     probe = ir.to_proto(ir.Model(graph, ir_version=9)).SerializeToString()
     # where its libraries do not load, the session is made without it
-    session = ort.InferenceSession(probe, options, providers=[_PROVIDERS["cuda"], _PROVIDERS["cpu"]])
-    if _PROVIDERS["cuda"] not in session.get_providers():
-        return "its libraries do not load (CUDA or cuDNN of the version that onnxruntime-gpu is built for)"
+    session = ort.InferenceSession(probe, options, providers=[_PROVIDERS[provider], _PROVIDERS["cpu"]])
+    if _PROVIDERS[provider] not in session.get_providers():
+        return f"its libraries do not load ({libraries})"
     return None
 
 
@@ -117,7 +136,7 @@ class Session:
     def zeros(self, name: str, sizes: Mapping[str, int]) -> torch.Tensor:
         """Zeros on the session's device of an input's shape and dtype; `sizes`: of its symbolic dimensions."""
         shape = [n if isinstance(n, int) else sizes[n] for n in self.inputs[name].shape]
-        return torch.zeros(shape, dtype=self.dtype(name), device=self.options.provider)
+        return torch.zeros(shape, dtype=self.dtype(name), device=self.options.device)
 
     def bind(self, feeds: Feeds, outputs: Mapping[str, ort.OrtValue]) -> ort.IOBinding:
         """A binding of inputs and outputs: those in `outputs` are written there, memory onto the session's device,
@@ -140,7 +159,7 @@ class Session:
 
     def bind_new_output(self, binding: ort.IOBinding, name: str) -> None:
         """Let the next run allocate the output."""
-        binding.bind_output(name, self.options.provider if stays_on_device(name) else "cpu")
+        binding.bind_output(name, self.options.device if stays_on_device(name) else "cpu")
 
     def execute(self, binding: ort.IOBinding) -> dict[str, ort.OrtValue]:
         """Run a binding made by `bind`; -> all outputs."""
@@ -179,7 +198,8 @@ def as_value(tensor: torch.Tensor) -> ort.OrtValue:
 def _rewrites(model: ir.Model, options: SessionOptions) -> Iterator[OrtRewrite]:
     dtypes = {value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
     # CUDA's contrib kernels for attention take fp16 and bf16 alone
-    if options.fast_attention and (options.provider == "cpu" or ir.DataType.FLOAT not in dtypes):
+    own = options.provider == "cpu" or (options.provider == "cuda" and ir.DataType.FLOAT not in dtypes)
+    if options.fast_attention and own:
         yield GroupedQueryAttention()
         yield PackedMultiHeadAttention()
     if options.provider == "cpu":

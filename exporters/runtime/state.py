@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from torch import Tensor
 
@@ -31,8 +30,8 @@ class State:
     """bool [B, M]: which slots of the memory a row uses."""
     extra: dict[str, np.ndarray] = field(default_factory=dict)
     """The extra outputs of the latest call, by name, fp32 where they are floating."""
-    binding: ort.IOBinding | None = None
-    """Of a decoding step, with everything bound that does not change from step to step."""
+    binding: Any = None
+    """What the runtime prepared for a decoding step, with everything bound that does not change from step to step."""
 
     @property
     def batch_size(self) -> int:
@@ -69,6 +68,18 @@ class Tokens:
     def feeds(self) -> dict[str, np.ndarray]:
         """By the names of the decoder's inputs."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+    def columns(self, begin: int, end: int, logits_indices: np.ndarray) -> "Tokens":
+        """Some of them, of all rows, as if those before them had been fed; logits_indices int64 [B, T] among them."""
+        some = slice(begin, end)
+        return Tokens(
+            inputs_embeds=self.inputs_embeds[:, some],
+            position_ids=self.position_ids[:, :, some],
+            write_indices=self.write_indices + begin,
+            logits_indices=logits_indices,
+            visual_token_mask=self.visual_token_mask[:, some],
+            deepstack=None if self.deepstack is None else self.deepstack[:, :, some],
+        )
 
     def of_row(self, row: int, length: int, logits: Wanted) -> "Tokens":
         """One row's, without padding."""

@@ -1,4 +1,4 @@
-"""A bundle as the validator sees it, and the pair of subjects that a comparison needs."""
+"""Bundles and engines as the validator sees them, and the pair of subjects that a comparison needs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from exporters.forms import FORMS, form_of
 from exporters.runtime.bundle_runtime import BundleRuntime
+from exporters.runtime.runtime import Runtime
+from exporters.runtime.session import Provider
 from surgeon.errors import SurgeonError
 from surgeon.inputs import Prompt
 from surgeon.memory.patched import RECORD
@@ -18,33 +21,16 @@ from surgeon.parity.torch_subject import TorchSubject
 from surgeon.positions import Positions
 
 
-class BundleSubject:
-    """A bundle in ONNX Runtime, its numbers as the engine's own: decoding through the caches, one step a token.
-    `positions`: as for `BundleRuntime.prepare`."""
+class RuntimeSubject:
+    """A model in one of this tool's runtimes, its numbers as that computes them: decoding through the caches, one step
+    a token. `positions`: as for `Runtime.prepare`."""
 
-    stage = "bundle"
+    stage: str
 
-    def __init__(self, path: str | Path, positions: Positions | None = None) -> None:
-        self.path, self.positions = str(path), positions
-        self.runtime = BundleRuntime(path)
-        self.dtype = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[self.runtime.manifest.dtype]
-        self.record: Mapping[str, Any] | None = getattr(self.runtime.config, RECORD, None)
-
-    def gates(self) -> dict[str, float]:
-        """Every graft's gates, by parameter name: the value farthest from zero."""
-        gates = {gate for entry in (self.record or {}).get("grafts", []) for gate in graft_class(entry["kind"]).gates}
-        if not gates:
-            return {}
-        path = Path(self.path) / self.runtime.manifest.graphs["decoder"].file
-        found = {}
-        for name, value in ir.load(path).graph.initializers.items():
-            tensor = value.const_value
-            if name.rsplit(".", 1)[-1] in gates and isinstance(tensor, ir.ExternalTensor):
-                # read here: onnx-ir refuses files with several hard links, which a bundle's weights may be
-                file, dtype = path.parent / tensor.location, tensor.dtype.numpy()
-                values = np.fromfile(file, dtype, count=tensor.size, offset=tensor.offset or 0)
-                found[name] = float(np.abs(values.astype(np.float32)).max())
-        return found
+    def __init__(self, runtime: Runtime, positions: Positions | None = None) -> None:
+        self.path, self.positions, self.runtime = str(runtime.path), positions, runtime
+        self.dtype = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[runtime.manifest.dtype]
+        self.record: Mapping[str, Any] | None = getattr(runtime.config, RECORD, None)
 
     def trace(self, prompts: Sequence[Prompt], steps: int, tokens: np.ndarray | None = None) -> Trace:
         inputs = self.runtime.prepare(prompts, self.positions)
@@ -63,10 +49,36 @@ class BundleSubject:
             np.stack(fed, 1),
         )
 
+
+class BundleSubject(RuntimeSubject):
+    """A bundle in ONNX Runtime."""
+
+    stage = "bundle"
+
+    def __init__(self, path: str | Path, positions: Positions | None = None, provider: Provider = "auto") -> None:
+        super().__init__(BundleRuntime(path, provider=provider), positions)
+        self.provider = provider
+
+    def gates(self) -> dict[str, float]:
+        """Every graft's gates, by parameter name: the value farthest from zero."""
+        gates = {gate for entry in (self.record or {}).get("grafts", []) for gate in graft_class(entry["kind"]).gates}
+        if not gates:
+            return {}
+        path = Path(self.path) / self.runtime.manifest.graphs["decoder"].file
+        found = {}
+        for name, value in ir.load(path).graph.initializers.items():
+            tensor = value.const_value
+            if name.rsplit(".", 1)[-1] in gates and isinstance(tensor, ir.ExternalTensor):
+                # read here: onnx-ir refuses files with several hard links, which a bundle's weights may be
+                file, dtype = path.parent / tensor.location, tensor.dtype.numpy()
+                values = np.fromfile(file, dtype, count=tensor.size, offset=tensor.offset or 0)
+                found[name] = float(np.abs(values.astype(np.float32)).max())
+        return found
+
     def tensors(self, prompts: Sequence[Prompt]) -> dict[str, list[np.ndarray]]:
         layers = self.runtime.manifest.sizes.num_hidden_layers
         names = [f"hidden_states.{i}" for i in range(layers)]
-        searching = BundleRuntime(self.path, extra_outputs=names)
+        searching = BundleRuntime(self.path, provider=self.provider, extra_outputs=names)
         inputs = searching.prepare(prompts, self.positions)
         state, _ = searching.start(inputs)
         return {
@@ -75,24 +87,49 @@ class BundleSubject:
         }
 
 
-def is_bundle(path: str | Path) -> bool:
-    return (Path(path) / "bundle.json").is_file()
+class EngineSubject(RuntimeSubject):
+    """Engines on a GPU. What is computed on the way cannot be seen."""
+
+    stage = "engine"
+
+    def __init__(self, path: str | Path, positions: Positions | None = None) -> None:
+        from exporters.tensorrt.runtime import EngineRuntime
+
+        super().__init__(EngineRuntime(path), positions)
+
+    def gates(self) -> dict[str, float]:
+        raise SurgeonError(
+            f"{self.path} has grafts that the other has not, and engines do not show their gates: compare it with the "
+            "patched checkpoint or its bundle"
+        )
+
+    def tensors(self, prompts: Sequence[Prompt]) -> dict[str, list[np.ndarray]]:
+        return {}
 
 
-def open_pair(a: str | Path, b: str | Path, positions: Positions | None = None) -> tuple[Subject, Subject, Rung]:
-    """Load two checkpoints or bundles, the reference first whichever way they were named, and the rung between them.
+def open_pair(
+    a: str | Path, b: str | Path, positions: Positions | None = None, provider: Provider = "auto"
+) -> tuple[Subject, Subject, Rung]:
+    """Load two checkpoints, bundles or directories of engines, the reference first whichever way they were named, and
+    the rung between them.
 
-    A checkpoint is the reference of a bundle and runs in fp32 then, whatever it is stored in; an unpatched checkpoint
-    is the reference of a patched one. `positions` of both, where they offer a choice. Raises SurgeonError where the two
-    are not forms of one model, or are asked with other tokens.
+    The earlier form is the reference of the later; a checkpoint then runs in fp32, whatever it is stored in. An
+    unpatched checkpoint is the reference of a patched one. `positions` of both, where they offer a choice; `provider`
+    of bundles. Raises SurgeonError where the two are not forms of one model, or are asked with other tokens.
     """
-    if is_bundle(a) and not is_bundle(b):
+    if FORMS.index(form_of(a)) > FORMS.index(form_of(b)):
         a, b = b, a
-    if is_bundle(b):
-        subject: Any = BundleSubject(b, positions)
-        reference: Any = BundleSubject(a, positions) if is_bundle(a) else TorchSubject(a, "fp32", positions=positions)
-    else:
-        reference, subject = (TorchSubject(path, positions=positions) for path in (a, b))
+    alone = form_of(b) == "checkpoint"
+
+    def opened(path: str | Path) -> Any:
+        match form_of(path):
+            case "engines":
+                return EngineSubject(path, positions)
+            case "bundle":
+                return BundleSubject(path, positions, provider)
+        return TorchSubject(path, positions=positions) if alone else TorchSubject(path, "fp32", positions=positions)
+
+    subject, reference = opened(b), opened(a)  # the later first: what cannot be run says so before anything is loaded
     if reference.stage == subject.stage and _comes_later(reference, subject):
         reference, subject = subject, reference
     _check_same_model(reference, subject)

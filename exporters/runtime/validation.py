@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from exporters.runtime.session import Provider
 from exporters.runtime.subject import open_pair
 from surgeon.parity.cases import default_cases, own_case
 from surgeon.parity.ladder import TUNED
@@ -20,16 +21,17 @@ def validate_pair(
     steps: int = 32,
     progress: Progress | None = None,
     positions: Positions | None = None,
+    provider: Provider = "auto",
 ) -> Report:
     """Load two forms of a model, compare them over the default cases or the given pictures and prompt.
 
-    `positions`: dhr or plain, of both, where they offer RoPE-DHR; by default dhr. Raises SurgeonError where one cannot
-    be loaded, or the two are not forms of one model.
+    `positions`: dhr or plain, of both, where they offer RoPE-DHR; by default dhr. `provider`: what runs
+    bundles. Raises SurgeonError where one cannot be loaded, or the two are not forms of one model.
     """
     cases = own_case(images, prompt) if images or prompt is not None else default_cases()
     if progress is not None:
         progress("loading", 0, len(cases))
-    reference, subject, rung = open_pair(a, b, positions)
+    reference, subject, rung = open_pair(a, b, positions, provider)
     report = validate(reference, subject, cases, rung, steps, progress)
     if rung is TUNED:
         report.notes += _what_changed(reference, subject)

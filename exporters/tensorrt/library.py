@@ -32,7 +32,7 @@ class Library:
 
     @property
     def module(self) -> str:
-        return _module(self.backend)
+        return module_of(self.backend)
 
     @property
     def keeps_timings(self) -> bool:
@@ -42,7 +42,7 @@ class Library:
 
 def find(backend: Backend) -> Library:
     """The library of a backend. Raises EngineError where it is not installed, or does not work."""
-    if importlib.util.find_spec(_module(backend)) is None:
+    if importlib.util.find_spec(module_of(backend)) is None:
         near_miss = (
             "; NVIDIA's own package index has its libraries, and pip must be able to reach it: where it cannot, take "
             "--backend tensorrt-rtx"
@@ -62,7 +62,7 @@ def _probe(backend: Backend) -> Library:
     with tempfile.TemporaryDirectory(prefix="surgeon-probe-") as folder:
         log = Path(folder) / "log"
         try:
-            found = run_child(["probe", _module(backend)], f"importing {backend}", log).last("probed")
+            found = run_child(["probe", module_of(backend)], f"importing {backend}", log).last("probed")
         except BuildError as error:
             raise EngineError(f"{backend} is installed and does not work: {error}; try `surgeon doctor`") from error
         if found is None:
@@ -72,7 +72,7 @@ def _probe(backend: Backend) -> Library:
 
 def installed_version(backend: Backend) -> str | None:
     """The version of a backend's library; None where there is none. It is not loaded."""
-    if importlib.util.find_spec(_module(backend)) is None:
+    if importlib.util.find_spec(module_of(backend)) is None:
         return None
     try:
         return importlib.metadata.version(backend)
@@ -80,7 +80,7 @@ def installed_version(backend: Backend) -> str | None:
         return None
 
 
-def _module(backend: Backend) -> str:
+def module_of(backend: Backend) -> str:
     return backend.replace("-", "_")
 
 
@@ -88,7 +88,7 @@ def link_libraries(backend: Backend, folder: Path) -> Path:
     """Fill `folder` with links to the library's files under names without a version: the ONNX parser opens the library
     by that name where it meets a plugin, and ends the process where it does not find it. -> the folder."""
     folder.mkdir()
-    spec = importlib.util.find_spec(f"{_module(backend)}_libs")
+    spec = importlib.util.find_spec(f"{module_of(backend)}_libs")
     for place in (spec.submodule_search_locations or ()) if spec else ():
         for path in sorted(Path(place).glob("*.so.*")):
             link = folder / re.sub(r"\.so\..*$", ".so", path.name)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, Pair, Row, picture
 
 from checkpoints import MODEL_TYPES
 from exporters.runtime import BundleRuntime
+from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, Pair, Row, picture
 from surgeon.errors import BundleError
 from surgeon.inputs import ModelInputs, Prompt
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pairs import MAX_LENGTH, Pair, picture
 
 from exporters.runtime import BundleRuntime, generate
+from pairs import MAX_LENGTH, Pair, picture
 from surgeon.errors import BundleError, InputError
 from surgeon.generation import Sampling
 from surgeon.inputs import Prompt

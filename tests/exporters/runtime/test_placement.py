@@ -6,10 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from pairs import MIXIN, PLAIN, PVM, Pair, Row, picture
 from PIL import Image
 
 from exporters.runtime import BundleRuntime, Picture
+from pairs import MIXIN, PLAIN, PVM, Pair, Row, picture
 from surgeon.errors import InputError
 from surgeon.inputs import ModelInputs, Prompt
 from surgeon.memory.rope_dhr import tile_position_ids

@@ -5,10 +5,10 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
-from pairs import MIXIN, PVM, Pair
 
 from exporters.runtime import BundleRuntime, SessionOptions, choose_provider
 from exporters.runtime.session import Session
+from pairs import MIXIN, PVM, Pair
 from surgeon.errors import BundleError
 
 

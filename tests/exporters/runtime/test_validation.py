@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from pairs import MIXIN, PVM, Pair
 from safetensors.torch import load_file, save_file
 
 import surgeon
 from checkpoints import MODEL_TYPES, tiny_checkpoint
 from cli import cli
 from exporters.runtime.validation import validate_pair
+from pairs import MIXIN, PVM, Pair
 from patching import apply
 from surgeon.errors import SurgeonError
 

@@ -8,7 +8,6 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from pairs import Pair
 
 from engines import CASES, Case
 from exporters.tensorrt import layers
@@ -16,6 +15,7 @@ from exporters.tensorrt.build import Built, Options, build_engines
 from exporters.tensorrt.library import link_libraries
 from exporters.tensorrt.process import Outcome, run_child
 from exporters.tensorrt.profiles import Limits, Range
+from pairs import Pair
 
 TARGETS = "sm80,sm89,sm120"
 

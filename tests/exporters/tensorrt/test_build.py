@@ -10,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from pairs import Pair
 
 from engines import CASES, Case
 from exporters.onnx.manifest import Manifest, Port
@@ -21,6 +20,7 @@ from exporters.tensorrt.layers import Operator
 from exporters.tensorrt.manifest import EngineManifest
 from exporters.tensorrt.plan import make_plan
 from exporters.tensorrt.profiles import Limits, Range
+from pairs import Pair
 from surgeon.checkpoint import read_header
 from surgeon.errors import BundleError, TargetError
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pairs import Pair
 
 from engines import CASES, Case
 from exporters.onnx.manifest import Manifest, Port
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.profiles import LOGITS, Limits, Profile, Range, make_profiles, split_dimension
+from pairs import Pair
 
 QWEN3, QWEN25, INTERNVL, _, LLAVA = CASES
 BundleOf = Callable[[Case], Pair]

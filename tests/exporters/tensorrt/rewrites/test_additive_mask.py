@@ -5,9 +5,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from small_graphs import cached_attention, op_types, run
 
 from exporters.tensorrt.rewrites import AdditiveMask
+from small_graphs import cached_attention, op_types, run
 
 GRAPH = """
 <ir_version: 10, opset_import: ["": 24]>

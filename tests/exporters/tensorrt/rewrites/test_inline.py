@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import onnx_ir as ir
-from pairs import Pair
 
 from engines import CASES, Case
 from exporters.tensorrt.rewrites import InlineFunctions
+from pairs import Pair
 
 
 def test_every_call_is_written_out_and_named(bundle_of: Callable[[Case], Pair]) -> None:

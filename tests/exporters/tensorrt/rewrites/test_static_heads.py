@@ -7,9 +7,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from small_graphs import op_types, run, session
 
 from exporters.tensorrt.rewrites import StaticHeads
+from small_graphs import op_types, run, session
 
 GRAPH = """
 <ir_version: 10, opset_import: ["": 24]>

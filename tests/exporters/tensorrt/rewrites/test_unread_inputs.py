@@ -3,9 +3,9 @@
 import numpy as np
 import onnx
 import onnx_ir as ir
-from small_graphs import run
 
 from exporters.tensorrt.rewrites import DropUnreadInputs
+from small_graphs import run
 
 GRAPH = """
 <ir_version: 10, opset_import: ["": 24]>

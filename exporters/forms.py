@@ -1,0 +1,15 @@
+"""What a path holds, by the file that describes it."""
+
+from pathlib import Path
+from typing import Literal, get_args
+
+Form = Literal["checkpoint", "bundle", "engines"]
+FORMS: tuple[Form, ...] = get_args(Form)
+"""In the order in which one is made of the other."""
+
+
+def form_of(path: str | Path) -> Form:
+    """A checkpoint where it is nothing else: a directory, or a name on the hub."""
+    if (Path(path) / "engine.json").is_file():
+        return "engines"
+    return "bundle" if (Path(path) / "bundle.json").is_file() else "checkpoint"

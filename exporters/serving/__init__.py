@@ -1,0 +1,1 @@
+"""Engines laid out for a server."""

@@ -1,0 +1,127 @@
+"""`surgeon generate`, `validate` and `bench` of a directory of engines."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from checkpoints import has_tokenizer
+from cli import cli
+from exporters.bench.runners import open_runner
+from exporters.forms import form_of
+from exporters.runtime.subject import EngineSubject, open_pair
+from exporters.tensorrt import runtime as runtimes
+from exporters.tensorrt.library import gpu
+from exporters.tensorrt.profiles import Limits, Range
+from pairs import MIXIN, PLAIN, PVM, Pair, picture
+from rehearsal import CpuDevice, make_engines
+from surgeon.errors import SurgeonError
+from surgeon.inputs import Prompt
+from surgeon.parity.cases import own_case
+from surgeon.parity.validate import validate
+
+pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint is not there")
+LIMITS = Limits(prefill=Range.of(1, 48), batch=Range.of(1, 2))
+
+
+@pytest.fixture
+def pair(export: Callable[..., Pair]) -> Pair:
+    return export("qwen3_vl", MIXIN + PVM, torch.float16)
+
+
+@pytest.fixture
+def path(pair: Pair, tmp_path: Path) -> Path:
+    return make_engines(pair, tmp_path / "engines", LIMITS)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    picture(84, 84).save(tmp_path / "image.png")
+    return tmp_path / "image.png"
+
+
+@pytest.fixture
+def rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "check_runnable", lambda path, manifest: None)
+    monkeypatch.setattr(runtimes, "CudaDevice", lambda backend: CpuDevice())
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_forms(pair: Pair, path: Path) -> None:
+    assert [form_of(each) for each in (pair.checkpoint, pair.bundle, path)] == ["checkpoint", "bundle", "engines"]
+    assert form_of("some/model-on-the-hub") == "checkpoint"
+
+
+def test_generate(pair: Pair, path: Path, image: Path, rehearsed: None) -> None:
+    arguments = ("--image", image, "--prompt", "What?", "--max-new-tokens", 6, "--json")
+    found, expected = (json.loads(run("generate", each, *arguments).stdout) for each in (path, pair.bundle))
+    assert found == expected and len(found["token_ids"]) == 6
+
+
+def test_validate(pair: Pair, path: Path, image: Path, rehearsed: None) -> None:
+    done = run("validate", path, pair.checkpoint, "--image", image, "--prompt", "What?", "--steps", 4, "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["passed"] and report["stages"] == ["checkpoint", "engine"] and report["dtypes"] == ["fp32", "fp16"]
+    assert report["cases"][0]["tokens_equal"] == 4
+    assert run("validate", pair.bundle, path, "--image", image, "--prompt", "What?", "--steps", 2).exit_code == 0
+
+
+def test_wrong_engines_fail_and_no_layer_is_named(
+    pair: Pair, path: Path, image: Path, rehearsed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, subject, rung = open_pair(pair.bundle, path)
+    assert isinstance(subject, EngineSubject) and rung.name == "fp16"
+    started = subject.runtime.start
+    monkeypatch.setattr(subject.runtime, "start", lambda *a, **k: (lambda s, x: (s, x[..., ::-1]))(*started(*a, **k)))
+    report = validate(reference, subject, own_case([image], "What?"), rung, 2)
+    assert not report.passed and report.cases[0].first_wrong is None
+
+
+def test_engines_with_grafts_are_not_compared_with_a_plain_model(
+    export: Callable[..., Pair], path: Path, rehearsed: None
+) -> None:
+    with pytest.raises(SurgeonError, match="engines do not show their gates: compare it with the patched checkpoint"):
+        open_pair(export("qwen3_vl", PLAIN).checkpoint, path)
+
+
+def test_bench(path: Path, rehearsed: None) -> None:
+    runner = open_runner(path, [Prompt("Hello.")] * 2, threads=1)
+    ends = runner.run(5)
+    assert len(ends) == 5 and ends == sorted(ends)
+    assert (runner.stage, runner.dtype, runner.device) == ("engine", "float16", "cpu")
+    assert runner.device_memory() == sum(each.stat().st_size for each in path.glob("*.engine"))
+
+
+@pytest.mark.skipif(gpu() is not None, reason="there is a GPU here")
+@pytest.mark.parametrize("command", ["generate", "validate", "bench"])
+def test_without_a_gpu_it_is_one_line(pair: Pair, path: Path, command: str) -> None:
+    arguments: Any = {"generate": (path,), "validate": (pair.checkpoint, path), "bench": (pair.bundle, path)}[command]
+    done = run(command, *arguments, "--prompt", "What?")
+    assert (done.exit_code, done.stdout) == (2, "")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for part in ("nothing was run", "CUDA finds none here", "surgeon validate CKPT BUNDLE", f"surgeon inspect {path}"):
+        assert part in line
+    assert run("inspect", path).exit_code == 0
+
+
+# -- what runs bundles -------------------------------------------------------------------------------------------
+def test_backend_of_a_bundle(pair: Pair, path: Path) -> None:
+    asked = ("--prompt", "What?", "--max-new-tokens", 2)
+    assert run("generate", pair.bundle, *asked, "--backend", "ort-cpu").exit_code == 0
+    for backend, reason in (("ort-cuda", "the CUDA provider"), ("ort-tensorrt-rtx", "the TensorRT-RTX provider")):
+        done = run("generate", pair.bundle, *asked, "--backend", backend)
+        if done.exit_code:
+            (line,) = done.stderr.splitlines()
+            assert done.exit_code == 2 and line.startswith(f"error: {reason} does not work here: ")
+            assert run("validate", pair.checkpoint, pair.bundle, "--backend", backend).exit_code == 2
+    for other in (pair.checkpoint, path):
+        done = run("generate", other, *asked, "--backend", "ort-cpu")
+        assert done.exit_code == 2 and "--backend ort-cpu is for bundles" in done.stderr
