@@ -103,8 +103,8 @@ class EngineSubject(RuntimeSubject):
             "patched checkpoint or its bundle"
         )
 
-    def tensors(self, prompts: Sequence[Prompt]) -> dict[str, list[np.ndarray]]:
-        return {}
+    def tensors(self, prompts: Sequence[Prompt]) -> None:
+        return None
 
 
 def open_pair(

@@ -37,6 +37,7 @@ class Subject(Protocol):
     def trace(self, prompts: Sequence[Prompt], steps: int, tokens: np.ndarray | None = None) -> Trace:
         """Prefill and decode. `tokens` [B, steps] are fed instead of the greedy ones where given."""
 
-    def tensors(self, prompts: Sequence[Prompt]) -> dict[str, list[np.ndarray]]:
-        """What is computed on the way through a prefill, in order: name -> each row's tensor, padding left out.
-        `hidden_states.<i>` [S_b, d] is decoder layer i's output, before DeepStack is added."""
+    def tensors(self, prompts: Sequence[Prompt]) -> dict[str, list[np.ndarray]] | None:
+        """What is computed on the way through a prefill, in order: name -> each row's tensor, padding left out; None
+        for a form that cannot be looked into. `hidden_states.<i>` [S_b, d] is decoder layer i's output, before
+        DeepStack is added."""

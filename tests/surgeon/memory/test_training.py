@@ -76,11 +76,12 @@ def test_save_and_reload(patched: PreTrainedModel, tmp_path: Path) -> None:
 def test_lora_on_top(patched: PreTrainedModel, tmp_path: Path) -> None:
     open_gates(patched)
     before = loss_of(patched).detach()
+    torch.manual_seed(0)  # LoRA's matrices are drawn
     tuned = get_peft_model(patched, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "text_proj"]))
     assert any(".pvm.text_proj.lora_A" in name for name, p in tuned.named_parameters() if p.requires_grad)
     torch.testing.assert_close(loss_of(tuned), before)
-    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.5)
-    for _ in range(2):
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
         optimizer.zero_grad()
         loss_of(tuned).backward()
         optimizer.step()
