@@ -1,4 +1,4 @@
-"""The PVM authors' tiny model under this tool's names, for tests."""
+"""What the authors of PVM and CoMemo published, under this tool's names, for tests."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import copy_preprocessing
+from surgeon.memory.mixin import Mixin
+from surgeon.memory.rotary import Rope
 
 DATA = Path(__file__).parent / "data"
 PUBLISHED_NAMES = {
@@ -49,3 +51,26 @@ def published_checkpoint(directory: Path) -> Path:
 def expected_tensors() -> dict[str, torch.Tensor]:
     """The published model's input, logits and greedy tokens."""
     return load_file(DATA / "pvm_model_a" / "expected.safetensors")
+
+
+PUBLISHED_MIXIN_NAMES = {
+    "cross_attention_norm.weight": "norm.weight",
+    "cross_attn.to_q.weight": "q_proj.weight",
+    "cross_attn.to_out.weight": "o_proj.weight",
+    "attn_gate": "attn_gate",
+    "ff_gate": "ff_gate",
+    "ffn_norm_2.weight": "ffn_norm.weight",
+    "ffn_2.w1.weight": "gate_proj.weight",
+    "ffn_2.w2.weight": "down_proj.weight",
+    "ffn_2.w3.weight": "up_proj.weight",
+}
+
+
+def published_mixin() -> tuple[Mixin, dict[str, torch.Tensor]]:
+    """CoMemo's block under this tool's names, and the tensors stored with it: inputs and output."""
+    tensors = load_file(DATA / "mixin_block_a.safetensors")
+    block = Mixin(64, num_heads=4, intermediate_size=128, rope=Rope(16, 1e6), eps=1e-5)
+    weights = {ours: tensors[f"weight.{theirs}"] for theirs, ours in PUBLISHED_MIXIN_NAMES.items()}
+    weights["k_proj.weight"], weights["v_proj.weight"] = tensors["weight.cross_attn.to_kv.weight"].chunk(2)
+    block.load_state_dict(weights)
+    return block, tensors

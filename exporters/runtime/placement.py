@@ -7,7 +7,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from surgeon.families import Grid
-from surgeon.memory.rope_dhr import TileOrder, tile_position_ids
+from surgeon.memory.rope_dhr import Thumbnail, TileOrder, offsets_from_thumbnail
 from surgeon.positions import record_of
 
 
@@ -50,7 +50,7 @@ class Placement:
         layout = record.get("layout", {})
         self.allocation: str = record.get("allocation", "both")
         self.side: int = layout.get("side", 0)
-        self.thumbnail: str = layout.get("thumbnail", "last")
+        self.thumbnail: Thumbnail = layout.get("thumbnail", "last")
         self.tile_order: TileOrder = record.get("positions", {}).get("tile_order", "row")
 
     def in_sequence(self, picture: Picture) -> Picture:
@@ -77,7 +77,10 @@ class Placement:
         if self.allocation == "context":
             return picture.features[self._thumbnail], position_ids[:, self._thumbnail]
         if self.allocation == "memory":
-            position_ids = position_ids[:, :1] + self._offsets(grid)
+            # a tile's token is where the patch is that it covers, having no place of its own in the sequence
+            _, rows, columns = grid
+            offsets = offsets_from_thumbnail(rows, columns, self.side, self.thumbnail, self.tile_order)
+            position_ids = position_ids[:, :1] + offsets.numpy()
         return picture.features, position_ids
 
     @property
@@ -85,13 +88,3 @@ class Placement:
         """Where it is among a picture's tokens; a single tile is its own."""
         count = self.side**2
         return slice(count) if self.thumbnail == "first" else slice(-count, None)
-
-    def _offsets(self, grid: Grid) -> np.ndarray:
-        """Of a picture's tokens from its thumbnail's first, int64 [M]: a tile's token is where the patch is that it
-        covers, having no place of its own in the sequence."""
-        own = np.arange(self.side**2)
-        _, rows, columns = grid
-        if rows * columns == 1:
-            return own
-        tiles = tile_position_ids(rows, columns, self.side, self.tile_order).flatten().numpy()
-        return np.concatenate((own, tiles) if self.thumbnail == "first" else (tiles, own))

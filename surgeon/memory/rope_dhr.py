@@ -45,10 +45,27 @@ def tile_position_ids(rows: int, columns: int, side: int, tile_order: TileOrder 
     return ids.reshape(rows * columns, side * side)
 
 
-def tokens_per_picture(tiles: Tiles, side: int) -> int:
-    """How many visual tokens a picture has: its tiles', and the thumbnail's unless there is one tile only."""
+def offsets_from_thumbnail(
+    rows: int, columns: int, side: int, thumbnail: Thumbnail, tile_order: TileOrder = "row"
+) -> Tensor:
+    """The ids of all of a picture's tokens, thumbnail and tiles in their order, as offsets from the thumbnail's first,
+    int64 [M]."""
+    own = torch.arange(side * side)
+    if rows * columns == 1:
+        return own
+    tiles = tile_position_ids(rows, columns, side, tile_order).flatten()
+    return torch.cat((own, tiles) if thumbnail == "first" else (tiles, own))
+
+
+def tiles_per_picture(tiles: Tiles) -> int:
+    """How many tiles a picture has, with the thumbnail, which is there unless there is one tile only."""
     count = tiles[0] * tiles[1]
-    return (count + (count > 1)) * side * side
+    return count + (count > 1)
+
+
+def tokens_per_picture(tiles: Tiles, side: int) -> int:
+    """How many visual tokens a picture has: its tiles' and its thumbnail's."""
+    return tiles_per_picture(tiles) * side * side
 
 
 def position_ids(

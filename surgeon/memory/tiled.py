@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgeon.memory.rope_dhr import TileOrder, thumbnail_mask, tile_position_ids
+from surgeon.memory.rope_dhr import TileOrder, offsets_from_thumbnail, thumbnail_mask, tiles_per_picture
 from surgeon.memory.rope_dhr import position_ids as compressed_position_ids
 from surgeon.memory.visual_memory import VisualMemory, filled, gather_rows
 
@@ -75,7 +75,7 @@ def _into_memory_alone(
     tile's token at the position of the patch it covers."""
     side = layout["side"]
     pixel_values = kwargs["pixel_values"]
-    counts = [rows * columns + (rows * columns > 1) for rows, columns in tile_grids.tolist()]
+    counts = [tiles_per_picture((rows, columns)) for rows, columns in tile_grids.tolist()]
     if sum(counts) != len(pixel_values):
         raise ValueError(f"tile_grids ask for {sum(counts)} tiles, pixel_values has {len(pixel_values)}")
     if int(visual.sum()) != len(counts) * side * side:
@@ -90,22 +90,18 @@ def _into_memory_alone(
 
     plain = _plain_positions(visual, kwargs.get("attention_mask"))
     starts = plain[visual].view(-1, side * side)[:, 0].tolist()
-    offsets = []
-    for start, (rows, columns) in zip(starts, tile_grids.tolist(), strict=True):
-        own = torch.arange(side * side)
-        tiles = torch.zeros(0, dtype=torch.int64)
-        if rows * columns > 1:
-            tiles = tile_position_ids(rows, columns, side, tile_order).flatten()
-        offsets.append(start + torch.cat((own, tiles) if first else (tiles, own)))
+    positions_of = [
+        start + offsets_from_thumbnail(rows, columns, side, layout["thumbnail"], tile_order)
+        for start, (rows, columns) in zip(starts, tile_grids.tolist(), strict=True)
+    ]
 
     per_row = (visual.sum(1) // (side * side)).tolist()
-    lengths = [sum(map(len, part)) for part in _split(offsets, per_row)]
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    mask = mask.to(visual.device)
+    lengths = [sum(map(len, own)) for own in _split(positions_of, per_row)]
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(visual.device)
     embeds = torch.zeros((*mask.shape, features.shape[-1]), dtype=features.dtype, device=features.device)
     positions = torch.zeros(mask.shape, dtype=torch.int64, device=visual.device)
     embeds[mask] = torch.cat(pictures)
-    positions[mask] = torch.cat(offsets).to(visual.device)
+    positions[mask] = torch.cat(positions_of).to(visual.device)
     return {
         **kwargs,
         "pixel_values": torch.cat(thumbnails),

@@ -4,33 +4,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from exporters.onnx import functions
-from golden import DATA
+from golden import published_mixin
 from graft_graphs import exported, run
 from surgeon.memory.mixin import Mixin
 from surgeon.memory.rotary import Rope
 
-PUBLISHED = {
-    "cross_attention_norm.weight": "norm.weight",
-    "cross_attn.to_q.weight": "q_proj.weight",
-    "cross_attn.to_out.weight": "o_proj.weight",
-    "attn_gate": "attn_gate",
-    "ff_gate": "ff_gate",
-    "ffn_norm_2.weight": "ffn_norm.weight",
-    "ffn_2.w1.weight": "gate_proj.weight",
-    "ffn_2.w2.weight": "down_proj.weight",
-    "ffn_2.w3.weight": "up_proj.weight",
-}
-
 
 def test_the_exported_function_equals_the_authors() -> None:
-    tensors = load_file(DATA / "mixin_block_a.safetensors")
-    block = Mixin(64, num_heads=4, intermediate_size=128, rope=Rope(16, 1e6), eps=1e-5)
-    weights = {ours: tensors[f"weight.{theirs}"] for theirs, ours in PUBLISHED.items()}
-    weights["k_proj.weight"], weights["v_proj.weight"] = tensors["weight.cross_attn.to_kv.weight"].chunk(2)
-    block.load_state_dict(weights)
+    block, tensors = published_mixin()
     model = exported(block, 64, 4, 16)
     onnx.checker.check_model(model, check_custom_domain=False)
     assert [node.op_type for node in model.graph.node] == ["Mixin"]
