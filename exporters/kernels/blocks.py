@@ -1,0 +1,51 @@
+"""How each launch is cut: by rule, or as it was measured best on a GPU."""
+
+from collections.abc import Mapping
+
+from exporters.kernels.kernel import Blocks, Kernel, Shape
+
+_PROGRAMS = 128
+"""About as many as a large GPU has multiprocessors."""
+_IN_FLIGHT = 16384
+"""Elements of a weight that a program of the decoding form asks for at once: what hides the way to memory."""
+_DECODE_TOKENS = 4
+"""Up to here each token is a program of its own, and their shared reads meet in the cache."""
+
+
+def default_blocks(kernel: Kernel, shapes: Mapping[str, Shape]) -> Blocks:
+    """By the sizes alone; right everywhere, good on GPUs with about a hundred multiprocessors."""
+    match kernel.name:
+        case "attend":
+            return _attend(shapes)
+        case "remember":
+            return Blocks(tokens=16 if shapes["x"][1] <= 64 else 64, inner=32)
+        case "retrieve":
+            batch, length, _, _, size = shapes["acc"]
+            width = shapes["weight"][0]
+        case _:
+            batch, length, size = shapes["x"]
+            width = shapes.get("weight", shapes.get("gate_weight", ()))[0]
+    tokens = batch * length
+    if tokens <= _DECODE_TOKENS:
+        inner = min(power_of_two(size), 4096)
+        outputs = power_of_two(max(1, min(_IN_FLIGHT // inner, -(-width // _PROGRAMS))))
+        return Blocks(tokens=1, outputs=outputs, inner=inner, num_warps=8 if inner * outputs >= 8192 else 4)
+    if tokens <= 64:
+        return Blocks(tokens=16, outputs=16, inner=128 if size >= 128 else power_of_two(size, 16))
+    return Blocks(tokens=64, outputs=64, inner=32, num_warps=4)
+
+
+def _attend(shapes: Mapping[str, Shape]) -> Blocks:
+    batch, length, width = shapes["x"]
+    slots, head_dim = shapes["keys"][2:]
+    heads = shapes.get("q_weight", (width,))[0] // head_dim
+    if length > _DECODE_TOKENS:
+        return Blocks(tokens=16 if length <= 64 else 64, slots=32, inner=32)
+    wanted = -(-_PROGRAMS // (batch * length * heads))
+    splits = min(power_of_two(wanted), power_of_two(-(-slots // 64)), 16)
+    return Blocks(tokens=1, slots=64, inner=32, splits=splits)
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two from `size` and `least` on."""
+    return max(least, 1 << max(0, size - 1).bit_length())

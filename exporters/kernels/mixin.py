@@ -1,0 +1,81 @@
+"""CoMemo's mixin layer in fused launches: five to read the memory, two to fill it."""
+
+from functools import cache
+
+from exporters.kernels import attend, linear, remember, retrieve, swiglu
+from exporters.kernels.kernel import Chain, Step
+
+
+@cache
+def chain(eps: float) -> Chain:
+    """`surgeon.memory.mixin.mixin`, arguments in its order."""
+    return Chain(
+        name="mixin",
+        inputs=(
+            "hidden_states", "keys", "values", "memory_mask", "cos", "sin", "norm", "q_proj", "o_proj", "attn_gate",
+            "ffn_norm", "gate_proj", "up_proj", "down_proj", "ff_gate",
+        ),
+        steps=(
+            Step(
+                "mixin_query",
+                linear.KERNEL,
+                {"x": "hidden_states", "norm": "norm", "weight": "q_proj"},
+                {"y": "query"},
+                {"eps": eps},
+            ),
+            Step(
+                "mixin_attend",
+                attend.KERNEL,
+                {"x": "query", "cos": "cos", "sin": "sin", "keys": "keys", "values": "values", "mask": "memory_mask"},
+                {"acc": "acc", "ml": "ml", "arrived": "arrived"},
+            ),
+            Step(
+                "mixin_retrieve",
+                retrieve.KERNEL,
+                {"acc": "acc", "ml": "ml", "weight": "o_proj", "residual": "hidden_states", "gate": "attn_gate"},
+                {"y": "attended"},
+            ),
+            Step(
+                "mixin_swiglu",
+                swiglu.KERNEL,
+                {"x": "attended", "norm": "ffn_norm", "gate_weight": "gate_proj", "up_weight": "up_proj"},
+                {"y": "fed"},
+                {"eps": eps},
+            ),
+            Step(
+                "mixin_down",
+                linear.KERNEL,
+                {"x": "fed", "weight": "down_proj", "residual": "attended", "gate": "ff_gate", "ml": "ml"},
+                {"y": "output"},
+                {"rounded": True},
+            ),
+        ),
+        outputs=("output",),
+    )  # fmt: skip
+
+
+@cache
+def memory_chain(eps: float, head_dim: int) -> Chain:
+    """`Mixin.project`: visual embeddings [B, M, d] and the angles of their positions -> keys, values [B, H, M, hd]."""
+    made = {"eps": eps, "head_dim": head_dim, "rounded": True}
+    return Chain(
+        name="mixin_memory",
+        inputs=("visual_embeds", "cos", "sin", "norm", "k_proj", "v_proj"),
+        steps=(
+            Step(
+                "mixin_keys",
+                remember.KERNEL,
+                {"x": "visual_embeds", "norm": "norm", "weight": "k_proj", "cos": "cos", "sin": "sin"},
+                {"y": "keys"},
+                made,
+            ),
+            Step(
+                "mixin_values",
+                remember.KERNEL,
+                {"x": "visual_embeds", "norm": "norm", "weight": "v_proj"},
+                {"y": "values"},
+                made,
+            ),
+        ),
+        outputs=("keys", "values"),
+    )

@@ -1,0 +1,71 @@
+"""What the launches of a chain are for given tensors: shapes, dtypes, constants, grids. No tensor and no GPU is needed.
+
+Shapes may hold symbolic sizes where a kernel takes them as numbers at launch: batch, length and slots.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from exporters.kernels.blocks import default_blocks
+from exporters.kernels.kernel import Blocks, Chain, Dim, Shape, Step
+
+
+@dataclass(frozen=True)
+class TensorType:
+    shape: Shape
+    dtype: str
+    """Of torch: "bfloat16"."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One step of a chain with everything decided."""
+
+    step: Step
+    blocks: Blocks
+    inputs: dict[str, TensorType]
+    """By kernel input; those that are None are not there."""
+    outputs: dict[str, TensorType]
+    """By kernel output, in the kernel's order."""
+    sizes: dict[str, Dim]
+    """The int32 arguments, in the kernel's order."""
+    constants: dict[str, Any]
+    grid: tuple[Dim, Dim, Dim]
+
+
+ChooseBlocks = Callable[[Step, Mapping[str, TensorType]], Blocks]
+
+
+def by_rule(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
+    return default_blocks(step.kernel, {name: tensor.shape for name, tensor in inputs.items()})
+
+
+def plan_step(step: Step, inputs: Mapping[str, TensorType], choose: ChooseBlocks = by_rule) -> Launch:
+    """`inputs`: by kernel input, those that are there."""
+    kernel = step.kernel
+    shapes = {name: tensor.shape for name, tensor in inputs.items()}
+    blocks = choose(step, inputs)
+    return Launch(
+        step=step,
+        blocks=blocks,
+        inputs=dict(inputs),
+        outputs={
+            name: TensorType(output.shape, inputs[output.dtype].dtype if output.dtype in inputs else output.dtype)
+            for name, output in kernel.outputs(shapes, step.options, blocks).items()
+        },
+        sizes=kernel.sizes(shapes),
+        constants=kernel.constants(shapes, step.options, blocks),
+        grid=kernel.grid(shapes, step.options, blocks),
+    )
+
+
+def plan(chain: Chain, given: Mapping[str, TensorType], choose: ChooseBlocks = by_rule) -> list[Launch]:
+    """Every launch of a chain. `given`: its inputs by name, without those that are None."""
+    values = dict(given)
+    launches = []
+    for step in chain.steps:
+        inputs = {name: values[value] for name, value in step.inputs.items() if value in values}
+        launches.append(plan_step(step, inputs, choose))
+        values |= {value: launches[-1].outputs[name] for name, value in step.outputs.items()}
+    return launches

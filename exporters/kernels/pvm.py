@@ -1,0 +1,84 @@
+"""Persistent Visual Memory in fused launches: six to read it, three to fill it.
+
+Six, because each reads the whole row that the one before it wrote: the projection of the token; its attention, split
+over slots; the output projection; the two halves of the feed-forward; the injection.
+"""
+
+from functools import cache
+
+from exporters.kernels import attend, inject, linear, remember, retrieve, swiglu
+from exporters.kernels.kernel import Chain, Step
+
+
+@cache
+def chain(eps: float) -> Chain:
+    """`surgeon.memory.pvm.persistent_visual_memory`, arguments in its order, and onto [B, S, d], which the injection is
+    added to where it is given."""
+    return Chain(
+        name="pvm",
+        inputs=(
+            "hidden_states", "keys", "values", "memory_mask", "visual_token_mask", "text_proj", "input_norm", "q_proj",
+            "q_norm", "o_proj", "post_attention_norm", "gate_proj", "up_proj", "down_proj", "output_proj", "alpha",
+            "onto",
+        ),
+        steps=(
+            Step("pvm_text", linear.KERNEL, {"x": "hidden_states", "weight": "text_proj"}, {"y": "latent"}),
+            Step(
+                "pvm_attend",
+                attend.KERNEL,
+                {
+                    "x": "latent", "norm": "input_norm", "q_weight": "q_proj", "q_norm": "q_norm",
+                    "keys": "keys", "values": "values", "mask": "memory_mask",
+                },
+                {"acc": "acc", "ml": "ml", "arrived": "arrived"},
+                {"eps": eps},
+            ),
+            Step("pvm_retrieve", retrieve.KERNEL, {"acc": "acc", "ml": "ml", "weight": "o_proj"}, {"y": "retrieved"}),
+            Step(
+                "pvm_swiglu",
+                swiglu.KERNEL,
+                {"x": "retrieved", "norm": "post_attention_norm", "gate_weight": "gate_proj", "up_weight": "up_proj"},
+                {"y": "fed"},
+                {"eps": eps},
+            ),
+            Step(
+                "pvm_down",
+                linear.KERNEL,
+                {"x": "fed", "weight": "down_proj", "residual": "retrieved"},
+                {"y": "refined"},
+            ),
+            Step(
+                "pvm_inject",
+                inject.KERNEL,
+                {
+                    "x": "refined", "weight": "output_proj", "alpha": "alpha", "ml": "ml",
+                    "visual_mask": "visual_token_mask", "onto": "onto", "arrived": "arrived",
+                },
+                {"y": "injection", "raw": "raw"},
+                {"eps": eps, "rounded": True},
+            ),
+        ),
+        outputs=("injection",),
+    )  # fmt: skip
+
+
+@cache
+def memory_chain(eps: float, head_dim: int) -> Chain:
+    """`PersistentVisualMemory.project`: visual embeddings [B, M, d] -> keys, values [B, Hm, M, hd]."""
+    made = {"head_dim": head_dim, "rounded": True}
+    return Chain(
+        name="pvm_memory",
+        inputs=("visual_embeds", "visual_proj", "k_proj", "v_proj", "k_norm"),
+        steps=(
+            Step("pvm_visual", linear.KERNEL, {"x": "visual_embeds", "weight": "visual_proj"}, {"y": "latent"}),
+            Step(
+                "pvm_keys",
+                remember.KERNEL,
+                {"x": "latent", "weight": "k_proj", "head_norm": "k_norm"},
+                {"y": "keys"},
+                {"eps": eps, **made},
+            ),
+            Step("pvm_values", remember.KERNEL, {"x": "latent", "weight": "v_proj"}, {"y": "values"}, made),
+        ),
+        outputs=("keys", "values"),
+    )
