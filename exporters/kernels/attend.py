@@ -79,7 +79,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
 
     acc = tl.zeros((BLOCK_T, HEAD_DIM), tl.float32)
     m = tl.full((BLOCK_T,), -1.0e30, tl.float32)
-    l = tl.zeros((BLOCK_T,), tl.float32)
+    total_weight = tl.zeros((BLOCK_T,), tl.float32)
     base = (b * KV_HEADS + head // (HEADS // KV_HEADS)).to(tl.int64) * M
     chunk = tl.cdiv(tl.cdiv(M, SPLITS), BLOCK_M) * BLOCK_M
     for start in range(split * chunk, tl.minimum(split * chunk + chunk, M), BLOCK_M):
@@ -112,13 +112,13 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         else:
             added = tl.dot(p.to(values.dtype), values, input_precision="ieee")
         acc = acc * shrink[:, None] + added
-        l = l * shrink + tl.sum(p, 1)
+        total_weight = total_weight * shrink + tl.sum(p, 1)
         m = m_new
 
     row = (t.to(tl.int64) * HEADS + head) * SPLITS + split
     tl.store(acc_ptr + row[:, None] * HEAD_DIM + d[None, :], acc, mask=s_ok[:, None])
     tl.store(ml_ptr + row * 2, m, mask=s_ok)
-    tl.store(ml_ptr + row * 2 + 1, l, mask=s_ok)
+    tl.store(ml_ptr + row * 2 + 1, total_weight, mask=s_ok)
     # a later kernel of the chain counts its programs here, and this one runs before it
     tl.store(arrived_ptr + t, tl.zeros((BLOCK_T,), tl.int32), mask=s_ok & (split == 0) & (head == 0))
 

@@ -51,3 +51,8 @@ def launch(step: Step, inputs: Mapping[str, Tensor], choose: ChooseBlocks = by_r
 
 def type_of(tensor: Tensor) -> TensorType:
     return TensorType(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+def contiguous(given: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """As kernels read tensors: in order."""
+    return {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()}

@@ -80,9 +80,9 @@ def linear(
 ) -> tuple[Tensor]:
     """residual + tanh(gate) * rms_norm(x, norm) weight^T; the plain definition of the kernel.
 
-    x [B, S, K], weight [N, K], norm [K], residual [B, S, N], gate [1] -> fp32 [B, S, N], or of the weight's dtype if `rounded`. ml
-    fp32 [B, S, H, splits, 2], as `attend` gives it: tokens that saw no slot get the residual alone. What is None is
-    left out.
+    x [B, S, K], weight [N, K], norm [K], residual [B, S, N], gate [1] -> fp32 [B, S, N], or of the weight's dtype if
+    `rounded`. ml fp32 [B, S, H, splits, 2], as `attend` gives it: tokens that saw no slot get the residual alone. What
+    is None is left out.
     """
     x = x.float() if norm is None else rms_norm(x.float(), norm.float(), eps)
     y = F.linear(x, weight.float())

@@ -97,7 +97,11 @@ def remember(
 def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Output]:
     batch, slots, _ = shapes["x"]
     head_dim = options["head_dim"]
-    return {"y": Output((batch, shapes["weight"][0] // head_dim, slots, head_dim), "weight" if options.get("rounded") else "float32")}
+    return {
+        "y": Output(
+            (batch, shapes["weight"][0] // head_dim, slots, head_dim), "weight" if options.get("rounded") else "float32"
+        )
+    }
 
 
 def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Any]:

@@ -40,16 +40,16 @@ def retrieve_kernel(  # type: ignore[no-untyped-def]
         m = tl.load(ml_ptr + row * 2, mask=t_ok, other=0.0)
         for split in tl.static_range(1, SPLITS):
             m = tl.maximum(m, tl.load(ml_ptr + (row + split) * 2, mask=t_ok, other=0.0))
-        l = tl.zeros((BLOCK_T,), tl.float32)
+        total_weight = tl.zeros((BLOCK_T,), tl.float32)
         x = tl.zeros((BLOCK_T, HEAD_DIM), tl.float32)
         for split in tl.static_range(0, SPLITS):
             part = (row + split) * 2
             weight = tl.exp(tl.load(ml_ptr + part, mask=t_ok, other=0.0) - m)
-            l += weight * tl.load(ml_ptr + part + 1, mask=t_ok, other=0.0)
+            total_weight += weight * tl.load(ml_ptr + part + 1, mask=t_ok, other=0.0)
             x += weight[:, None] * tl.load(
                 acc_ptr + (row + split)[:, None] * HEAD_DIM + d[None, :], mask=t_ok[:, None], other=0.0
             )
-        x /= tl.where(l == 0.0, 1.0, l)[:, None]
+        x /= tl.where(total_weight == 0.0, 1.0, total_weight)[:, None]
         w = load_rows(weight_ptr, n, n_ok, head * HEAD_DIM + d, d >= 0, HEADS * HEAD_DIM)
         total = add_product(total, x, w, UPCAST)
     y = end_product(total, BLOCK_T)
@@ -59,22 +59,20 @@ def retrieve_kernel(  # type: ignore[no-untyped-def]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-def retrieve(
-    acc: Tensor, ml: Tensor, weight: Tensor, residual: Tensor | None, gate: Tensor | None
-) -> tuple[Tensor]:
+def retrieve(acc: Tensor, ml: Tensor, weight: Tensor, residual: Tensor | None, gate: Tensor | None) -> tuple[Tensor]:
     """residual + tanh(gate) * (softmax-weighted values) weight^T; the plain definition of the kernel.
 
     acc, ml: what `attend` gives. weight [d, H * hd], residual [B, S, d], gate [1] -> fp32 [B, S, d]; tokens that saw no
     slot get the residual alone, or zero.
     """
-    m, l = ml[..., 0], ml[..., 1]
+    m, sums = ml[..., 0], ml[..., 1]
     weights = (m - m.amax(-1, keepdim=True)).exp()
-    total = (weights * l).sum(-1)
+    total = (weights * sums).sum(-1)
     x = (weights[..., None] * acc).sum(-2) / torch.where(total == 0, 1.0, total)[..., None]
     y = F.linear(x.flatten(2), weight.float())
     if gate is not None:
         y = torch.tanh(gate.float()) * y
-    y = y * (l[:, :, 0].sum(-1) > 0)[..., None]
+    y = y * (sums[:, :, 0].sum(-1) > 0)[..., None]
     return (y if residual is None else residual.float() + y,)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache
 
-from surgeon.memory.graft import Graft
+from surgeon.memory.graft import Graft, read
 from surgeon.memory.visual_memory import Reading
 
 
@@ -36,7 +36,7 @@ class PreNormLayer:
             kwargs["position_ids"] = position_ids
         for graft in grafts_at(self, "before_layer"):
             if reading is not None:
-                hidden_states = read(graft, self, hidden_states, reading)
+                hidden_states = apply(graft, self, hidden_states, reading)
 
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
@@ -51,7 +51,7 @@ class PreNormLayer:
         hidden_states = residual + hidden_states
         for graft in grafts_at(self, "beside_mlp"):
             if reading is not None:
-                hidden_states = hidden_states + read(graft, self, residual, reading)
+                hidden_states = apply(graft, self, residual, reading, onto=hidden_states)
         return hidden_states
 
 
@@ -68,13 +68,11 @@ def entry_name(layer: Any, graft: Graft) -> str:
     return f"{layer.self_attn.layer_idx}.{graft.kind}"
 
 
-def read(graft: Graft, layer: Any, hidden_states: Tensor, reading: Reading) -> Tensor:
-    """What the graft computes."""
+def apply(graft: Graft, layer: Any, hidden_states: Tensor, reading: Reading, onto: Tensor | None = None) -> Tensor:
+    """What the graft computes of its entry in the memory, added to `onto` where that is given."""
     keys, values = reading.entries[entry_name(layer, graft)]
-    output: Tensor = graft(
-        hidden_states, keys, values, reading.mask, reading.visual_token_mask, reading.rotary.get(graft.kind)
-    )
-    return output
+    rotary = reading.rotary.get(graft.kind)
+    return read(graft, hidden_states, keys, values, reading.mask, reading.visual_token_mask, rotary, onto)
 
 
 @cache

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from surgeon.memory.fused import FusedForm
 from surgeon.memory.rotary import Rope, Rotary
 
 
@@ -42,6 +43,8 @@ class Graft(nn.Module, ABC):
     """The parameters that are zero at insertion, which together make the graft change exactly nothing."""
     rope: Rope | None = None
     """How its queries and keys turn with their positions; None where positions do not matter to it."""
+    fused: FusedForm | None = None
+    """What `read` and `remember` take in its place on the form's devices."""
 
     @classmethod
     @abstractmethod
@@ -91,3 +94,42 @@ class Graft(nn.Module, ABC):
         [B, S, M] where tokens of a row see different pictures; visual_token_mask bool [B, S], True at visual tokens,
         None where there is none; rotary: the angles of the tokens' positions, for a graft with a `rope`
         -> [B, S, d]."""
+
+    def fused_on(self, tensor: Tensor) -> FusedForm | None:
+        """Its fused form, if it has one for the tensor's device."""
+        return self.fused if self.fused is not None and tensor.device.type in self.fused.devices else None
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """What a projection multiplies with, [out, in]: its weight, and what adapters on it (PEFT's LoRA) add."""
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    if not hasattr(linear, "get_delta_weight") or linear.merged or linear.disable_adapters:
+        return weight
+    for adapter in linear.active_adapters:  # type: ignore[union-attr]
+        if adapter in linear.lora_A:  # type: ignore[operator]
+            weight = weight + linear.get_delta_weight(adapter)  # type: ignore[operator]
+    return weight
+
+
+def read(
+    graft: Graft,
+    hidden_states: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    memory_mask: Tensor,
+    visual_token_mask: Tensor | None,
+    rotary: Rotary | None,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """`graft(...)`, fused where it can be, and added to `onto` [B, S, d] where that is given -> [B, S, d]."""
+    form = graft.fused_on(hidden_states)
+    if form is not None:
+        return form.forward(graft, hidden_states, keys, values, memory_mask, visual_token_mask, rotary, onto)
+    output: Tensor = graft(hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
+    return output if onto is None else onto + output
+
+
+def remember(graft: Graft, visual_embeds: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+    """`graft.project(...)`, fused where it can be."""
+    form = graft.fused_on(visual_embeds)
+    return graft.project(visual_embeds, rotary) if form is None else form.project(graft, visual_embeds, rotary)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.memory.graft import Graft
+from surgeon.memory.graft import Graft, weight_of
 from surgeon.memory.rms_norm import RMSNorm, rms_norm
 from surgeon.memory.rotary import Rope, Rotary, rotate
 
@@ -56,6 +56,18 @@ def mixin(
     return torch.where(has_memory, attended + torch.tanh(ff_gate) * fed, hidden_states)
 
 
+def project(
+    visual_embeds: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, k_proj: Tensor, v_proj: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The visual memory's keys, rotated, and values: visual_embeds [B, M, d], cos, sin [B, M, hd / 2], weights
+    [out, in] -> [B, H, M, hd] each."""
+    normed = rms_norm(visual_embeds, norm, eps)  # the same norm as the text's
+    heads = (-1, 2 * cos.shape[-1])
+    keys = F.linear(normed, k_proj).unflatten(-1, heads).transpose(1, 2)
+    values = F.linear(normed, v_proj).unflatten(-1, heads).transpose(1, 2)
+    return rotate(keys, (cos, sin)), values
+
+
 class Mixin(Graft):
     """The mixin layer in front of one decoder layer. Every head has keys and values of its own."""
 
@@ -91,23 +103,23 @@ class Mixin(Graft):
 
     def project(self, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         assert rotary is not None
-        normed = self.norm(visual_embeds)  # the same norm as the text's
-        heads = (self.num_heads, self.head_dim)
-        keys = self.k_proj(normed).unflatten(-1, heads).transpose(1, 2)
-        values = self.v_proj(normed).unflatten(-1, heads).transpose(1, 2)
-        return rotate(keys, rotary), values
+        return project(visual_embeds, *rotary, *self.memory_weights(), self.eps)
+
+    def memory_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tensors that `project` takes after cos and sin, in its order."""
+        return self.norm.weight, weight_of(self.k_proj), weight_of(self.v_proj)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The tensors that `mixin` takes after cos and sin, in its order."""
         return (
             self.norm.weight,
-            self.q_proj.weight,
-            self.o_proj.weight,
+            weight_of(self.q_proj),
+            weight_of(self.o_proj),
             self.attn_gate,
             self.ffn_norm.weight,
-            self.gate_proj.weight,
-            self.up_proj.weight,
-            self.down_proj.weight,
+            weight_of(self.gate_proj),
+            weight_of(self.up_proj),
+            weight_of(self.down_proj),
             self.ff_gate,
         )
 

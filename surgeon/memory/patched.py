@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from surgeon.memory.decoder_layer import patched_layer_class
+from surgeon.memory.fused import fused_form
 from surgeon.memory.graft import Graft
 from surgeon.memory.later_turn import drop_cached_pictures
 from surgeon.memory.text_model import patched_text_model_class
@@ -41,6 +42,7 @@ def graft_model(model: PreTrainedModel, text_model: str, layer_shape: str, kinds
     for entry in getattr(model.config, RECORD)["grafts"]:
         for index in entry["layers"]:
             graft = kinds[entry["kind"]].from_config(decoder.config, entry)
+            graft.fused = fused_form(graft.kind)
             decoder.layers[index].add_module(entry["kind"], graft)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.memory.graft import Graft
+from surgeon.memory.graft import Graft, weight_of
 from surgeon.memory.rms_norm import RMSNorm, rms_norm
 from surgeon.memory.rotary import Rotary
 
@@ -59,6 +59,17 @@ def persistent_visual_memory(
     injection = alpha * rms_norm(F.linear(retrieved, output_proj), None, eps)
     gets_memory = has_memory if visual_token_mask is None else has_memory & ~visual_token_mask[..., None]
     return injection * gets_memory
+
+
+def project(
+    visual_embeds: Tensor, visual_proj: Tensor, k_proj: Tensor, v_proj: Tensor, k_norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The visual memory's keys and values: visual_embeds [B, M, d], weights [out, in] -> [B, Hm, M, hd] each."""
+    latent = F.linear(visual_embeds, visual_proj)
+    heads = (-1, k_norm.shape[0])
+    keys = rms_norm(F.linear(latent, k_proj).unflatten(-1, heads), k_norm, eps).transpose(1, 2)
+    values = F.linear(latent, v_proj).unflatten(-1, heads).transpose(1, 2)
+    return keys, values
 
 
 class PersistentVisualMemory(Graft):
@@ -115,25 +126,25 @@ class PersistentVisualMemory(Graft):
         )
 
     def project(self, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
-        latent = self.visual_proj(visual_embeds)
-        heads = (self.num_key_value_heads, self.head_dim)
-        keys = self.k_norm(self.k_proj(latent).unflatten(-1, heads)).transpose(1, 2)
-        values = self.v_proj(latent).unflatten(-1, heads).transpose(1, 2)
-        return keys, values
+        return project(visual_embeds, *self.memory_weights(), self.eps)
+
+    def memory_weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The tensors that `project` takes, in its order."""
+        return weight_of(self.visual_proj), weight_of(self.k_proj), weight_of(self.v_proj), self.k_norm.weight
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The tensors that `persistent_visual_memory` takes after the masks, in its order."""
         return (
-            self.text_proj.weight,
+            weight_of(self.text_proj),
             self.input_norm.weight,
-            self.q_proj.weight,
+            weight_of(self.q_proj),
             self.q_norm.weight,
-            self.o_proj.weight,
+            weight_of(self.o_proj),
             self.post_attention_norm.weight,
-            self.gate_proj.weight,
-            self.up_proj.weight,
-            self.down_proj.weight,
-            self.output_proj.weight,
+            weight_of(self.gate_proj),
+            weight_of(self.up_proj),
+            weight_of(self.down_proj),
+            weight_of(self.output_proj),
             self.alpha,
         )
 

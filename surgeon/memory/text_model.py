@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from surgeon.memory.decoder_layer import entry_name
-from surgeon.memory.graft import Graft
+from surgeon.memory.graft import Graft, remember
 from surgeon.memory.rotary import Rotary, position_axes
 from surgeon.memory.tiled import Entering
 from surgeon.memory.visual_memory import Entries, Reading, VisualMemory
@@ -98,7 +98,7 @@ def patched_text_model_class(base: type) -> type:
             """Project what enters to keys and values [B, Hm, M, hd] of every graft, and append them to the memory."""
             rotary = self.rotary(entering.position_ids)
             entries: Entries = {
-                name: graft.project(entering.embeds, rotary.get(graft.kind)) for name, graft in self.grafts().items()
+                name: remember(graft, entering.embeds, rotary.get(graft.kind)) for name, graft in self.grafts().items()
             }
             memory.extend(entries, entering.mask, entering.sample_ids)
 

@@ -6,6 +6,7 @@ import torch
 from onnxscript import BOOL, INT32, script
 from torch import Tensor
 
+from exporters.kernels.operators.mixin import mixin
 from exporters.onnx.functions.base import GraftFunction, domain, op
 from surgeon import ops
 from surgeon.memory import mixin as memory
@@ -56,37 +57,6 @@ def Mixin(  # type: ignore[no-untyped-def]
     fed = op.Add(attended, op.Mul(op.Tanh(ff_gate), op.Gemm(mlp, down_proj, transB=1)))
     fed = op.Reshape(fed, op.Shape(hidden_states))
     return op.Where(op.Reshape(has_memory, op.Constant(value_ints=[0, 1, 1])), fed, hidden_states)
-
-
-@torch.library.custom_op("surgeon::mixin", mutates_args=())
-def mixin(
-    hidden_states: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    memory_mask: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    norm: Tensor,
-    q_proj: Tensor,
-    o_proj: Tensor,
-    attn_gate: Tensor,
-    ffn_norm: Tensor,
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    ff_gate: Tensor,
-    eps: float,
-) -> Tensor:
-    """The plain definition as one operator, so that it is one node in a traced graph."""
-    return memory.mixin(
-        hidden_states, keys, values, memory_mask, cos, sin, norm, q_proj, o_proj, attn_gate, ffn_norm, gate_proj,
-        up_proj, down_proj, ff_gate, eps,
-    )  # fmt: skip
-
-
-@mixin.register_fake
-def _(hidden_states: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(hidden_states)
 
 
 class _MixinFunction(GraftFunction):

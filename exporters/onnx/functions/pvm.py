@@ -1,14 +1,12 @@
 """Persistent Visual Memory's branch: `surgeon.memory.pvm` as a function of the domain."""
 
-from typing import Any
-
 import torch
 from onnxscript import BOOL, INT32, script
 from torch import Tensor
 
+from exporters.kernels.operators.pvm import persistent_visual_memory
 from exporters.onnx.functions.base import GraftFunction, domain, op
 from surgeon.memory.pvm import PersistentVisualMemory as PVM
-from surgeon.memory.pvm import persistent_visual_memory as plain_definition
 from surgeon.memory.rotary import Rotary
 
 
@@ -61,38 +59,6 @@ def PersistentVisualMemory(  # type: ignore[no-untyped-def]
     injection = op.Reshape(injection, op.Shape(hidden_states))
     gets_memory = op.Reshape(op.And(has_memory, op.Not(visual_token_mask)), op.Constant(value_ints=[0, 0, 1]))
     return op.Where(gets_memory, injection, op.CastLike(op.Constant(value_float=0.0), injection))
-
-
-@torch.library.custom_op("surgeon::persistent_visual_memory", mutates_args=())
-def persistent_visual_memory(
-    hidden_states: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    memory_mask: Tensor,
-    visual_token_mask: Tensor,
-    text_proj: Tensor,
-    input_norm: Tensor,
-    q_proj: Tensor,
-    q_norm: Tensor,
-    o_proj: Tensor,
-    post_attention_norm: Tensor,
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    output_proj: Tensor,
-    alpha: Tensor,
-    eps: float,
-) -> Tensor:
-    """The plain definition as one operator, so that it is one node in a traced graph."""
-    return plain_definition(
-        hidden_states, keys, values, memory_mask, visual_token_mask, text_proj, input_norm, q_proj, q_norm, o_proj,
-        post_attention_norm, gate_proj, up_proj, down_proj, output_proj, alpha, eps,
-    )  # fmt: skip
-
-
-@persistent_visual_memory.register_fake
-def _(hidden_states: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(hidden_states)
 
 
 class _PVMFunction(GraftFunction):

@@ -86,7 +86,13 @@ def test_lora_on_top(patched: PreTrainedModel, tmp_path: Path) -> None:
         loss_of(tuned).backward()
         optimizer.step()
     assert loss_of(tuned) < before
+    grafted = [p for n, p in tuned.named_parameters() if ".pvm." in n and "lora_B" in n]
+    assert grafted and all(bool(p.abs().sum()) for p in grafted)
+    with torch.no_grad():
+        adapted = loss_of(tuned)
     merged = tuned.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(merged), adapted)
     merged.save_pretrained(tmp_path / "merged")
     with torch.no_grad():
         torch.testing.assert_close(loss_of(models.load(tmp_path / "merged")), loss_of(merged))

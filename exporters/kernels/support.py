@@ -1,0 +1,51 @@
+"""Which shapes and devices the kernels take. What they do not, the plain definitions compute."""
+
+import warnings
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_LEAST, _MOST = 32, 256
+_CAPABILITY = (8, 0)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def reason_against(kind: str, head_dim: int, dtypes: set[torch.dtype]) -> str | None:
+    """Why the kernels of a graft cannot take these; None where they can. `dtypes`: of everything but cos and sin."""
+    if head_dim & (head_dim - 1) or not _LEAST <= head_dim <= _MOST:
+        return f"{kind}: no fused kernel for head_dim {head_dim}, which is no power of two from {_LEAST} to {_MOST}"
+    if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
+        named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        return f"{kind}: no fused kernel for tensors of {named}; they take float32, float16 or bfloat16, one at a time"
+    return None
+
+
+@cache
+def reason_against_device(index: int | None) -> str | None:
+    """Why kernels cannot run on a CUDA device; None where they can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "no fused kernels: triton is not installed (pip install 'lvlm-surgeon[kernels]')"
+    found = torch.cuda.get_device_capability(index)
+    if found < _CAPABILITY:
+        return f"no fused kernels: this GPU's compute capability is {found[0]}.{found[1]}, and they need 8.0"
+    return None
+
+
+@cache
+def say_once(reason: str) -> None:
+    warnings.warn(f"{reason}; computed by its plain definition", stacklevel=3)
+
+
+def fits(kind: str, head_dim: int, tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the kernels of a graft take these tensors; what is against it is said once."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    reason = reason_against(kind, head_dim, {tensor.dtype for tensor in given if tensor.dtype != torch.bool})
+    if reason is None and given[0].is_cuda:
+        reason = reason_against_device(given[0].device.index)
+    if reason is not None:
+        say_once(reason)
+    return reason is None
