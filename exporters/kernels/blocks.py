@@ -28,7 +28,7 @@ def default_blocks(kernel: Kernel, shapes: Mapping[str, Shape]) -> Blocks:
     tokens = batch * length
     if tokens <= _DECODE_TOKENS:
         inner = min(power_of_two(size), 4096)
-        outputs = power_of_two(max(1, min(_IN_FLIGHT // inner, -(-width // _PROGRAMS))))
+        outputs = power_of_two(max(4, min(_IN_FLIGHT // inner, -(-width // _PROGRAMS))))
         return Blocks(tokens=1, outputs=outputs, inner=inner, num_warps=8 if inner * outputs >= 8192 else 4)
     if tokens <= 64:
         return Blocks(tokens=16, outputs=16, inner=128 if size >= 128 else power_of_two(size, 16))

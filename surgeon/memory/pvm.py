@@ -50,7 +50,8 @@ def persistent_visual_memory(
     mask = memory_mask if memory_mask.ndim == 3 else memory_mask[:, None]
     has_memory = mask.any(-1, keepdim=True)
     seen = (mask | ~has_memory)[:, None].expand(-1, 1, query.shape[2], -1)
-    retrieved = F.scaled_dot_product_attention(query, keys, values, seen, enable_gqa=query.shape[1] != keys.shape[1])
+    grouped = bool(query.shape[1] != keys.shape[1])  # a symbol under torch.compile
+    retrieved = F.scaled_dot_product_attention(query, keys, values, seen, enable_gqa=grouped)
     retrieved = F.linear(retrieved.transpose(1, 2).flatten(2), o_proj)
 
     normed = rms_norm(retrieved, post_attention_norm, eps)

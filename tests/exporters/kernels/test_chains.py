@@ -1,0 +1,114 @@
+"""Each graft in fused launches, interpreted, against its plain definition and against what its authors computed."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from exporters.kernels import launch, mixin, pvm
+from golden import DATA, our_name, published_mixin
+from surgeon.memory.graft import Graft
+from surgeon.memory.mixin import Mixin
+from surgeon.memory.pvm import PersistentVisualMemory
+from surgeon.memory.rotary import Rope
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Relative, against fp32."""
+
+
+def randomised(graft: Graft, dtype: torch.dtype) -> Graft:
+    """Every parameter away from its value at insertion, the gates open."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in graft.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else 0.2))
+            if name in graft.gates:
+                parameter.fill_(0.8)
+    return graft.to(dtype).requires_grad_(False)
+
+
+def given(chain: object, *tensors: Tensor | None) -> dict[str, Tensor | None]:
+    return launch.contiguous(dict(zip(chain.inputs, tensors, strict=True)))  # type: ignore[attr-defined]
+
+
+def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    assert got.shape == want.shape and got.dtype == dtype
+    assert float((got.float() - want.float()).abs().max() / want.abs().max()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "length"), [(3, 1), (3, 21), (1, 70)])
+def test_pvm(dtype: torch.dtype, rows: int, length: int) -> None:
+    """Grouped queries; pictures of another number in each row, and none in the last of several."""
+    graft = randomised(PersistentVisualMemory(96, 64, 40, head_dim=32, num_key_value_heads=1, eps=1e-6), dtype)
+    assert isinstance(graft, PersistentVisualMemory)
+    slots = 45
+    mask = torch.arange(slots) < torch.tensor([45, 7, 0][:rows])[:, None]
+    visual = torch.rand(rows, length) > 0.7
+    embeds, hidden_states, onto = (torch.randn(rows, n, 96).to(dtype) for n in (slots, length, length))
+    chain = pvm.memory_chain(graft.eps, 32)
+    keys, values = launch.run(chain, given(chain, embeds, *graft.memory_weights()))
+    plain = graft.float()
+    want_keys, want_values = plain.project(embeds.float())
+    close(keys, want_keys, dtype)
+    close(values, want_values, dtype)
+
+    want = plain(hidden_states.float(), keys.float(), values.float(), mask, visual)
+    graft = graft.to(dtype)
+    chain = pvm.chain(graft.eps)
+    (got,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, visual, *graft.weights(), None))
+    close(got, want, dtype)
+    assert not got[visual].any() and (rows == 1 or not got[2].any())
+    (added,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, None, *graft.weights(), onto))
+    want = onto.float() + graft.float()(hidden_states.float(), keys.float(), values.float(), mask, None)
+    close(added, want, dtype)
+    assert rows == 1 or torch.equal(added[2], onto[2])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "length"), [(3, 1), (3, 21)])
+def test_mixin(dtype: torch.dtype, rows: int, length: int) -> None:
+    rope = Rope(32, 1e4)
+    graft = randomised(Mixin(96, num_heads=3, intermediate_size=72, rope=rope, eps=1e-5), dtype)
+    assert isinstance(graft, Mixin)
+    slots = 45
+    mask = (torch.rand(rows, length, slots) > 0.3) & (torch.tensor([1, 1, 0])[:, None, None] == 1)
+    embeds, hidden_states = (torch.randn(rows, n, 96).to(dtype) for n in (slots, length))
+    media, text = (rope(torch.randint(0, 900, (1, rows, n))) for n in (slots, length))
+    chain = mixin.memory_chain(graft.eps, 32)
+    keys, values = launch.run(chain, given(chain, embeds, *media, *graft.memory_weights()))
+    plain = graft.float()
+    want_keys, want_values = plain.project(embeds.float(), media)
+    close(keys, want_keys, dtype)
+    close(values, want_values, dtype)
+
+    want = plain(hidden_states.float(), keys.float(), values.float(), mask, None, text)
+    graft = graft.to(dtype)
+    chain = mixin.chain(graft.eps)
+    (got,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, *text, *graft.weights()))
+    close(got, want, dtype)
+    assert torch.equal(got[2], hidden_states[2])
+
+
+def test_pvm_equals_its_authors() -> None:
+    tensors = load_file(DATA / "pvm_block_a.safetensors")
+    block = PersistentVisualMemory(64, 32, 96, head_dim=16, num_key_value_heads=1, eps=1e-6)
+    block.load_state_dict({our_name(k.removeprefix("weight.")): t for k, t in tensors.items() if k[:7] == "weight."})
+    block.requires_grad_(False)
+    mask = torch.arange(7) < tensors["input.visual_lengths"][:, None]
+    keys, values = block.project(tensors["input.visual_embeds"])
+    chain = pvm.chain(block.eps)
+    inputs = (tensors["input.hidden_states"], keys, values, mask, tensors["input.query_is_visual"])
+    (got,) = launch.run(chain, given(chain, *inputs, *block.weights(), None))
+    torch.testing.assert_close(got, tensors["output.injection"], atol=1e-5, rtol=0)
+
+
+def test_mixin_equals_its_authors() -> None:
+    block, tensors = published_mixin()
+    block.requires_grad_(False)
+    keys, values = block.project(tensors["input.visual_embeds"], block.rope(tensors["input.media_position_ids"][None]))
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    text = block.rope(tensors["input.text_position_ids"][None])
+    chain = mixin.chain(block.eps)
+    (got,) = launch.run(chain, given(chain, tensors["input.hidden_states"], keys, values, mask, *text, *block.weights()))
+    torch.testing.assert_close(got, tensors["output.hidden_states"], atol=1e-5, rtol=0)
