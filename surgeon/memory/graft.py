@@ -96,8 +96,12 @@ class Graft(nn.Module, ABC):
         -> [B, S, d]."""
 
     def fused_on(self, tensor: Tensor) -> FusedForm | None:
-        """Its fused form, if it has one for the tensor's device."""
-        return self.fused if self.fused is not None and tensor.device.type in self.fused.devices else None
+        """Its fused form, if it has one for the tensor's device. Under autocast it has none: the dtypes that it chooses
+        operator by operator are not those of one operator for all."""
+        device = tensor.device.type
+        if self.fused is None or device not in self.fused.devices or torch.is_autocast_enabled(device):
+            return None
+        return self.fused
 
 
 def weight_of(linear: nn.Module) -> Tensor:
@@ -107,7 +111,7 @@ def weight_of(linear: nn.Module) -> Tensor:
         return weight
     for adapter in linear.active_adapters:  # type: ignore[union-attr]
         if adapter in linear.lora_A:  # type: ignore[operator]
-            weight = weight + linear.get_delta_weight(adapter)  # type: ignore[operator]
+            weight = weight + linear.get_delta_weight(adapter).to(weight.dtype)  # type: ignore[operator]
     return weight
 
 

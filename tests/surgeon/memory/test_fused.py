@@ -1,0 +1,63 @@
+"""Where a graft's fused form comes from, and when it is taken."""
+
+import importlib.metadata
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from exporters.kernels.operators import mixin, pvm
+from surgeon.memory import fused
+from surgeon.memory.graft import read, remember
+from surgeon.memory.pvm import PersistentVisualMemory
+
+
+def test_an_installed_project_brings_its_kernels() -> None:
+    assert fused.fused_form("pvm") is pvm.FORM
+    assert fused.fused_form("mixin") is mixin.FORM
+    assert fused.fused_form("a kind of which nobody knows") is None
+
+
+def test_without_them_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def load(self) -> Any:
+            raise ModuleNotFoundError("torch_is_too_old_for_this")
+
+    monkeypatch.setattr(fused, "entry_points", lambda **kwargs: [Broken()])
+    fused.fused_form.cache_clear()
+    assert fused.fused_form("pvm") is None
+    monkeypatch.setattr(fused, "entry_points", lambda **kwargs: importlib.metadata.EntryPoints())
+    fused.fused_form.cache_clear()
+    assert fused.fused_form("pvm") is None
+    fused.fused_form.cache_clear()
+
+
+class Marked:
+    """A form whose answers cannot be mistaken."""
+
+    def __init__(self, *devices: str) -> None:
+        self.devices = devices
+
+    def forward(self, graft: Any, hidden_states: Tensor, *rest: Any) -> Tensor:
+        return torch.full_like(hidden_states, 7.0)
+
+    def project(self, graft: Any, visual_embeds: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+        return torch.full((1,), 7.0), torch.full((1,), 8.0)
+
+
+def test_it_is_taken_on_its_devices_alone_and_never_under_autocast() -> None:
+    graft = PersistentVisualMemory(16, 8, 8, head_dim=8, num_key_value_heads=1, eps=1e-6).requires_grad_(False)
+    graft.alpha.fill_(0.5)
+    embeds = torch.randn(1, 3, 16)
+    keys, values = remember(graft, embeds, None)
+    rest = (keys, values, torch.ones(1, 3, dtype=torch.bool), None, None)
+    plain = read(graft, embeds, *rest)
+    graft.fused = Marked("cuda")
+    assert torch.equal(read(graft, embeds, *rest), plain)
+    assert torch.equal(remember(graft, embeds, None)[0], keys)
+    graft.fused = Marked("cuda", "cpu")
+    assert bool((read(graft, embeds, *rest) == 7).all())
+    assert float(remember(graft, embeds, None)[1]) == 8
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not bool((read(graft, embeds, *rest) == 7).any())
