@@ -30,3 +30,7 @@ class InputError(SurgeonError):
 
 class BundleError(SurgeonError):
     """A bundle that is missing, damaged, or cannot do what was asked of it."""
+
+
+class TooLongError(BundleError):
+    """A prompt, with what is to follow it, that is longer than what the model was exported for."""

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from exporters.onnx.manifest import Manifest
 from exporters.runtime.placement import Entering, Picture, Placement, padded
 from exporters.runtime.state import State, Tokens, Wanted, rows_of, stack
-from surgeon.errors import BundleError
+from surgeon.errors import BundleError, TooLongError
 from surgeon.families import family
 from surgeon.inputs import Inputs, Message, ModelInputs, Prompt
 from surgeon.models import read_config
@@ -115,7 +115,7 @@ class Runtime(ABC):
         they are, and their logits mean nothing. Raises BundleError where an active row is full."""
         active = np.ones(state.batch_size, dtype=bool) if active is None else active
         if (state.lengths[active] >= self.max_length).any():
-            raise BundleError(f"a row has the bundle's maximum of {self.max_length} tokens; none can follow")
+            raise TooLongError(f"a row has the bundle's maximum of {self.max_length} tokens; none can follow")
         changing = {
             "inputs_embeds": self._embed(tokens.astype(np.int64)[:, None]),
             "position_ids": self._text_positions(state.next_positions[:, None]),
@@ -166,7 +166,7 @@ class Runtime(ABC):
         for row, ids in enumerate(rows):
             length = int(state.lengths[row]) + len(ids)
             if length > self.max_length:
-                raise BundleError(
+                raise TooLongError(
                     f"row {row} has {length} tokens, the bundle was exported for {self.max_length}: "
                     "shorten the prompt, scale its pictures down, or export again with a larger --max-length"
                 )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from surgeon import __version__
+from surgeon.errors import TooLongError
 from surgeon.parity.cases import Case
 from surgeon.parity.ladder import Rung
 from surgeon.parity.metrics import LogitDifference, compare, compare_logits
@@ -64,7 +65,11 @@ def validate(
     steps: int = 32,
     progress: Progress | None = None,
 ) -> Report:
-    """Run every case through both and judge it by `rung`. `steps` tokens are decoded after each prompt."""
+    """Run every case through both and judge it by `rung`. `steps` tokens are decoded after each prompt.
+
+    Cases that are longer than what one of the two was made for are left out with a note, as long as one is left. Raises
+    TooLongError where none is.
+    """
     started = time.monotonic()
     report = Report(
         reference.path, subject.path, (reference.stage, subject.stage), (reference.dtype, subject.dtype), rung
@@ -72,7 +77,12 @@ def validate(
     for number, case in enumerate(cases):
         if progress is not None:
             progress(case.name, number, len(cases))
-        report.cases.append(_run(reference, subject, case, rung, steps))
+        try:
+            report.cases.append(_run(reference, subject, case, rung, steps))
+        except TooLongError as error:
+            report.notes.append(f"left out {case.name!r}: {error}")
+            if len(report.notes) == len(cases):
+                raise
     report.seconds = time.monotonic() - started
     return report
 

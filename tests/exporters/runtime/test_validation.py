@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 import surgeon
 from checkpoints import MODEL_TYPES, tiny_checkpoint
 from cli import cli
+from exporters.onnx.bundle import export_bundle
 from exporters.runtime.validation import validate_pair
 from pairs import MIXIN, PVM, Pair
 from patching import apply
-from surgeon.errors import SurgeonError
+from surgeon.errors import SurgeonError, TooLongError
 
 Export = Callable[..., Pair]
 STEPS = 6
@@ -49,6 +50,17 @@ def test_a_fresh_patch_is_its_source_whichever_is_named_first(model_type: str, t
         assert report.passed and report.rung.name == "identity" and report.reference == str(source)
         assert all(case.prefill.equal and case.decode.equal for case in report.cases)
         assert [case.tokens_equal for case in report.cases] == [STEPS, STEPS, STEPS, 3 * STEPS]
+
+
+def test_cases_that_a_bundle_is_too_short_for_are_left_out_and_named(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl")
+    export_bundle(source, tmp_path / "bundle", dtype=torch.float32, max_length=40)
+    report = validate_pair(source, tmp_path / "bundle", steps=STEPS)
+    assert report.passed and [case.name for case in report.cases] == ["one picture", "text only"]
+    assert len(report.notes) == 2 and all("40" in note for note in report.notes)
+    assert "left out 'three pictures'" in report.notes[0]
+    with pytest.raises(TooLongError, match="40"):
+        validate_pair(source, tmp_path / "bundle", images=[CHART] * 4, steps=STEPS)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
