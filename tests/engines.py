@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from pairs import MIXIN, PLAIN, PVM
 
+DHR = ("rope-dhr",)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -19,7 +21,7 @@ class Case:
 CASES = (
     Case("qwen3_vl", PVM, "float16"),
     Case("qwen2_5_vl", PVM, "bfloat16"),
-    Case("internvl", MIXIN + PVM, "bfloat16"),
+    Case("internvl", MIXIN + PVM + DHR, "bfloat16"),
     Case("ovis2", MIXIN, "float16"),
     Case("llava_onevision", PLAIN, "float16"),
 )

@@ -26,7 +26,7 @@ def main() -> None:
     prompts = [Prompt(asked["prompt"], tuple(map(Path, asked["images"])))] * asked["batch"]
     try:
         begin = time.perf_counter()
-        runner = open_runner(Path(asked["path"]), prompts, asked["threads"])
+        runner = open_runner(Path(asked["path"]), prompts, asked["threads"], asked["provider"])
         runner.run(2)  # loads what is loaded when first used
         about = {"stage": runner.stage, "dtype": runner.dtype, "device": runner.device}
         say(ready=about | {"prompt_tokens": runner.prompt_tokens, "load_seconds": time.perf_counter() - begin})

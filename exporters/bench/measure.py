@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from exporters.runtime.session import Provider
 from surgeon.errors import SurgeonError
 
 
@@ -26,6 +27,8 @@ class Workload:
     batch: int = 1
     rounds: int = 3
     threads: int | None = None
+    provider: Provider = "auto"
+    """What ONNX Runtime computes bundles with."""
 
 
 @dataclass(frozen=True)

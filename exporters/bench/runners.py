@@ -16,6 +16,7 @@ from surgeon.inputs import Inputs, Prompt
 
 if TYPE_CHECKING:
     from exporters.runtime import Runtime
+    from exporters.runtime.session import Provider
 
 
 class Runner(ABC):
@@ -46,7 +47,7 @@ class CheckpointRunner(Runner):
 
     stage = "checkpoint"
 
-    def __init__(self, path: Path, prompts: Sequence[Prompt], threads: int | None) -> None:
+    def __init__(self, path: Path, prompts: Sequence[Prompt], threads: int | None, provider: "Provider") -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,10 +114,10 @@ class BundleRunner(RuntimeRunner):
 
     stage = "bundle"
 
-    def __init__(self, path: Path, prompts: Sequence[Prompt], threads: int | None) -> None:
+    def __init__(self, path: Path, prompts: Sequence[Prompt], threads: int | None, provider: "Provider") -> None:
         from exporters.runtime import BundleRuntime
 
-        super().__init__(BundleRuntime(path, threads=threads), prompts)
+        super().__init__(BundleRuntime(path, provider=provider, threads=threads), prompts)
 
 
 class EngineRunner(RuntimeRunner):
@@ -124,7 +125,7 @@ class EngineRunner(RuntimeRunner):
 
     stage = "engine"
 
-    def __init__(self, path: Path, prompts: Sequence[Prompt], threads: int | None) -> None:
+    def __init__(self, path: Path, prompts: Sequence[Prompt], threads: int | None, provider: "Provider") -> None:
         from exporters.tensorrt.runtime import EngineRuntime
 
         self.engines = EngineRuntime(path)
@@ -135,13 +136,15 @@ class EngineRunner(RuntimeRunner):
         return super().device_memory() + sum(engine.bytes for engine in self.engines.engines.engines.values())
 
 
-_RUNNERS: dict[str, Callable[[Path, Sequence[Prompt], int | None], Runner]] = {
+_RUNNERS: dict[str, Callable[[Path, Sequence[Prompt], int | None, "Provider"], Runner]] = {
     "checkpoint": CheckpointRunner,
     "bundle": BundleRunner,
     "engines": EngineRunner,
 }
 
 
-def open_runner(path: Path, prompts: Sequence[Prompt], threads: int | None) -> Runner:
+def open_runner(
+    path: Path, prompts: Sequence[Prompt], threads: int | None = None, provider: "Provider" = "auto"
+) -> Runner:
     """The runner of what `path` is. Raises SurgeonError kinds where it cannot be run."""
-    return _RUNNERS[form_of(path)](path, prompts, threads)
+    return _RUNNERS[form_of(path)](path, prompts, threads, provider)

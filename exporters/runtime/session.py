@@ -75,7 +75,8 @@ def choose_provider(provider: Provider) -> Chosen:
         return wanted
     if provider != "auto":
         raise BundleError(
-            f"the {_NEEDS[wanted][0]} provider does not work here: {reason}; use provider 'cpu' or 'auto'"
+            f"the {_NEEDS[wanted][0]} provider does not work here: {reason}; use --backend ort-cpu, or none for the "
+            "best that works"
         )
     return "cpu"
 
