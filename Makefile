@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint check bench clean
+.PHONY: demo test lint check bench gpu-check clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,10 @@ check: lint test
 # Minutes each; see benchmarks/README.md. They print ratios of two things measured in one run.
 bench: $(VENV)/.ready
 	for each in benchmarks/bench_*.py; do $(BIN)/python $$each || exit 1; done
+
+# On a GPU machine: its own Python and packages, nothing installed. With DRY=1: rehearsed on the CPU, nothing measured.
+gpu-check: $(if $(DRY),$(VENV)/.ready)
+	$(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(if $(DRY),--dry)
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

@@ -43,6 +43,8 @@ def _attend(shapes: Mapping[str, Shape]) -> Blocks:
         return Blocks(tokens=16 if length <= 64 else 64, slots=32, inner=32)
     wanted = -(-_PROGRAMS // (batch * length * heads))
     splits = min(power_of_two(wanted), power_of_two(-(-slots // 64)), 16)
+    if "q_weight" in shapes:  # each program makes its head's query: long reads, for few of them wait on one another
+        return Blocks(tokens=1, slots=64, inner=128, splits=splits, num_warps=8)
     return Blocks(tokens=1, slots=64, inner=32, splits=splits)
 
 

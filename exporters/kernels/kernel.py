@@ -72,9 +72,10 @@ class Step:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chain:
-    """What a graft computes, in launches, each reading what those before it wrote."""
+    """What a graft computes, in launches, each reading what those before it wrote. Each is itself alone, so that plans
+    can be kept by it."""
 
     name: str
     inputs: tuple[str, ...]

@@ -1,13 +1,14 @@
 """A chain of kernels run on tensors."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
 from exporters.kernels.kernel import Chain, Step
-from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule, plan_step
+from exporters.kernels.plan import ChooseBlocks, Launch, TensorType, by_rule, plan, plan_step
 
 
 def interpreting() -> bool:
@@ -21,17 +22,30 @@ def run(chain: Chain, given: Mapping[str, Tensor | None], choose: ChooseBlocks =
     It waits for nothing on the host, so it can be captured into a CUDA graph.
     """
     values = {name: tensor for name, tensor in given.items() if tensor is not None}
-    for step in chain.steps:
-        inputs = {name: values[value] for name, value in step.inputs.items() if value in values}
-        found = launch(step, inputs, choose)
+    types = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in values.items())
+    for planned in _planned(chain, types, choose):
+        step = planned.step
+        inputs = {name: values[step.inputs[name]] for name in planned.inputs}
+        found = _launch(planned, inputs)
         values |= {value: found[name] for name, value in step.outputs.items()}
     return tuple(values[name] for name in chain.outputs)
 
 
+@lru_cache(maxsize=1024)
+def _planned(
+    chain: Chain, types: tuple[tuple[str, tuple[int, ...], torch.dtype], ...], choose: ChooseBlocks
+) -> list[Launch]:
+    """The plan of a chain, kept: a decoding step asks for the same one at every token."""
+    return plan(chain, {name: TensorType(shape, _name(dtype)) for name, shape, dtype in types}, choose)
+
+
 def launch(step: Step, inputs: Mapping[str, Tensor], choose: ChooseBlocks = by_rule) -> dict[str, Tensor]:
     """One kernel -> its outputs by name."""
-    kernel, device = step.kernel, next(iter(inputs.values())).device
-    planned = plan_step(step, {name: type_of(tensor) for name, tensor in inputs.items()}, choose)
+    return _launch(plan_step(step, {name: type_of(tensor) for name, tensor in inputs.items()}, choose), inputs)
+
+
+def _launch(planned: Launch, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    kernel, device = planned.step.kernel, next(iter(inputs.values())).device
     outputs = {
         name: torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=device)
         for name, output in planned.outputs.items()
@@ -50,7 +64,11 @@ def launch(step: Step, inputs: Mapping[str, Tensor], choose: ChooseBlocks = by_r
 
 
 def type_of(tensor: Tensor) -> TensorType:
-    return TensorType(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    return TensorType(tuple(tensor.shape), _name(tensor.dtype))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def contiguous(given: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:

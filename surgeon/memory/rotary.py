@@ -24,10 +24,12 @@ class Rope:
 
     def __call__(self, position_ids: Tensor) -> Rotary:
         """position_ids int64 [A, B, S] -> cos, sin fp32 [B, S, hd / 2]."""
-        if position_ids.shape[0] == 1:  # text alone: the same on every axis
-            position_ids = position_ids.expand(max(self.axes) + 1, -1, -1)
-        axes = torch.tensor(self.axes, device=position_ids.device)
-        angles = position_ids.float().index_select(0, axes).permute(1, 2, 0) * self.inv_freq(position_ids.device)
+        positions = position_ids.float()
+        if positions.shape[0] == 1 or not any(self.axes):  # text alone is the same on every axis
+            turning = positions[0, :, :, None]
+        else:  # not by an index, which would be copied to the device at every token
+            turning = torch.stack([positions[axis] for axis in self.axes], -1)
+        angles = turning * self.inv_freq(position_ids.device)
         return angles.cos(), angles.sin()
 
 

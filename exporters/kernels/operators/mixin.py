@@ -47,7 +47,7 @@ def fused(*arguments: Any) -> Tensor:
     if not fits("mixin", tensors[1].shape[3], tuple(others)):
         return plain_definition(*arguments)
     from exporters.kernels import launch, mixin
-    from exporters.kernels.plan import by_rule as choose
+    from exporters.kernels.autotune import choose
 
     chain = mixin.chain(eps)
     given = dict(zip(chain.inputs, tensors, strict=True))
@@ -87,9 +87,10 @@ def fused_memory(*arguments: Any) -> tuple[Tensor, Tensor]:
     if not fits("mixin", head_dim, (tensors[0], *tensors[3:])):
         return _plain_memory(*arguments)
     from exporters.kernels import launch, mixin
+    from exporters.kernels.autotune import choose
 
     chain = mixin.memory_chain(eps, head_dim)
-    keys, values = launch.run(chain, launch.contiguous(dict(zip(chain.inputs, tensors, strict=True))))
+    keys, values = launch.run(chain, launch.contiguous(dict(zip(chain.inputs, tensors, strict=True))), choose)
     return keys, values
 
 

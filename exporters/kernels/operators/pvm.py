@@ -55,7 +55,7 @@ def fused(*arguments: Any) -> Tensor:
     if not fits("pvm", tensors[1].shape[3], (*tensors, onto)):
         return _plain(*tensors, eps, onto)
     from exporters.kernels import launch, pvm
-    from exporters.kernels.plan import by_rule as choose
+    from exporters.kernels.autotune import choose
 
     chain = pvm.chain(eps)
     given = dict(zip(chain.inputs, (*tensors, onto), strict=True))
@@ -94,9 +94,10 @@ def fused_memory(*arguments: Any) -> tuple[Tensor, Tensor]:
     if not fits("pvm", head_dim, tensors):
         return _plain_memory(*arguments)
     from exporters.kernels import launch, pvm
+    from exporters.kernels.autotune import choose
 
     chain = pvm.memory_chain(eps, head_dim)
-    keys, values = launch.run(chain, launch.contiguous(dict(zip(chain.inputs, tensors, strict=True))))
+    keys, values = launch.run(chain, launch.contiguous(dict(zip(chain.inputs, tensors, strict=True))), choose)
     return keys, values
 
 

@@ -1,0 +1,122 @@
+"""Part 4: how near to the memory's bandwidth the decoding kernels come, launch by launch, and what tuning brings."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks._measure import Spread, ratios
+from benchmarks.gpu_check.grafts import odd_grafts, real_grafts
+from benchmarks.gpu_check.numbers import TOLERANCES, relative
+from benchmarks.gpu_check.part import PartReport, Setting
+from benchmarks.gpu_check.timing import Timer
+from exporters.kernels import autotune
+from exporters.kernels.candidates import candidates
+from exporters.kernels.kernel import Blocks, Chain
+from exporters.kernels.launch import launch, run
+from exporters.kernels.plan import ChooseBlocks, by_rule
+from exporters.kernels.workload import Size, bytes_of, draw, reading
+
+PUBLISHED = {"PVM, Qwen3-VL-8B": (1024, 0.30), "mixin, CoMemo-2B": (1792, 0.60)}
+"""Visual tokens, and the share of a copy's bandwidth that is aimed at for one row."""
+
+
+def measure_chain(chain: Chain, given: Mapping[str, Tensor], clock: Timer, choose: ChooseBlocks = by_rule) -> Spread:
+    """Seconds of all launches, weights and memory read from the device's memory each time."""
+    copies = autotune.copies_of(chain.steps, given, clock.l2_bytes)
+    return clock.runs([partial(run, chain, copy, choose) for copy in copies])
+
+
+def measure_steps(
+    chain: Chain, given: Mapping[str, Tensor], label: str, clock: Timer, report: PartReport, choose: ChooseBlocks
+) -> None:
+    values = dict(given)
+    for step in chain.steps:
+        inputs = {name: values[value] for name, value in step.inputs.items() if value in values}
+        copies = autotune.copies_of((step,), values, clock.l2_bytes)
+        taken = clock.runs([partial(autotune.run_steps, (step,), copy, choose) for copy in copies])
+        report.figure(f"{label}: {step.name}", scaled(taken, 1e6), "us")
+        report.figure(f"{label}: {step.name} reads", bytes_of(inputs) / taken.median / 1e9, "GB/s")
+        found = launch(step, inputs, choose)
+        values |= {value: found[name] for name, value in step.outputs.items()}
+
+
+def scaled(spread: Spread, factor: float) -> Spread:
+    return Spread(tuple(factor * value for value in spread.values))
+
+
+def share(size: int, taken: Spread, report: PartReport) -> Spread:
+    """Of the bandwidth that a copy reached in this call."""
+    copy = 1e9 * report.content["ceilings"]["copy, GB/s"]
+    return Spread(tuple(size / seconds / copy for seconds in taken.values))
+
+
+def measure_block(
+    name: str, graft: Any, batch: int, setting: Setting, clock: Timer, report: PartReport
+) -> tuple[Chain, dict[str, Tensor], Spread]:
+    slots, target = PUBLISHED.get(name, (24, 0.5))
+    chain, types = reading(graft, Size(batch, 1, slots))
+    given = draw(types, setting.device)
+    taken = measure_chain(chain, given, clock)
+    size = bytes_of(given)
+    label = f"{name}, batch {batch}"
+    ceilings = report.content["ceilings"]
+    floor = len(chain.steps) * ceilings["empty launch, us"] + size / ceilings["copy, GB/s"] / 1e3
+    report.figure(f"{label}: weights and memory", size / 1e6, "MB")
+    report.figure(f"{label}: {len(chain.steps)} launches", scaled(taken, 1e6), "us")
+    report.figure(f"{label}: of it what empty launches and a copy's bandwidth would take", floor, "us")
+    if batch == 1:
+        report.check(f"{label}: bandwidth / a copy's", share(size, taken, report), ">=", target)
+        measure_steps(chain, given, label, clock, report, by_rule)
+    else:
+        report.figure(f"{label}: bandwidth / a copy's", share(size, taken, report))
+    return chain, given, taken
+
+
+def tune_block(
+    name: str, chain: Chain, given: dict[str, Tensor], setting: Setting, clock: Timer, report: PartReport
+) -> None:
+    """Measure all ways of cutting the launches, keep the best, and check that they compute the same."""
+    if setting.dry:
+        found = autotune.tune(chain, given, lambda runs: clock.runs(runs).median, offer=first_and_last)
+    else:
+        found = autotune.tune_on_gpu(chain, given)
+    for launched, each in found.items():
+        step = launched.split()[0]
+        report.figure(f"{name}: {step}, best of {each.tried}", each.seconds * 1e6, "us")
+    report.note(f"{name}: blocks", {launched: asdict(each) for launched, each in found.items()})
+    tuned = autotune.chooser({launched: each.blocks for launched, each in found.items()})
+    (by_tuning,), (expected,) = run(chain, given, tuned), run(chain, given)
+    error = relative(by_tuning, expected)
+    if not error <= TOLERANCES["bfloat16"]:
+        raise AssertionError(f"{name}: tuned blocks compute something else, by {error:.3g}")
+    # in turns: the clocks of a GPU drift
+    turns = range(setting.pick(3, 1))
+    pairs = [(measure_chain(chain, given, clock), measure_chain(chain, given, clock, tuned)) for _ in turns]
+    rule, best = (Spread(tuple(itertools.chain(*(pair[i].values for pair in pairs)))) for i in (0, 1))
+    report.figure(f"{name}: by rule", scaled(rule, 1e6), "us")
+    report.figure(f"{name}: tuned", scaled(best, 1e6), "us")
+    report.figure(f"{name}: by rule / tuned", ratios(rule, best))
+    report.figure(f"{name}: tuned, bandwidth / a copy's", share(bytes_of(given), best, report))
+
+
+def first_and_last(*described: Any) -> list[Blocks]:
+    """Few of the candidates, for a rehearsal."""
+    found = candidates(*described)
+    return [found[0], found[-1]]
+
+
+@torch.inference_mode()
+def main(setting: Setting, clock: Timer, report: PartReport) -> None:
+    blocks = {name: real_grafts()[name] for name in PUBLISHED} if not setting.dry else odd_grafts()
+    measured = {}
+    for batch in setting.pick((1, 8, 32), (1,)):
+        for name, graft in blocks.items():
+            found = measure_block(name, graft, batch, setting, clock, report)
+            measured.setdefault(name, found)
+    for name, (chain, given, _) in measured.items():
+        tune_block(name, chain, given, setting, clock, report)

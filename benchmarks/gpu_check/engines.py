@@ -1,0 +1,110 @@
+"""Part 6: do engines that were built without a GPU run on this one, and does ONNX Runtime's CUDA provider."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks._measure import ROOT
+from benchmarks.gpu_check.part import PartReport, Setting, Skipped
+from benchmarks.gpu_check.timing import Timer
+
+DEMO = ROOT / "examples" / "demo" / "qwen3-vl-tiny"
+RECIPE = "pvm:layers=2,4,6,latent=64"
+
+
+def surgeon(*arguments: str) -> str:
+    """The command line, from the tree -> what it printed. Raises RuntimeError with all of it where it fails."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "cli", *arguments]
+    done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise RuntimeError(f"surgeon {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}")
+    return done.stdout
+
+
+def missing(*modules: str) -> str | None:
+    lacking = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"not installed here: {', '.join(lacking)}" if lacking else None
+
+
+def provider_missing() -> str | None:
+    if reason := missing("onnxruntime"):
+        return reason
+    import onnxruntime
+
+    there = onnxruntime.get_available_providers()
+    if "CUDAExecutionProvider" in there:
+        return None
+    return f"onnxruntime has no CUDA provider here, only {', '.join(there)}"
+
+
+def verdict(work: Path, bundle_or_engine: str, *options: str, steps: int = 16) -> dict[str, Any]:
+    """`surgeon validate` against the patched checkpoint."""
+    report = work / "verdict.json"
+    surgeon("validate", str(work / "patched"), str(work / bundle_or_engine), "--steps", str(steps), "--overwrite",
+            "--report", str(report), *options)  # fmt: skip
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
+
+
+def rtx(work: Path, target: str, kernels: str, setting: Setting, clock: Timer, report: PartReport) -> None:
+    """Build, and where there is a GPU load, run, and hold against the checkpoint and the bundle."""
+    engines = work / f"engines-{target}-{kernels}"
+    command = ["engine", str(work / "bundle"), str(engines), "--backend", "tensorrt-rtx", "--target", target]
+    command += ["--kernels", kernels, "--prefill", "1..512", "--batch", "1..2"]
+    if setting.dry:
+        surgeon(*command, "--graph", "decoder", *["--dry-run"] * (kernels == "standard"))
+        return
+    label = f"RTX engine for {target}, {kernels} kernels"
+    report.figure(f"{label}: built in", clock.wall(lambda: surgeon(*command)), "s")
+    report.note(f"{label}: verdict", verdict(work, engines.name))
+    report.note(f"{label}: speed", surgeon("bench", str(work / "bundle"), str(engines), "--json"))
+
+
+def cuda_verdict(work: Path, setting: Setting, report: PartReport) -> None:
+    if setting.dry:
+        verdict(work, "bundle", "--backend", "ort-cpu", "--prompt", "A red square.", steps=2)
+        return
+    report.note("ONNX Runtime, CUDA: verdict", verdict(work, "bundle", "--backend", "ort-cuda"))
+
+
+def main(setting: Setting, clock: Timer, report: PartReport) -> None:
+    absent = missing("pydantic", "click", "rich", "onnx_ir", "onnxscript")
+    if absent:
+        raise Skipped(f"{absent}; bundles are exported with these")
+    native = setting.pick("native", "sm89")
+    jobs: dict[str, tuple[str | None, Callable[[Path], object]]] = {
+        f"RTX engine, {target}, {kernels} kernels": (
+            missing("tensorrt_rtx"),
+            partial(rtx, target=target, kernels=kernels, setting=setting, clock=clock, report=report),
+        )
+        for target in (native, "sm80")
+        for kernels in ("standard", "fused")
+        if not setting.dry or (target, kernels) in (("sm80", "standard"), ("sm89", "fused"))
+    }
+    jobs["ONNX Runtime, CUDA"] = (provider_missing(), partial(cuda_verdict, setting=setting, report=report))
+    failures = []
+    with tempfile.TemporaryDirectory(prefix="surgeon-gpu-check-") as name:
+        work = Path(name)
+        if setting.dry or not all(reason for reason, _ in jobs.values()):
+            surgeon("patch", str(DEMO), str(work / "patched"), "--pass", RECIPE)
+            surgeon("export", str(work / "patched"), str(work / "bundle"), "--dtype", "bf16", "--max-length", "1024")
+        for what, (reason, job) in jobs.items():
+            if reason and not setting.dry:
+                print(f"  SKIPPED {what}: {reason}")
+                report.note(f"{what}: skipped", reason)
+                continue
+            try:
+                job(work)
+                print(f"  {what}: ran{' as far as it can without a GPU' * setting.dry}", flush=True)
+            except RuntimeError as error:
+                failures.append(f"{what}: {error}")
+    if failures:
+        raise AssertionError("\n".join(failures))

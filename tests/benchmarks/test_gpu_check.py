@@ -1,0 +1,123 @@
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks._measure import ROOT, Spread
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check import numbers
+from benchmarks.gpu_check.grafts import mixin, pvm
+from benchmarks.gpu_check.part import PartReport, Setting
+from exporters.kernels.workload import Size
+
+COMMAND = [sys.executable, "-m", "benchmarks.gpu_check"]
+GPU = {"name": "NVIDIA Test 9000", "slug": "nvidia-test-9000"}
+
+
+def scripts(**parts: str) -> Callable[[str, bool, Path], list[str]]:
+    """Parts that run these lines of Python."""
+    return lambda name, dry, out: [sys.executable, "-c", parts[name]]
+
+
+def test_a_rehearsal_runs_a_part_and_writes_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "--dry", "--parts", "mixin", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CUDA graph: fused adds: (not measured: a rehearsal)" in done.stdout
+    assert done.stdout.endswith("nothing was measured, and nothing is written.\n")
+    assert "ms/token" not in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_gpu_it_says_so_at_once(capsys: pytest.CaptureFixture) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert gpu_check.main([]) == 2
+    assert "finds no CUDA device; `make gpu-check DRY=1` rehearses it" in capsys.readouterr().err
+
+
+def test_a_part_that_fails_does_not_lose_the_others(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    command = scripts(
+        numbers="raise SystemExit(3)",
+        pvm="import os; os.abort()",
+        mixin="raise SystemExit(77)",
+        engines="print('here')",
+    )
+    assert gpu_check.run_all(["numbers", "pvm", "mixin", "engines"], False, tmp_path, command) == 1
+    said = capfd.readouterr().out
+    assert "here" in said
+    for line in (
+        "numbers: FAILED with exit code 3",
+        "pvm: FAILED with exit code -6",
+        "mixin: skipped",
+        "engines: done",
+    ):
+        assert line in said
+    assert gpu_check.run_all(["mixin", "engines"], False, tmp_path, command) == 0
+
+
+def test_a_part_that_takes_too_long_ends_with_all_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    part = dataclasses.replace(gpu_check.PARTS["numbers"], seconds=2)
+    monkeypatch.setitem(gpu_check.PARTS, "numbers", part)
+    started = tmp_path / "started"
+    child = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    command = scripts(
+        numbers=f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])", engines="print('here')"
+    )
+    assert gpu_check.run_all(["numbers", "engines"], False, tmp_path, command) == 1
+    said = capfd.readouterr().out
+    assert "numbers: FAILED: out of time" in said and "engines: done" in said
+    status = Path(f"/proc/{started.read_text()}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_figures_are_written_as_they_come(tmp_path: Path) -> None:
+    setting = Setting(dry=False, out=tmp_path)
+    report = PartReport("pvm", setting, GPU, {"copy, GB/s": 100.0})
+    path = tmp_path / "nvidia-test-9000-pvm.json"
+    report.check("fused adds", Spread((0.05, 0.04)), "<=", 0.06, "ms")
+    written = json.loads(path.read_text())
+    assert written["checks"][0]["met"] and not written["complete"]
+    assert written["ceilings"] == {"copy, GB/s": 100.0}
+    assert "torch" in written["machine"]["versions"] and "triton" in written["machine"]["versions"]
+    report.save(complete=True)
+    assert json.loads(path.read_text())["complete"]
+
+
+@pytest.mark.parametrize("graft", [pvm(72, 64, 40, 32, 1), mixin(72, 3, 40, 32)], ids=["pvm", "mixin"])
+@pytest.mark.parametrize("size", [Size(1, 1, 20, "float32"), Size(2, 7, 20, "bfloat16", True, True)], ids=str)
+def test_the_kernels_are_right(graft: torch.nn.Module, size: Size) -> None:
+    findings = [*numbers.check_reading(graft, size, "cpu", "here"), *numbers.check_filling(graft, size, "cpu", "here")]
+    assert [each for each in findings if not each.ok] == []
+    assert len(findings) > 10
+
+
+def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch_wrong(step, inputs):  # type: ignore[no-untyped-def]
+        outputs = right(step, inputs)
+        if step.name == "pvm_swiglu":
+            outputs["y"][..., 3] *= 1.01
+        return outputs
+
+    right = numbers.launch
+    monkeypatch.setattr(numbers, "launch", launch_wrong)
+    size = Size(1, 1, 20, "float32")
+    wrong = [each.what for each in numbers.check_reading(pvm(72, 64, 40, 32, 1), size, "cpu", "x") if not each.ok]
+    assert wrong == ["pvm_swiglu: y, x"]
+
+
+def test_what_a_kernel_does_not_write_is_found() -> None:
+    with numbers.poisoned():
+        unwritten = torch.empty(3)
+    assert math.isnan(numbers.relative(unwritten, torch.zeros(3)))
+    assert not numbers.Finding("x", math.nan, 1.0).ok
+    assert math.isnan(numbers.relative(torch.ones(2), torch.ones(2, 1)))
