@@ -346,6 +346,13 @@ def export(
     help="Visual tokens that the memory of one row holds, of all its pictures.  [default: as prefill]",
 )
 @click.option("--graph", "graphs", multiple=True, help="Build the engine of this graph alone; repeat for more.")
+@click.option(
+    "--kernels",
+    type=click.Choice(["standard", "fused"]),
+    default="standard",
+    show_default=True,
+    help="What computes the grafts: standard operators, or the tool's own kernels as plugins (needs Triton).",
+)
 @click.option("--timing-cache", type=click.Path(path_type=Path), help="A file of TensorRT's timings, read and written.")
 @click.option("--cache", type=click.Path(path_type=Path), help="A folder to keep engines in, and to take them from.")
 @click.option("--strict", is_flag=True, help="Attention that is not one fused kernel is an error.")
@@ -368,6 +375,7 @@ def engine(
     picture_tokens: str | None,
     visual_tokens: str | None,
     graphs: tuple[str, ...],
+    kernels: Literal["standard", "fused"],
     timing_cache: Path | None,
     cache: Path | None,
     strict: bool,
@@ -395,7 +403,7 @@ def engine(
     from surgeon import console
 
     limits = Limits.parse(prefill, batch, picture_tokens, visual_tokens)
-    options = Options(backend, capabilities, dtype, limits, timing_cache, cache, strict, graphs)
+    options = Options(backend, capabilities, dtype, limits, timing_cache, cache, strict, graphs, kernels)
     if serve_layout is not None:
         from exporters.serving import triton
 
@@ -554,6 +562,7 @@ def validate(
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts at a time.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Measurements of each.")
 @click.option("--threads", type=click.IntRange(1), help="Processor threads of each.  [default: the library's]")
+@backend_option
 @click.option("--out", type=click.Path(path_type=Path), help="Draw the figures: a .png, .svg or .pdf file.")
 @json_option
 def bench(
@@ -564,6 +573,7 @@ def bench(
     batch: int,
     rounds: int,
     threads: int | None,
+    backend: str | None,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -581,7 +591,8 @@ def bench(
 
     (own,) = default_cases()[0].prompts
     pictures = images or tuple(Path(str(picture)) for picture in own.images)
-    workload = Workload(prompt or own.text, pictures, tokens, batch, rounds, threads)
+    provider = provider_of(backend, *paths)
+    workload = Workload(prompt or own.text, pictures, tokens, batch, rounds, threads, provider)
     with console.progress() as progress:
         found = measure(paths, workload, progress)
     if out is not None:

@@ -15,7 +15,7 @@ import surgeon
 from exporters.onnx import manifest as bundles
 from exporters.onnx.manifest import Port
 from exporters.tensorrt import layers
-from exporters.tensorrt.cache import BuildCache, graph_digest, weights_digest
+from exporters.tensorrt.cache import KERNELS, BuildCache, graph_digest, weights_digest
 from exporters.tensorrt.errors import BuildError, EngineError, LayerError
 from exporters.tensorrt.layers import GraphLayers, LayerReport
 from exporters.tensorrt.library import (
@@ -29,7 +29,8 @@ from exporters.tensorrt.library import (
     link_libraries,
 )
 from exporters.tensorrt.manifest import LAYERS, PROCESSOR, EngineFile, EngineManifest, LibraryUsed, digest
-from exporters.tensorrt.plan import GraphPlan, Plan, make_plan
+from exporters.tensorrt.plan import GraphPlan, Kernels, Plan, make_plan
+from exporters.tensorrt.plugins import NAMESPACE
 from exporters.tensorrt.process import log_errors, run_child
 from exporters.tensorrt.profiles import Limits
 from surgeon.checkpoint import check_target, staged, staged_file
@@ -39,6 +40,12 @@ Progress = Callable[[str, int, int], None]
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "BOOL": "bool"}
 _SHOWN = 3
+_ROOT = Path(__file__).parents[2]
+_PLUGINS = {
+    "tensorrt": "exporters.tensorrt.plugins.enterprise",
+    "tensorrt-rtx": "exporters.tensorrt.plugins.rtx",
+}
+"""What makes plugins known to each library, in the child."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Options:
     """Attention that is not fused is an error."""
     graphs: tuple[str, ...] = ()
     """Some of the bundle's graphs; all where it is empty."""
+    kernels: Kernels = "standard"
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,8 @@ class Built:
     seconds: dict[str, float]
     peak_memory: dict[str, int]
     """Bytes that the child process held at most, by graph; 0 for an engine out of the cache."""
+    fused: dict[str, dict[str, int]]
+    """By graph, how many calls of each graft's function became plugins."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,7 @@ def build_engines(
         found,
         {name: each.seconds for name, each in made.items()},
         {name: each.peak_memory for name, each in made.items()},
+        {graph.name: dict(graph.fused) for graph in plan.graphs if graph.fused},
     )
 
 
@@ -125,7 +136,7 @@ def plan_engines(bundle: Path, options: Options, target: Path | None = None, ove
 
 
 def _plan(bundle: Path, options: Options) -> Plan:
-    return make_plan(bundle, options.backend, options.limits, options.dtype, options.graphs)
+    return make_plan(bundle, options.backend, options.limits, options.dtype, options.graphs, options.kernels)
 
 
 def _manifest(plan: Plan, library: Library, targets: tuple[str, ...], directory: Path) -> EngineManifest:
@@ -139,7 +150,16 @@ def _manifest(plan: Plan, library: Library, targets: tuple[str, ...], directory:
         bundle_sha256=str(bundles.sha256(plan.bundle / bundles.FILE)),
         bundle=plan.manifest,
         engines={graph.name: _engine(graph, directory / graph.engine) for graph in plan.graphs},
+        plugins=_plugins(plan),
     )
+
+
+def _plugins(plan: Plan) -> list[str]:
+    """Those that must be there when the engines are loaded: TensorRT keeps all of a plugin that was compiled ahead of
+    time in the engine, TensorRT for RTX asks for whoever launches it."""
+    if plan.backend == "tensorrt":
+        return []
+    return sorted({f"{NAMESPACE}::{name}" for graph in plan.graphs for name in graph.plugins})
 
 
 def _engine(graph: GraphPlan, path: Path) -> EngineFile:
@@ -181,13 +201,14 @@ class _Builder:
             shutil.copyfile(options.timing_cache, self.timings)
 
     def build(self, graph: GraphPlan, engine: Path) -> _Made:
-        spec = self._spec(graph, engine)
+        start = time.perf_counter()
+        spec = self._spec(graph, engine, self._compile(graph))
         key = None if self.cache is None else BuildCache.key(self._made_of(graph, spec))
         if self.cache is not None and key is not None:
             kept = self.cache.take(key, engine)
             if kept is not None:
                 return _Made(GraphLayers.model_validate(kept["layers"]), 0.0, 0)
-        made = self._run(graph, spec)
+        made = self._run(graph, spec, start)
         if self.cache is not None and key is not None:
             self.cache.put(key, engine, {"layers": made.layers.model_dump()})
         return made
@@ -197,8 +218,29 @@ class _Builder:
             with staged_file(self.options.timing_cache, overwrite=True) as file:
                 shutil.copyfile(self.timings, file)
 
-    def _spec(self, graph: GraphPlan, engine: Path) -> dict[str, Any]:
+    def _compile(self, graph: GraphPlan) -> dict[str, Any]:
+        """What the library is told of the graph's plugins, with their kernels for every target."""
+        if not graph.plugins:
+            return {}
+        # needs Triton, which a graph without plugins does not
+        from exporters.tensorrt.plugins.description import compile_plugins
+
+        here = gpu()
+        targets = self.targets or (() if here is None else (here.capability,))
+        if self.library.backend == "tensorrt" and len(targets) > 1:
+            raise EngineError(
+                f"--kernels fused: tensorrt keeps one kernel of a plugin in an engine, and {', '.join(targets)} need "
+                "one each: name one target, or take --backend tensorrt-rtx"
+            )
+        if self.progress is not None:
+            self.progress(f"{graph.name}: compiling kernels", 0, 1)
+        folder = None if self.cache is None else self.cache.folder / KERNELS
+        return compile_plugins(graph.plugins, targets, folder)
+
+    def _spec(self, graph: GraphPlan, engine: Path, plugins: Mapping[str, Any]) -> dict[str, Any]:
         """What the child is told, JSON."""
+        described = self.work / f"{graph.name}.plugins"
+        described.write_text(json.dumps(plugins, sort_keys=True))
         timed = self.options.timing_cache is not None
         return {
             "module": self.library.module,
@@ -208,6 +250,9 @@ class _Builder:
             "layers": str(self.work / f"{graph.name}.layers"),
             "report": layers.REPORTED,
             "targets": list(self.targets),
+            "plugins": {"root": str(_ROOT), "module": _PLUGINS[self.library.backend], "described": str(described)}
+            if plugins
+            else None,
             "profiles": [profile.shapes(graph.inputs) for profile in graph.profiles],
             "timing_cache_in": str(self.timings) if timed and self.timings.is_file() else None,
             "timing_cache_out": str(self.timings) if timed else None,
@@ -221,9 +266,10 @@ class _Builder:
             "library": [self.library.backend, self.library.version],
             "targets": list(self.targets) or [None if here is None else [here.name, here.capability]],
             "profiles": spec["profiles"],
+            "plugins": None if spec["plugins"] is None else digest(Path(spec["plugins"]["described"])),
         }
 
-    def _run(self, graph: GraphPlan, spec: Mapping[str, Any]) -> _Made:
+    def _run(self, graph: GraphPlan, spec: Mapping[str, Any], start: float) -> _Made:
         Path(spec["graph"]).write_bytes(_serialized(graph.model))
         told = self.work / f"{graph.name}.json"
         told.write_text(json.dumps(spec))
@@ -233,7 +279,6 @@ class _Builder:
             if self.progress is not None and event["event"] == "progress":
                 self.progress(f"{graph.name}: {event['phase'].lower()}", event["done"], event["total"])
 
-        start = time.perf_counter()
         what = f"{self.library.backend} building {graph.engine}"
         outcome = run_child(["build", str(told)], what, log, self.links, heard)
         seconds = time.perf_counter() - start

@@ -5,11 +5,13 @@ line; whatever the libraries print goes to stderr, with this script's log.
 """
 
 import collections
+import ctypes
 import importlib
 import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ UNUSED = re.compile(
     re.IGNORECASE,
 )
 """What the library says of an input or attribute that it read and will not use."""
+_PAGEOUT = 21
+"""MADV_PAGEOUT, since Linux 5.4: pages that are needed again are read again, so it can do no harm to what they hold."""
 
 
 def main(command: str, argument: str) -> int:
@@ -46,12 +50,14 @@ class Build:
         self.trt, self.spec, self.emit = trt, spec, emit
         self.unused: list[str] = []
         self.layers = ""
+        self.weights = MappedWeights(Path(spec["beside"]).parent)
         self.logger = self._logger()
 
     def run(self) -> int:
         trt, spec = self.trt, self.spec
+        flags = 0 if spec.get("plugins") is None else self._register_plugins()
         builder = trt.Builder(self.logger)
-        network = builder.create_network(0)
+        network = builder.create_network(flags)
         parser = trt.OnnxParser(network, self.logger)
         # the graph is the rewritten one; its weights lie where the bundle's own graph finds them, and stay there
         if not parser.parse(Path(spec["graph"]).read_bytes(), spec["beside"]):
@@ -73,6 +79,14 @@ class Build:
         Path(spec["layers"]).write_text(self.layers)
         self.emit("built")
         return 0
+
+    def _register_plugins(self) -> int:
+        """Make the graph's plugins known -> the flags of a network that has them."""
+        told = self.spec["plugins"]
+        sys.path.append(told["root"])  # behind everything else: nothing of the tool stands in for another module
+        module = importlib.import_module(told["module"])
+        flags: int = module.register(self.trt, json.loads(Path(told["described"]).read_text()))
+        return flags
 
     def _describe(self, network: Any) -> None:
         kinds = collections.Counter(network.get_layer(i).type.name for i in range(network.num_layers))
@@ -158,7 +172,7 @@ class Build:
 
     def _monitor(self) -> Any:
         base: Any = self.trt.IProgressMonitor
-        emit, unused = self.emit, self.unused
+        emit, unused, weights = self.emit, self.unused, self.weights
         outermost: dict[str, int] = {}
 
         class Monitor(base):
@@ -171,6 +185,7 @@ class Build:
 
             def step_complete(self, phase_name: str, step: int) -> bool:
                 total = outermost.get(phase_name)
+                weights.release()
                 try:
                     if total is not None:
                         emit("progress", phase=phase_name, done=min(step + 1, total), total=total)
@@ -196,6 +211,27 @@ class Build:
                 return int(file.write(data))
 
         return Writer()
+
+
+class MappedWeights:
+    """The files under `folder` that the parser has mapped. A page that was read stays resident, though the library
+    works on copies that it made: without this the weights are there once more, for nobody."""
+
+    def __init__(self, folder: Path, every: float = 1.0) -> None:
+        self._inside, self._every, self._next = f"{folder}/", every, time.monotonic() + every
+        self._libc = ctypes.CDLL(None)
+
+    def release(self) -> None:
+        """Give their pages back, every so many seconds. Where the system knows no such advice, nothing changes."""
+        if time.monotonic() < self._next or not os.path.exists("/proc/self/maps"):
+            return
+        with open("/proc/self/maps") as maps:
+            for line in maps:
+                span, rights, _, _, _, *name = line.rstrip("\n").split(None, 5)
+                if rights == "r--p" and name and name[0].startswith(self._inside):
+                    start, end = (int(address, 16) for address in span.split("-"))
+                    self._libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)
+        self._next = time.monotonic() + self._every
 
 
 if __name__ == "__main__":

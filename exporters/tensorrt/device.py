@@ -11,6 +11,7 @@ import torch
 
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.library import Backend, module_of
+from exporters.tensorrt.plugins import rtx
 
 Replay = Callable[[], None]
 
@@ -48,6 +49,9 @@ class Device(ABC):
     torch_device: str
     """Where torch allocates what is bound."""
 
+    def register(self, plugins: Sequence[str]) -> None:
+        """Make known what engines that are loaded later need, as their manifest names it; here nothing."""
+
     @abstractmethod
     def load(self, path: Path) -> Engine:
         """Raises EngineError for a file that is no engine of this library and GPU."""
@@ -72,6 +76,9 @@ class CudaDevice(Device):
         self.logger = _logger(self.trt)
         self.runtime = self.trt.Runtime(self.logger)
         self.stream = torch.cuda.Stream()
+
+    def register(self, plugins: Sequence[str]) -> None:
+        rtx.register_runtime(self.trt, [name.rpartition("::")[2] for name in plugins])
 
     def load(self, path: Path) -> Engine:
         self.logger.errors.clear()

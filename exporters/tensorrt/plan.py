@@ -1,8 +1,10 @@
 """What would be built: files, profiles, sizes. Nothing is read of the weights, and no library is needed."""
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import onnx_ir as ir
 
@@ -12,6 +14,12 @@ from exporters.tensorrt.library import BACKENDS, Backend
 from exporters.tensorrt.profiles import Limits, Profile, cache_bytes, make_profiles
 from exporters.tensorrt.rewrites import rewrite
 
+if TYPE_CHECKING:
+    from exporters.tensorrt.plugins.description import Plugin
+    from exporters.tensorrt.rewrites.fused_kernels import FusedKernels
+
+Kernels = Literal["standard", "fused"]
+"""What computes the grafts: standard operators, or the project's own kernels as plugins."""
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -30,6 +38,10 @@ class GraphPlan:
     inputs: list[Port]
     """Those of the bundle's graph that are left after the rewrites."""
     outputs: list[Port]
+    plugins: Mapping[str, "Plugin"] = field(default_factory=dict)
+    """Those of the graph's nodes, by operator."""
+    fused: Mapping[str, int] = field(default_factory=dict)
+    """How many calls of each function became plugins."""
 
     @property
     def engine(self) -> str:
@@ -58,24 +70,34 @@ def make_plan(
     limits: Limits,
     dtype: Literal["fp16", "bf16"] | None = None,
     graphs: tuple[str, ...] = (),
+    kernels: Kernels = "standard",
 ) -> Plan:
     """Plan the engines of a bundle; `graphs`: some of its graphs, by default all. `dtype`: what the bundle must be of.
+    With "fused" kernels grafts become plugins.
 
     Raises BundleError for what is no bundle, or a damaged one or one of a newer version; EngineError for a bundle of
-    another dtype, of fp32, and for limits that do not fit it.
+    another dtype, of fp32, for limits that do not fit it, and for fused kernels without Triton.
     """
     if backend not in BACKENDS:
         raise EngineError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
+    if kernels not in get_args(Kernels):
+        raise EngineError(f"unknown kernels {kernels!r}; there are {', '.join(get_args(Kernels))}")
     manifest = Manifest.load(bundle)
     _check_dtype(manifest, backend, dtype)
     if unknown := sorted(set(graphs) - manifest.graphs.keys()):
         raise EngineError(f"the bundle has no graph {unknown[0]!r}; it has {', '.join(manifest.graphs)}")
+    if kernels == "fused" and not manifest.memory:
+        warnings.warn("--kernels fused: the bundle has no grafts, which alone have fused kernels", stacklevel=1)
     profiles = make_profiles(bundle, manifest, limits)
     return Plan(
         bundle=bundle,
         manifest=manifest,
         backend=backend,
-        graphs=[_graph(bundle, manifest, n, profiles[n]) for n in manifest.graphs if not graphs or n in graphs],
+        graphs=[
+            _graph(bundle, manifest, name, profiles[name], kernels)
+            for name in manifest.graphs
+            if not graphs or name in graphs
+        ],
         cache_bytes=cache_bytes(manifest, profiles, ("past_",)),
         memory_bytes=cache_bytes(manifest, profiles, ("memory_keys.", "memory_values.")),
     )
@@ -94,10 +116,11 @@ def _check_dtype(manifest: Manifest, backend: Backend, dtype: str | None) -> Non
         )
 
 
-def _graph(bundle: Path, manifest: Manifest, name: str, profiles: list[Profile]) -> GraphPlan:
+def _graph(bundle: Path, manifest: Manifest, name: str, profiles: list[Profile], kernels: Kernels) -> GraphPlan:
     path = bundle / manifest.graphs[name].file
     model = ir.load(path)
-    replaced = rewrite(model)
+    fusion = _fusion(profiles) if kernels == "fused" else None
+    replaced = rewrite(model, () if fusion is None else (fusion,))
     tensors = [value.const_value for value in model.graph.initializers.values()]
     size = sum(tensor.length or 0 for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
     left = {value.name for value in model.graph.inputs}
@@ -111,4 +134,20 @@ def _graph(bundle: Path, manifest: Manifest, name: str, profiles: list[Profile])
         profiles=profiles,
         inputs=[port for port in described.inputs if port.name in left],
         outputs=described.outputs,
+        plugins={} if fusion is None else fusion.plugins,
+        fused={} if fusion is None else fusion.functions,
     )
+
+
+def _fusion(profiles: list[Profile]) -> "FusedKernels":
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise EngineError(
+            f"--kernels fused needs Triton ({error}): pip install 'lvlm-surgeon[kernels]', or take --kernels standard"
+        ) from error
+    # these are written in Triton, which is not installed everywhere
+    from exporters.tensorrt.plugins.description import largest, reaches
+    from exporters.tensorrt.rewrites.fused_kernels import FusedKernels
+
+    return FusedKernels(reaches(profiles), largest(profiles))

@@ -15,7 +15,7 @@ from exporters.tensorrt.errors import BuildError
 
 CHILD = Path(__file__).with_name("child.py")
 _SHOWN_LINES = 3
-_NO_MEMORY = ("bad_alloc", "out of memory", "OutOfMemory", "MemoryError", "Cannot allocate memory")
+_NO_MEMORY = ("bad_alloc", "out of memory", "outofmemory", "memoryerror", "cannot allocate memory")
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,16 @@ def run_child(
     library_path: Path | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
     script: Path = CHILD,
+    without: Sequence[str] = (),
 ) -> Outcome:
     """Run `script` to its end; `on_event` is called with each event as it comes. `what` it was doing is for messages,
-    `log` the file that its stderr goes to, `library_path` a folder where it finds shared libraries.
+    `log` the file that its stderr goes to, `library_path` a folder where it finds shared libraries, `without` variables
+    that its environment shall not have.
 
     Raises BuildError where the process was killed or crashed. A child that ends itself with an error has told why in
     an event. When the caller is interrupted the child is killed.
     """
-    environment = dict(os.environ)
+    environment = {name: value for name, value in os.environ.items() if name not in without}
     if library_path is not None:
         paths = (str(library_path), environment.get("LD_LIBRARY_PATH", ""))
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
@@ -94,7 +96,7 @@ def _lines(log: Path) -> list[str]:
 def _explain(what: str, code: int, usage: resource.struct_rusage, log: Path) -> str:
     peak, total = usage.ru_maxrss * 1024, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     tail = log_tail(log)
-    if code == -signal.SIGKILL or any(sign in tail for sign in _NO_MEMORY):
+    if code == -signal.SIGKILL or any(sign in tail.lower() for sign in _NO_MEMORY):
         return (
             f"out of memory: {what} was killed with {peak / 2**30:.1f} GiB in use, this machine has "
             f"{total / 2**30:.1f} GiB; build on one with more, or a graph at a time (--graph)"

@@ -13,6 +13,7 @@ from exporters.tensorrt.device import CudaDevice, Device
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.library import gpu
 from exporters.tensorrt.manifest import EngineManifest
+from exporters.tensorrt.plugins import NAMESPACE
 from exporters.tensorrt.session import EngineSession
 
 ALIGNMENT = 256
@@ -33,6 +34,7 @@ class EngineRuntime(Runtime):
         if device is None:
             check_runnable(path, self.engines)
         self._device = device or CudaDevice(self.engines.library.backend)
+        self._device.register(self.engines.plugins)
         self._sessions: dict[str, EngineSession] = {}
         super().__init__(path, self.engines.bundle)
 
@@ -123,8 +125,8 @@ class EngineRuntime(Runtime):
 
 def check_runnable(path: Path, manifest: EngineManifest) -> None:
     """Raise EngineError where engines cannot be run on this machine, and say what can be checked of them here."""
-    if manifest.plugins:
-        raise EngineError(f"{path} needs the plugins {', '.join(manifest.plugins)}, which this version has not; update")
+    if foreign := [name for name in manifest.plugins if not name.startswith(f"{NAMESPACE}::")]:
+        raise EngineError(f"{path} needs the plugins {', '.join(foreign)}, which this version has not; update")
     try:
         manifest.check_library()
         manifest.check_gpu(gpu())

@@ -1,5 +1,6 @@
 """What a person sees of plans and engines, on stdout."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def show_plan(plan: Plan, target: str) -> None:
         f"weights {decimal(plan.weight_bytes)}; at the largest batch {decimal(plan.cache_bytes)} of key/value caches"
         + (f" and {decimal(plan.memory_bytes)} of visual memory" if plan.memory_bytes else "")
     )
+    _show_fused({graph.name: graph.fused for graph in plan.graphs})
     print("a plan only: nothing was built")
 
 
@@ -47,6 +49,7 @@ def plan_json(plan: Plan, target: str) -> dict[str, Any]:
         "engines": {
             graph.name: {
                 "file": graph.engine,
+                "fused": dict(graph.fused),
                 "weight_bytes": graph.weight_bytes,
                 "rewrites": graph.rewrites,
                 "profiles": [profile.model_dump() for profile in graph.profiles],
@@ -63,6 +66,7 @@ def built_json(built: Built) -> dict[str, Any]:
     return {
         **built.manifest.model_dump(mode="json"),
         "layers": built.report.model_dump(mode="json")["graphs"],
+        "fused": built.fused,
         "seconds": built.seconds,
         "peak_memory": built.peak_memory,
     }
@@ -91,9 +95,18 @@ def show_engines(path: Path | str, manifest: EngineManifest, report: LayerReport
         rows.append((engine.file, decimal(engine.bytes), *spent, sizes))
     columns = ("engine", "size", *(() if built is None else ("built in",)), "profiles")
     print_table(columns, rows)
+    if built is not None:
+        _show_fused(built.fused)
     if report is not None:
         print()
         print_table(("engine", "kernels", *(f"fused {title}" for title in _TITLES.values())), list(_fused(report)))
+
+
+def _show_fused(fused: Mapping[str, Mapping[str, int]]) -> None:
+    """Which functions fused kernels compute."""
+    for name, functions in fused.items():
+        for function, count in functions.items():
+            print(f"{name}: {count} of {function} {'is' if count == 1 else 'are'} computed by fused kernels")
 
 
 def _fused(report: LayerReport) -> list[tuple[Any, ...]]:

@@ -79,5 +79,11 @@ class _PVMFunction(GraftFunction):
             hidden_states, keys, values, memory_mask, visual_token_mask, *graft.weights(), graft.eps
         )
 
+    def project(self, graft: PVM, visual_embeds: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """As the graft does, by its modules, of which each becomes one operator."""
+        latent, heads = graft.visual_proj(visual_embeds), (-1, graft.head_dim)
+        keys = graft.k_norm(graft.k_proj(latent).unflatten(-1, heads)).transpose(1, 2)
+        return keys, graft.v_proj(latent).unflatten(-1, heads).transpose(1, 2)
+
 
 FUNCTION = _PVMFunction()

@@ -1,7 +1,10 @@
 """Rewrites of a bundle's standard graphs for TensorRT, made in memory: no file of the bundle changes.
 
-Each is an onnx-ir pass that computes what the graph did before; they run in the order of `REWRITES`.
+Each is an onnx-ir pass that computes what the graph did before; they run in the order of `REWRITES`. `FusedKernels`
+goes before them where it is asked for.
 """
+
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -24,11 +27,10 @@ __all__ = [
 REWRITES: tuple[type[TensorRTRewrite], ...] = (InlineFunctions, StaticHeads, AdditiveMask, DropUnreadInputs)
 
 
-def rewrite(model: ir.Model) -> dict[str, int]:
-    """Apply every rewrite to `model` in place -> how many nodes each replaced, by name."""
+def rewrite(model: ir.Model, first: Sequence[TensorRTRewrite] = ()) -> dict[str, int]:
+    """Apply `first`, and then every rewrite, to `model` in place -> how many nodes each replaced, by name."""
     replaced = {}
-    for each in REWRITES:
-        found = each()
-        found(model)
-        replaced[each.__name__] = found.replaced
+    for each in (*first, *(made() for made in REWRITES)):
+        each(model)
+        replaced[type(each).__name__] = each.replaced
     return replaced

@@ -110,5 +110,7 @@ def test_mixin_equals_its_authors() -> None:
     mask = torch.ones(1, 12, dtype=torch.bool)
     text = block.rope(tensors["input.text_position_ids"][None])
     chain = mixin.chain(block.eps)
-    (got,) = launch.run(chain, given(chain, tensors["input.hidden_states"], keys, values, mask, *text, *block.weights()))
+    (got,) = launch.run(
+        chain, given(chain, tensors["input.hidden_states"], keys, values, mask, *text, *block.weights())
+    )
     torch.testing.assert_close(got, tensors["output.hidden_states"], atol=1e-5, rtol=0)

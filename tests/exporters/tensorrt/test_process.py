@@ -71,12 +71,13 @@ def test_a_child_whose_parent_is_gone_ends_at_its_next_step(tmp_path: Path) -> N
     code = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[1])
-from exporters.tensorrt.child import Build
+from exporters.tensorrt.child import Build, MappedWeights
 class Monitor: pass
 class Library: IProgressMonitor = Monitor
 def emit(event, **content): raise BrokenPipeError
 monitor = Build.__new__(Build)
 monitor.trt, monitor.emit, monitor.unused = Library, emit, []
+monitor.weights = MappedWeights(pathlib.Path("weights"))
 made = monitor._monitor()
 made.phase_start("building", None, 3)
 sys.exit(made.step_complete("building", 0))

@@ -1,0 +1,259 @@
+"""Launches compiled to PTX ahead of time, on a machine that needs no GPU."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache as remembered
+from pathlib import Path
+from typing import Any, Literal
+
+from exporters.kernels.plan import Launch
+from exporters.tensorrt.errors import BuildError
+from exporters.tensorrt.process import run_child
+from surgeon.checkpoint import staged_file
+from surgeon.errors import SurgeonError
+
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""Compute capabilities that kernels are compiled for -> the shared memory that one program of them may have."""
+_FORMAT = 1
+"""Raised when what a cache entry holds, or how it is made, changes."""
+_CHILD = Path(__file__).with_name("aot_child.py")
+_ROOT = Path(__file__).parents[2]
+_PARTS = Path(__file__).with_name("_parts.py")
+_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "bool": "i1", "int32": "i32"}
+_JOBS_OF_A_CHILD = 12
+"""From here on a second process is worth its start."""
+
+
+class CompileError(SurgeonError):
+    """A kernel that does not compile for a target, or does not fit it."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """A launch to compile. Its sizes may be symbolic: they are arguments."""
+
+    launch: Launch
+    capability: int
+    """89 for 8.9. PTX for 80, 86 and 89 runs on all later ones; from 90 on Triton's is for one alone ("sm_90a")."""
+    aligned: bool = False
+    """Whether every pointer is a multiple of 16 bytes, which makes accesses wider. TensorRT sees to that for whatever a
+    plugin reads and writes, torch for tensors that it allocated; a view may begin anywhere, and so may a weight that
+    was mapped from inside a safetensors file."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    kind: Literal["input", "size", "output"]
+    """Inputs and outputs are pointers, sizes int32."""
+    name: str
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    entry: str
+    ptx: str
+    shared: int
+    """Bytes of dynamic shared memory."""
+    num_warps: int
+    capability: int
+    parameters: tuple[Parameter, ...]
+    """In order; there are no others."""
+
+
+def compile_launches(jobs: Sequence[Job], cache: Path | None = None, *, fit: bool = False) -> list[CompiledKernel]:
+    """Compile each. `cache`: a folder in which results are kept for the next time, by all that they depend on. `fit`:
+    what needs more shared memory than its target has is compiled with fewer stages, which changes nothing else.
+
+    Triton works in processes of its own. Raises CompileError for a capability that is not supported, a kernel that
+    fails to compile, or one that needs more shared memory than its target has.
+    """
+    found = _compile(jobs, cache)
+    while fit and (over := [n for n, job in enumerate(jobs) if _too_large(job, found[n]) and _stages(job) > 1]):
+        jobs = [_with_fewer_stages(job) if n in over else job for n, job in enumerate(jobs)]
+        for n, again in zip(over, _compile([jobs[n] for n in over], cache), strict=True):
+            found[n] = again
+    return [_finish(job, each) for job, each in zip(jobs, found, strict=True)]
+
+
+def name_of(launch: Launch, capability: int) -> str:
+    """A compiled launch in messages."""
+    tokens = launch.blocks.tokens
+    return f"{launch.step.name} ({tokens} token{'s'[: tokens > 1]} a program) for compute capability {capability}"
+
+
+# -- what Triton is asked -----------------------------------------------------------------------------------------
+def _parameters(launch: Launch) -> tuple[Parameter, ...]:
+    inputs = [Parameter("input", name) for name in launch.step.kernel.inputs if name in launch.inputs]
+    sizes = [Parameter("size", name) for name in launch.sizes]
+    return (*inputs, *sizes, *(Parameter("output", name) for name in launch.outputs))
+
+
+def _describe(job: Job) -> dict[str, Any]:
+    """What the child is told, JSON: everything that the PTX depends on."""
+    if job.capability not in SHARED_KIB:
+        raise CompileError(
+            f"kernels are not compiled for compute capability {job.capability}; there are "
+            f"{', '.join(map(str, SHARED_KIB))}, and what is compiled for 80 runs on all later ones"
+        )
+    launch = job.launch
+    function = launch.step.kernel.function.fn
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    for name in launch.step.kernel.inputs:
+        tensor = launch.inputs.get(name)
+        signature[f"{name}_ptr"] = "constexpr" if tensor is None else f"*{_TYPES[tensor.dtype]}"
+        if tensor is None:
+            constants[f"{name}_ptr"] = None
+    signature |= dict.fromkeys(launch.sizes, "i32")
+    signature |= {f"{name}_ptr": f"*{_TYPES[tensor.dtype]}" for name, tensor in launch.outputs.items()}
+    constants |= launch.constants | {"UPCAST": False}
+    signature |= {name: "constexpr" for name in constants if name not in signature}
+    return {
+        "module": function.__module__,
+        "function": function.__name__,
+        "signature": signature,
+        "constants": constants,
+        "aligned": [place for place, kind in enumerate(signature.values()) if kind[0] == "*" and job.aligned],
+        "capability": job.capability,
+        "num_warps": launch.blocks.num_warps,
+        "num_stages": launch.blocks.num_stages,
+    }
+
+
+def _key(described: dict[str, Any]) -> str:
+    made_of = {
+        "format": _FORMAT,
+        "triton": importlib.metadata.version("triton"),
+        "source": _source_digest(described["module"]),
+        **described,
+    }
+    return hashlib.sha256(json.dumps(made_of, separators=(",", ":")).encode()).hexdigest()
+
+
+@remembered
+def _source_digest(module: str) -> str:
+    """Of a kernel's module and of what all kernels share."""
+    source = sys.modules[module].__file__
+    assert source is not None
+    return hashlib.sha256(Path(source).read_bytes() + _PARTS.read_bytes()).hexdigest()
+
+
+# -- compiling ----------------------------------------------------------------------------------------------------
+def _compile(jobs: Sequence[Job], cache: Path | None) -> list[dict[str, Any]]:
+    """What the child told of each, or told when it was compiled before."""
+    described = [_describe(job) for job in jobs]
+    keys = [_key(each) for each in described]
+    made = {key: found for key in dict.fromkeys(keys) if (found := _kept(cache, key)) is not None}
+    missing = {key: (job, each) for key, job, each in zip(keys, jobs, described, strict=True) if key not in made}
+    for key, found in _compile_all(missing).items():
+        made[key] = found
+        if cache is not None:
+            cache.mkdir(parents=True, exist_ok=True)
+            with staged_file(cache / f"{key}.json", overwrite=True) as file:
+                file.write_text(json.dumps(found))
+    return [made[key] for key in keys]
+
+
+def _compile_all(jobs: dict[str, tuple[Job, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """In as many processes as are worth it."""
+    if not jobs:
+        return {}
+    count = min(os.cpu_count() or 1, -(-len(jobs) // _JOBS_OF_A_CHILD))
+    keys = list(jobs)
+    shares = [{key: jobs[key] for key in keys[start::count]} for start in range(count)]
+    found: dict[str, dict[str, Any]] = {}
+    with ThreadPoolExecutor(count) as pool:
+        for share in pool.map(_compile_share, shares):
+            found |= share
+    return found
+
+
+def _compile_share(jobs: dict[str, tuple[Job, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    keys = list(jobs)
+    names = [name_of(job.launch, job.capability) for job, _ in jobs.values()]
+    with tempfile.TemporaryDirectory(prefix="surgeon-kernels-") as folder:
+        told = Path(folder) / "jobs.json"
+        paths = [str(_ROOT), *(path for path in sys.path if path)]
+        told.write_text(json.dumps({"paths": paths, "jobs": [described for _, described in jobs.values()]}))
+        done: list[dict[str, Any]] = []
+        try:
+            run_child(
+                [str(told)],
+                "compiling kernels",
+                Path(folder) / "log",
+                on_event=done.append,
+                script=_CHILD,
+                without=("TRITON_INTERPRET",),
+            )
+        except BuildError as error:
+            where = names[len(done)] if len(done) < len(names) else names[-1]
+            raise CompileError(f"{where}: {error}; another version of triton may compile it") from error
+    for event in done:
+        if event["event"] == "failed":
+            reason = " ".join(event["reason"].split())
+            raise CompileError(f"{names[event['number']]} does not compile: {reason}")
+    return {keys[event["number"]]: event for event in done}
+
+
+def _kept(cache: Path | None, key: str) -> dict[str, Any] | None:
+    if cache is None:
+        return None
+    try:
+        found: dict[str, Any] = json.loads((cache / f"{key}.json").read_text())
+    except (OSError, ValueError):  # not there, or damaged: compiled again
+        return None
+    return found
+
+
+def _too_large(job: Job, found: dict[str, Any]) -> bool:
+    return bool(found["shared"] > SHARED_KIB[job.capability] * 1024)
+
+
+def _stages(job: Job) -> int:
+    return job.launch.blocks.num_stages
+
+
+def _with_fewer_stages(job: Job) -> Job:
+    blocks = replace(job.launch.blocks, num_stages=_stages(job) - 1)
+    return replace(job, launch=replace(job.launch, blocks=blocks))
+
+
+def _finish(job: Job, found: dict[str, Any]) -> CompiledKernel:
+    name = name_of(job.launch, job.capability)
+    if _too_large(job, found):
+        needed, there = f"{found['shared'] / 1024:.0f} KiB", SHARED_KIB[job.capability]
+        raise CompileError(
+            f"{name} needs {needed} of shared memory, which has {there}: take smaller blocks or fewer stages than "
+            f"{asdict(job.launch.blocks)}"
+        )
+    parameters = _parameters(job.launch)
+    if found["scratch"]:
+        raise CompileError(f"{name} needs {found['scratch']} bytes of scratch memory, which nobody gives it")
+    ptx = strip_scratch(found["ptx"], found["entry"], len(parameters))
+    return CompiledKernel(found["entry"], ptx, found["shared"], found["num_warps"], job.capability, parameters)
+
+
+def strip_scratch(ptx: str, entry: str, count: int) -> str:
+    """PTX with its first `count` parameters alone: behind the kernel's own Triton adds pointers to scratch memory.
+
+    Raises CompileError where the code reads one of those.
+    """
+    start = ptx.index(".entry")
+    body = ptx.index("{", start)
+    head, code = ptx[start:body], ptx[body:]
+    for number in {int(found) for found in re.findall(rf"\b{entry}_param_(\d+)\b", head)}:
+        if number >= count:
+            if re.search(rf"\b{entry}_param_{number}\b", code):
+                raise CompileError(f"{entry}: its code uses parameter {number}, which is Triton's and not the kernel's")
+            head = re.sub(rf",\s*\.param[^,\n]*\b{entry}_param_{number}\b", "", head)
+    return ptx[:start] + head + code

@@ -1,0 +1,231 @@
+"""A chain of kernels as plugins: what each reads and writes, how large, and its launches compiled."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from exporters.kernels.aot import SHARED_KIB, Job, compile_launches
+from exporters.kernels.kernel import Blocks, Chain, Step
+from exporters.kernels.plan import ChooseBlocks, Launch, TensorType, by_rule, plan, plan_step
+from exporters.tensorrt.errors import EngineError
+from exporters.tensorrt.plugins import FORMAT
+from exporters.tensorrt.plugins.formula import Size, formula
+from exporters.tensorrt.profiles import Profile
+
+_LAST_PORTABLE = 89
+"""PTX for compute capabilities up to this one runs on all later ones."""
+_SPLITS_MEMORY = 512 << 20
+"""Bytes that one attention may leave behind at the largest sizes: all forms of it share its number of splits."""
+_ITEMSIZE = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Up to how many tokens a form is taken, and the sizes of the graph's symbols that it is cut for."""
+
+    tokens: int | None
+    """None: for all that is left."""
+    sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Form:
+    tokens: int | None
+    launch: Launch
+    """Its sizes are formulas of the plugin's inputs."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One step of a chain. Its inputs are those of the kernel that are there, in the kernel's order."""
+
+    step: Step
+    inputs: tuple[TensorType, ...]
+    """As in the graph: a dimension is a number or a symbol."""
+    outputs: tuple[TensorType, ...]
+    forms: tuple[Form, ...]
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What it is, JSON, but for its compiled kernels. Layers that are alike have the same."""
+        launch = self.forms[0].launch
+        return {
+            "format": FORMAT,
+            "kernel": self.step.kernel.name,
+            "inputs": [tensor.dtype for tensor in self.inputs],
+            "outputs": [
+                {"dtype": tensor.dtype, "shape": [formula(size) for size in tensor.shape]}
+                for tensor in launch.outputs.values()
+            ],
+            "sizes": [formula(size) for size in launch.sizes.values()],
+            "forms": [
+                {
+                    "tokens": form.tokens,
+                    "grid": [formula(size) for size in form.launch.grid],
+                    "constants": form.launch.constants,
+                    "blocks": dataclasses.asdict(form.launch.blocks),
+                }
+                for form in self.forms
+            ],
+        }
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self.described, sort_keys=True).encode()).hexdigest()
+
+
+def reaches(profiles: Sequence[Profile]) -> list[Reach]:
+    """The forms that the profiles of a decoder ask for: one token or few, some, many.
+
+    The limits are those at which `default_blocks` changes its mind.
+    """
+    most = largest(profiles)
+    memory = max((profile.sizes["M"].opt for profile in profiles if "M" in profile.sizes), default=1)
+    tokens = most.get("B", 1) * most.get("S", 1)
+    steps = ((4, 1), (64, min(64, tokens)), (None, tokens))
+    found = []
+    for limit, length in steps:
+        last = limit is None or tokens <= limit
+        found.append(Reach(None if last else limit, {**dict.fromkeys(most, 1), "B": 1, "S": length, "M": memory}))
+        if last:
+            break
+    return found
+
+
+def largest(profiles: Iterable[Profile]) -> dict[str, int]:
+    """Every symbol at its largest."""
+    found: dict[str, int] = {}
+    for profile in profiles:
+        for symbol, size in profile.sizes.items():
+            found[symbol] = max(found.get(symbol, 0), size.max)
+    return found
+
+
+def plan_plugins(
+    chain: Chain,
+    given: Mapping[str, TensorType],
+    forms: Sequence[Reach],
+    most: Mapping[str, int],
+    choose: ChooseBlocks = by_rule,
+) -> list[Plugin]:
+    """One plugin for each step of a chain. `given`: the chain's inputs by name, without those that are None; a
+    dimension is a number or a symbol of `most`, the largest size of each."""
+    cut = [_blocks(chain, given, form.sizes, choose) for form in forms]
+    for name in cut[0]:
+        splits = _splits(chain, given, most, name, cut[0][name].splits, choose)
+        for blocks in cut:
+            blocks[name] = dataclasses.replace(blocks[name], splits=splits)
+    values, found = dict(given), []
+    for step in chain.steps:
+        there = {name: values[step.inputs[name]] for name in step.kernel.inputs if step.inputs.get(name) in values}
+        symbolic = {name: _referring(tensor, place) for place, (name, tensor) in enumerate(there.items())}
+        launches = [plan_step(step, symbolic, partial(_chosen, blocks)) for blocks in cut]
+        inputs = tuple(there.values())
+        outputs = {name: _named(tensor, inputs) for name, tensor in launches[0].outputs.items()}
+        made = tuple(Form(form.tokens, launch) for form, launch in zip(forms, launches, strict=True))
+        found.append(Plugin(step, inputs, tuple(outputs.values()), made))
+        values |= {value: outputs[name] for name, value in step.outputs.items()}
+    return found
+
+
+def compile_plugins(
+    plugins: Mapping[str, Plugin], targets: Sequence[str], cache: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """What the library is told of every plugin, JSON, with its kernels for each target ("sm89"). `cache`: a folder to
+    keep compiled kernels in.
+
+    Raises EngineError for a target that kernels do not run on, CompileError for a kernel that does not compile.
+    """
+    capabilities = sorted({_capability(target) for target in targets})
+    jobs = [
+        (name, number, Job(form.launch, capability, aligned=True))
+        for name, plugin in plugins.items()
+        for number, form in enumerate(plugin.forms)
+        for capability in capabilities
+    ]
+    found = {name: plugin.described for name, plugin in plugins.items()}
+    for described in found.values():
+        for form in described["forms"]:
+            form["kernels"] = []
+    compiled = compile_launches([job for _, _, job in jobs], cache, fit=True)
+    for (name, number, _), kernel in zip(jobs, compiled, strict=True):
+        kinds = [parameter.kind for parameter in kernel.parameters]
+        assert kinds == sorted(kinds, key=("input", "size", "output").index), "launch.py passes them in this order"
+        found[name]["forms"][number]["kernels"].append(
+            {
+                "capability": kernel.capability,
+                "entry": kernel.entry,
+                "ptx": kernel.ptx,
+                "shared": kernel.shared,
+                "num_warps": kernel.num_warps,
+            }
+        )
+    return found
+
+
+def _capability(target: str) -> int:
+    number = int(target.removeprefix("sm"))
+    if number < min(SHARED_KIB):
+        raise EngineError(
+            f"--kernels fused: the kernels need compute capability 8.0, and {target} is older: leave it out, or take "
+            "--kernels standard"
+        )
+    portable = [capability for capability in SHARED_KIB if capability <= min(number, _LAST_PORTABLE)]
+    return number if number in SHARED_KIB else max(portable)
+
+
+def _concrete(given: Mapping[str, TensorType], sizes: Mapping[str, int]) -> dict[str, TensorType]:
+    return {
+        name: TensorType(tuple(size if isinstance(size, int) else sizes[size] for size in tensor.shape), tensor.dtype)
+        for name, tensor in given.items()
+    }
+
+
+def _blocks(
+    chain: Chain, given: Mapping[str, TensorType], sizes: Mapping[str, int], choose: ChooseBlocks
+) -> dict[str, Blocks]:
+    return {launch.step.name: launch.blocks for launch in plan(chain, _concrete(given, sizes), choose)}
+
+
+def _splits(
+    chain: Chain, given: Mapping[str, TensorType], most: Mapping[str, int], name: str, splits: int, choose: ChooseBlocks
+) -> int:
+    """As many as decoding asks for, unless what they leave behind at the largest sizes would not fit."""
+    if splits == 1:
+        return 1
+
+    def single(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
+        return dataclasses.replace(choose(step, inputs), splits=1)
+
+    launch = next(each for each in plan(chain, _concrete(given, most), single) if each.step.name == name)
+    size = sum(math.prod(tensor.shape) * _ITEMSIZE[tensor.dtype] for tensor in launch.outputs.values())
+    while splits > 1 and size * splits > _SPLITS_MEMORY:
+        splits //= 2
+    return splits
+
+
+def _chosen(blocks: Mapping[str, Blocks], step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
+    return blocks[step.name]
+
+
+def _referring(tensor: TensorType, place: int) -> TensorType:
+    """An input with references to its dimensions in place of the graph's symbols."""
+    shape = (size if isinstance(size, int) else Size.of(place, axis) for axis, size in enumerate(tensor.shape))
+    return TensorType(tuple(shape), tensor.dtype)
+
+
+def _named(tensor: TensorType, inputs: Sequence[TensorType]) -> TensorType:
+    """With the graph's symbols in place of the references to inputs, which are all that kernels' outputs have."""
+    shape = []
+    for size in tensor.shape:
+        if isinstance(size, Size):
+            _, place, axis = size.formula
+            size = inputs[place].shape[axis]
+        shape.append(size)
+    return TensorType(tuple(shape), tensor.dtype)

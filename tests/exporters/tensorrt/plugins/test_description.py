@@ -1,0 +1,84 @@
+"""Chains planned as plugins: forms, splits, shapes, and what their kernels were compiled to."""
+
+import pytest
+
+from exporters.kernels import pvm
+from exporters.kernels.plan import TensorType
+from exporters.tensorrt.errors import EngineError
+from exporters.tensorrt.plugins.description import Plugin, compile_plugins, largest, plan_plugins, reaches
+from exporters.tensorrt.plugins.launch import prepare
+from exporters.tensorrt.profiles import Profile, Range
+
+WIDTH, LATENT, HEAD_DIM = 96, 64, 32
+
+
+def profiles(batch: int = 8, length: int = 4096, slots: int = 1024) -> list[Profile]:
+    rows = {"B": Range.of(1, batch), "M": Range.of(1, slots)}
+    return [
+        Profile(name="decode", sizes=rows | {"S": Range.fixed(1), "T": Range.fixed(1)}),
+        Profile(name="prefill", sizes=rows | {"S": Range.of(1, length), "T": Range.of(1, 64)}),
+    ]
+
+
+def planned(found: list[Profile]) -> dict[str, Plugin]:
+    def of(*shape: int | str) -> TensorType:
+        return TensorType(shape, "bfloat16")
+
+    memory, square = of("B", 1, "M", HEAD_DIM), of(LATENT, LATENT)
+    given = {
+        "hidden_states": of("B", "S", WIDTH), "keys": memory, "values": memory,
+        "memory_mask": TensorType(("B", "M"), "bool"), "visual_token_mask": TensorType(("B", "S"), "bool"),
+        "text_proj": of(LATENT, WIDTH), "input_norm": of(LATENT), "q_proj": square, "q_norm": of(HEAD_DIM),
+        "o_proj": square, "post_attention_norm": of(LATENT), "gate_proj": of(40, LATENT), "up_proj": of(40, LATENT),
+        "down_proj": of(LATENT, 40), "output_proj": of(WIDTH, LATENT), "alpha": of(1),
+    }  # fmt: skip
+    plugins = plan_plugins(pvm.chain(1e-6), given, reaches(found), largest(found))
+    return {plugin.step.name: plugin for plugin in plugins}
+
+
+def test_forms_are_those_that_the_profiles_reach() -> None:
+    assert [each.tokens for each in reaches(profiles())] == [4, 64, None]
+    assert [each.tokens for each in reaches(profiles(batch=2, length=20))] == [4, None]
+    assert [each.tokens for each in reaches(profiles(batch=1, length=4))] == [None]
+    assert [dict(each.sizes)["S"] for each in reaches(profiles(length=100))] == [1, 64, 800]
+
+
+def test_a_decoding_step_of_a_large_batch_is_cut_for_that() -> None:
+    plugins = planned(profiles())
+    forms = {name: plugin.described["forms"] for name, plugin in plugins.items()}
+    of_one_token = prepare(plugins["pvm_attend"].described, [(8, 1, LATENT), *[(0,)] * 3, (8, 1, 1000, HEAD_DIM)])
+    # attention's tiles are of one row's tokens, the others' of all rows'
+    assert of_one_token.form == forms["pvm_attend"][0]
+    assert prepare(plugins["pvm_text"].described, [(8, 1, WIDTH)]).form == forms["pvm_text"][1]
+
+
+def test_every_form_has_the_number_of_splits_that_decoding_asks_for() -> None:
+    plugins = planned(profiles(batch=1, length=64))
+    attend = plugins["pvm_attend"].described
+    (splits,) = {form["constants"]["SPLITS"] for form in attend["forms"]}
+    assert splits == 16 and attend["outputs"][0]["shape"] == [("dim", 0, 0), ("dim", 0, 1), 2, splits, HEAD_DIM]
+    for reader in ("pvm_retrieve", "pvm_inject"):
+        assert {form["constants"]["SPLITS"] for form in plugins[reader].described["forms"]} == {splits}
+
+
+def test_splits_are_fewer_where_prefill_would_need_too_much_memory() -> None:
+    splits = {
+        length: planned(profiles(8, length))["pvm_attend"].forms[0].launch.blocks.splits
+        for length in (64, 65536, 2**20)
+    }
+    assert splits == {64: 16, 65536: 2, 2**20: 1}
+
+
+def test_layers_of_other_sizes_are_other_plugins() -> None:
+    a, b, c = planned(profiles()), planned(profiles()), planned(profiles(length=2))
+    assert all(a[name].key == b[name].key for name in a)
+    assert a["pvm_attend"].key != c["pvm_attend"].key
+
+
+def test_every_target_has_a_kernel_that_runs_there() -> None:
+    plugins = {"pvm_text": planned(profiles(length=8))["pvm_text"]}
+    found = compile_plugins(plugins, ["sm120", "sm87", "sm121"])["pvm_text"]
+    assert [[kernel["capability"] for kernel in form["kernels"]] for form in found["forms"]] == [[86, 89, 120]] * 2
+    assert all(".entry" in kernel["ptx"] for form in found["forms"] for kernel in form["kernels"])
+    with pytest.raises(EngineError, match="need compute capability 8.0, and sm75 is older"):
+        compile_plugins(plugins, ["sm75", "sm80"])
