@@ -23,7 +23,7 @@ from torch import Tensor
 from exporters.kernels.blocks import power_of_two
 from exporters.kernels.candidates import LEAST_SHARED_MEMORY, candidates
 from exporters.kernels.kernel import Blocks, Chain, Step
-from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule
+from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule, element_size
 from surgeon.errors import SurgeonError
 
 FOLDER = "SURGEON_KERNELS_DIR"
@@ -162,8 +162,7 @@ def tune(
         inputs = {name: values[value] for name, value in step.inputs.items() if value in values}
         types = {name: type_of(tensor) for name, tensor in inputs.items()}
         shapes = {name: tensor.shape for name, tensor in types.items()}
-        element_size = max(tensor.element_size() for tensor in inputs.values())
-        choices = offer(step, shapes, element_size, shared_memory)
+        choices = offer(step, shapes, element_size(types), shared_memory)
         hands_on = {tuple(step.kernel.outputs(shapes, step.options, each).items()) for each in choices}
         steps = chain.steps[number:] if len(hands_on) > 1 else (step,)
         copies = copies_of(steps, values, cache_bytes)

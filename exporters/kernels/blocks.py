@@ -1,6 +1,7 @@
 """How each launch is cut: by rule, or as it was measured best on a GPU."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from exporters.kernels.kernel import Blocks, Kernel, Shape
 
@@ -12,11 +13,12 @@ _DECODE_TOKENS = 4
 """Up to here each token is a program of its own, and their shared reads meet in the cache."""
 
 
-def default_blocks(kernel: Kernel, shapes: Mapping[str, Shape]) -> Blocks:
-    """By the sizes alone; right everywhere, good on GPUs with about a hundred multiprocessors."""
+def default_blocks(kernel: Kernel, shapes: Mapping[str, Shape], element_size: int) -> Blocks:
+    """By the sizes alone; right everywhere, good on GPUs with about a hundred multiprocessors. Tiles fit the 99 KiB of
+    shared memory that the smallest of the GPUs have. `element_size`: bytes of an element of weights and memory."""
     match kernel.name:
         case "attend":
-            return _attend(shapes)
+            return _attend(shapes, element_size)
         case "remember":
             return Blocks(tokens=16 if shapes["x"][1] <= 64 else 64, inner=32)
         case "retrieve":
@@ -30,17 +32,34 @@ def default_blocks(kernel: Kernel, shapes: Mapping[str, Shape]) -> Blocks:
         inner = min(power_of_two(size), 4096)
         outputs = power_of_two(max(4, min(_IN_FLIGHT // inner, -(-width // _PROGRAMS))))
         return Blocks(tokens=1, outputs=outputs, inner=inner, num_warps=8 if inner * outputs >= 8192 else 4)
-    if tokens <= 64:
+    few = tokens <= 64
+    if kernel.name == "retrieve" and not few:  # its tiles are a whole head wide
+        return _within(size * element_size, Blocks(tokens=64, outputs=64, num_stages=2))
+    if few:
         return Blocks(tokens=16, outputs=16, inner=128 if size >= 128 else power_of_two(size, 16))
-    return Blocks(tokens=64, outputs=64, inner=32, num_warps=4)
+    return Blocks(tokens=64, outputs=64, inner=32)
 
 
-def _attend(shapes: Mapping[str, Shape]) -> Blocks:
+def _within(row: int, blocks: Blocks) -> Blocks:
+    """Smaller tiles where a row of them, in bytes, is longer than a head of 128 in bf16."""
+    if row <= 256:
+        return blocks
+    shrink = row // 256
+    return replace(
+        blocks,
+        tokens=max(16, blocks.tokens // shrink),
+        outputs=max(16, blocks.outputs // shrink),
+        slots=max(16, blocks.slots // shrink),
+        num_stages=1 if shrink > 2 else min(2, blocks.num_stages),
+    )
+
+
+def _attend(shapes: Mapping[str, Shape], element_size: int) -> Blocks:
     batch, length, width = shapes["x"]
     slots, head_dim = shapes["keys"][2:]
     heads = shapes.get("q_weight", (width,))[0] // head_dim
     if length > _DECODE_TOKENS:
-        return Blocks(tokens=16 if length <= 64 else 64, slots=32, inner=32)
+        return _within(head_dim * element_size, Blocks(tokens=16 if length <= 64 else 64, slots=32, inner=32))
     wanted = -(-_PROGRAMS // (batch * length * heads))
     splits = min(power_of_two(wanted), power_of_two(-(-slots // 64)), 16)
     if "q_weight" in shapes:  # each program makes its head's query: long reads, for few of them wait on one another

@@ -17,7 +17,7 @@ def candidates(
     """Blocks for a launch with inputs of these shapes; the rule's come first. `element_size`: bytes of a weight's
     element; `shared_memory`: of a block on the GPU."""
     kernel = step.kernel
-    rule = default_blocks(kernel, shapes)
+    rule = default_blocks(kernel, shapes, element_size)
     if kernel.name == "attend":
         found = _attend(shapes, rule)
     elif rule.tokens == 1:

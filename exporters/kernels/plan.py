@@ -38,7 +38,14 @@ ChooseBlocks = Callable[[Step, Mapping[str, TensorType]], Blocks]
 
 
 def by_rule(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
-    return default_blocks(step.kernel, {name: tensor.shape for name, tensor in inputs.items()})
+    shapes = {name: tensor.shape for name, tensor in inputs.items()}
+    return default_blocks(step.kernel, shapes, element_size(inputs))
+
+
+def element_size(inputs: Mapping[str, TensorType]) -> int:
+    """Bytes of an element of the weights, or of the memory, that a kernel reads."""
+    held = next(inputs[name] for name in ("weight", "gate_weight", "keys") if name in inputs)
+    return 4 if held.dtype == "float32" else 2
 
 
 def plan_step(step: Step, inputs: Mapping[str, TensorType], choose: ChooseBlocks = by_rule) -> Launch:

@@ -15,7 +15,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from exporters.kernels import aot, mixin, pvm
 from exporters.kernels.aot import SHARED_KIB, CompiledKernel, CompileError, Job, compile_launches, strip_scratch
-from exporters.kernels.plan import Launch, TensorType, plan
+from exporters.kernels.kernel import Blocks
+from exporters.kernels.plan import Launch, TensorType, plan, plan_step
 
 CAPABILITIES = list(SHARED_KIB)
 
@@ -121,8 +122,16 @@ def test_aligned_pointers_make_accesses_wider() -> None:
 
 # -- refusals -----------------------------------------------------------------------------------------------------
 def large() -> Launch:
-    """A launch that asks for more shared memory than the smaller GPUs have."""
-    return next(launch for launch in pvm_launches("bfloat16", 512, head_dim=256) if launch.step.name == "pvm_retrieve")
+    """More than any rule asks for."""
+    found = next(each for each in pvm_launches("bfloat16", 512, head_dim=256) if each.step.name == "pvm_retrieve")
+    return plan_step(found.step, found.inputs, lambda step, inputs: Blocks(tokens=64, outputs=64, num_stages=3))
+
+
+@pytest.mark.parametrize("launches", [pvm_launches, mixin_launches])
+def test_large_heads_fit_the_smallest_gpu(launches: Callable[..., list[Launch]]) -> None:
+    size = {"latent": 512} if launches is pvm_launches else {"heads": 4}
+    found = [*launches("float32", 512, d=512, inner=256, head_dim=256, **size)]
+    assert all(each.shared <= 99 << 10 for each in compile_launches([Job(each, 120) for each in found]))
 
 
 def test_too_much_shared_memory_is_an_error_or_takes_fewer_stages() -> None:

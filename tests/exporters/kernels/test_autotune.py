@@ -108,7 +108,7 @@ def test_candidates_are_sound(kind: str, size: Size) -> None:
         for each in plan(chain, types):
             shapes = {name: tensor.shape for name, tensor in each.inputs.items()}
             found = candidates(each.step, shapes, 4)
-            assert found[0] == default_blocks(each.step.kernel, shapes)
+            assert found[0] == default_blocks(each.step.kernel, shapes, 4)
             assert len(found) > 1, each.step.name
             assert len(set(found)) == len(found)
             for blocks in found:
