@@ -14,9 +14,8 @@ from functools import cache as remembered
 from pathlib import Path
 from typing import Any, Literal
 
+from exporters.child_process import ProcessError, run_child
 from exporters.kernels.plan import Launch
-from exporters.tensorrt.errors import BuildError
-from exporters.tensorrt.process import run_child
 from surgeon.checkpoint import staged_file
 from surgeon.errors import SurgeonError
 
@@ -191,11 +190,11 @@ def _compile_share(jobs: dict[str, tuple[Job, dict[str, Any]]]) -> dict[str, dic
                 [str(told)],
                 "compiling kernels",
                 Path(folder) / "log",
+                _CHILD,
                 on_event=done.append,
-                script=_CHILD,
                 without=("TRITON_INTERPRET",),
             )
-        except BuildError as error:
+        except ProcessError as error:
             where = names[len(done)] if len(done) < len(names) else names[-1]
             raise CompileError(f"{where}: {error}; another version of triton may compile it") from error
     for event in done:

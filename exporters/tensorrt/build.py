@@ -12,6 +12,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 import surgeon
+from exporters.child_process import log_errors, run_child
 from exporters.onnx import manifest as bundles
 from exporters.onnx.manifest import Port
 from exporters.tensorrt import layers
@@ -19,6 +20,7 @@ from exporters.tensorrt.cache import KERNELS, BuildCache, graph_digest, weights_
 from exporters.tensorrt.errors import BuildError, EngineError, LayerError
 from exporters.tensorrt.layers import GraphLayers, LayerReport
 from exporters.tensorrt.library import (
+    CHILD,
     NATIVE,
     Backend,
     Library,
@@ -31,7 +33,6 @@ from exporters.tensorrt.library import (
 from exporters.tensorrt.manifest import LAYERS, PROCESSOR, EngineFile, EngineManifest, LibraryUsed, digest
 from exporters.tensorrt.plan import GraphPlan, Kernels, Plan, make_plan
 from exporters.tensorrt.plugins import NAMESPACE
-from exporters.tensorrt.process import log_errors, run_child
 from exporters.tensorrt.profiles import Limits
 from surgeon.checkpoint import check_target, staged, staged_file
 
@@ -93,8 +94,8 @@ def build_engines(
     """Build the engines of a bundle into a new directory `target`, which appears whole or not at all.
 
     Weights are read by the library alone, in a child process. Raises EngineError for what cannot be built here or from
-    this bundle, BuildError where the library fails or its process ends, LayerError for unfused attention with
-    `strict`, BundleError for the bundle, TargetError for the target.
+    this bundle, BuildError where the library fails, ProcessError where its process ends, LayerError for unfused
+    attention with `strict`, BundleError for the bundle, TargetError for the target.
     """
     plan = _plan(bundle, options)
     check_target(target, overwrite, protect=[bundle])
@@ -280,7 +281,7 @@ class _Builder:
                 self.progress(f"{graph.name}: {event['phase'].lower()}", event["done"], event["total"])
 
         what = f"{self.library.backend} building {graph.engine}"
-        outcome = run_child(["build", str(told)], what, log, self.links, heard)
+        outcome = run_child(["build", str(told)], what, log, CHILD, self.links, heard)
         seconds = time.perf_counter() - start
         if failed := outcome.last("failed"):
             raise BuildError(_told(graph.name, self.library, failed, log))

@@ -8,7 +8,7 @@ class EngineError(SurgeonError):
 
 
 class BuildError(EngineError):
-    """TensorRT could not build an engine, or its process ended while it was at it."""
+    """TensorRT could not build an engine."""
 
     exit_code = 3
 

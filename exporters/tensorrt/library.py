@@ -13,12 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
-from exporters.tensorrt.errors import BuildError, EngineError
-from exporters.tensorrt.process import log_tail, run_child
+from exporters.child_process import ProcessError, log_tail, run_child
+from exporters.tensorrt.errors import EngineError
 
 Backend = Literal["tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 NATIVE = "native"
+CHILD = Path(__file__).with_name("child.py")
+"""The script in which a library works."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def _probe(backend: Backend) -> Library:
     with tempfile.TemporaryDirectory(prefix="surgeon-probe-") as folder:
         log = Path(folder) / "log"
         try:
-            found = run_child(["probe", module_of(backend)], f"importing {backend}", log).last("probed")
-        except BuildError as error:
+            found = run_child(["probe", module_of(backend)], f"importing {backend}", log, CHILD).last("probed")
+        except ProcessError as error:
             raise EngineError(f"{backend} is installed and does not work: {error}; try `surgeon doctor`") from error
         if found is None:
             raise EngineError(f"{backend} is installed and does not work: {log_tail(log)}; try `surgeon doctor`")

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from engines import CASES, Case
+from exporters.child_process import Outcome, run_child
 from exporters.tensorrt import layers
 from exporters.tensorrt.build import Built, Options, build_engines
-from exporters.tensorrt.library import link_libraries
-from exporters.tensorrt.process import Outcome, run_child
+from exporters.tensorrt.library import CHILD, link_libraries
 from exporters.tensorrt.profiles import Limits, Range
 from pairs import Pair
 
@@ -63,7 +63,7 @@ def build_graph(tmp_path: Path) -> Callable[..., tuple[Outcome, str]]:
         links = tmp_path / "lib"
         if not links.exists():
             link_libraries("tensorrt-rtx", links)
-        outcome = run_child(["build", str(tmp_path / "spec.json")], "the test", tmp_path / "log", links)
+        outcome = run_child(["build", str(tmp_path / "spec.json")], "the test", tmp_path / "log", CHILD, links)
         logged = tmp_path / "layers"
         return outcome, logged.read_text() if logged.exists() else ""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from exporters.child_process import ProcessError
 from exporters.tensorrt import build
 from exporters.tensorrt import library as libraries
 from exporters.tensorrt.build import Options, build_engines
@@ -76,7 +77,7 @@ def test_a_crash_of_the_library_is_an_error_that_leaves_nothing(
     bundle, _, _ = engines()
     before = sorted(tmp_path.iterdir())
     expected = "tensorrt building embed.engine ended by SIGABRT; the last it said: .*terminate called"
-    with pytest.raises(BuildError, match=expected) as raised:
+    with pytest.raises(ProcessError, match=expected) as raised:
         build_engines(bundle, tmp_path / "out", Options("tensorrt", "sm89", graphs=("embed",)))
     assert "\n" not in str(raised.value)
     assert sorted(tmp_path.iterdir()) == before

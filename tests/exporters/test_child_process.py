@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from exporters.tensorrt.errors import BuildError
-from exporters.tensorrt.process import log_errors, log_tail, run_child
+from exporters.child_process import ProcessError, log_errors, log_tail, run_child
 
 
 def child(folder: Path, code: str) -> Path:
@@ -20,7 +19,7 @@ def child(folder: Path, code: str) -> Path:
 def test_events_come_as_they_are_told(tmp_path: Path) -> None:
     script = child(tmp_path, "for i in range(3): print(json.dumps({'event': 'step', 'i': i, 'argument': sys.argv[1]}))")
     heard: list[int] = []
-    outcome = run_child(["x"], "it", tmp_path / "log", None, lambda event: heard.append(event["i"]), script)
+    outcome = run_child(["x"], "it", tmp_path / "log", script, None, lambda event: heard.append(event["i"]))
     assert heard == [0, 1, 2]
     assert outcome.last("step") == {"event": "step", "i": 2, "argument": "x"} and outcome.last("other") is None
     assert outcome.peak_memory > 1 << 20
@@ -41,14 +40,14 @@ def test_events_come_as_they_are_told(tmp_path: Path) -> None:
 )
 def test_a_death_is_explained(tmp_path: Path, code: str, expected: str) -> None:
     said = "print('first\\nsecond\\n\\nthird\\nfourth', file=sys.stderr, flush=True)\n"
-    with pytest.raises(BuildError, match=expected) as raised:
-        run_child([], "building", tmp_path / "log", None, None, child(tmp_path, said + code))
+    with pytest.raises(ProcessError, match=expected) as raised:
+        run_child([], "building", tmp_path / "log", child(tmp_path, said + code))
     assert "\n" not in str(raised.value) and raised.value.exit_code == 3
 
 
 def test_a_child_that_says_why_it_stops_is_no_crash(tmp_path: Path) -> None:
     script = child(tmp_path, "print(json.dumps({'event': 'failed', 'stage': 'parse'})); sys.exit(1)")
-    failed = run_child([], "it", tmp_path / "log", None, None, script).last("failed")
+    failed = run_child([], "it", tmp_path / "log", script).last("failed")
     assert failed is not None and failed["stage"] == "parse"
 
 
@@ -61,7 +60,7 @@ def test_an_interrupted_parent_leaves_no_child(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_child([], "it", tmp_path / "log", None, interrupt, script)
+        run_child([], "it", tmp_path / "log", script, None, interrupt)
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
 
@@ -82,7 +81,7 @@ made = monitor._monitor()
 made.phase_start("building", None, 3)
 sys.exit(made.step_complete("building", 0))
 """
-    root = str(Path(__file__).resolve().parents[3])
+    root = str(Path(__file__).resolve().parents[2])
     assert subprocess.run([sys.executable, "-c", code, root], check=False).returncode == 0
 
 

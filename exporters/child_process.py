@@ -1,4 +1,4 @@
-"""The child process: started, listened to, and its end explained."""
+"""A script in a process of its own, whose stdout is JSON, one event a line: started, listened to, its end explained."""
 
 import json
 import os
@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.tensorrt.errors import BuildError
+from surgeon.errors import SurgeonError
 
-CHILD = Path(__file__).with_name("child.py")
 _SHOWN_LINES = 3
 _NO_MEMORY = ("bad_alloc", "out of memory", "outofmemory", "memoryerror", "cannot allocate memory")
+
+
+class ProcessError(SurgeonError):
+    """A process that was killed, or crashed, while it worked for us."""
+
+    exit_code = 3
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,16 @@ def run_child(
     arguments: Sequence[str],
     what: str,
     log: Path,
+    script: Path,
     library_path: Path | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
-    script: Path = CHILD,
     without: Sequence[str] = (),
 ) -> Outcome:
-    """Run `script` to its end; `on_event` is called with each event as it comes. `what` it was doing is for messages,
-    `log` the file that its stderr goes to, `library_path` a folder where it finds shared libraries, `without` variables
-    that its environment shall not have.
+    """Run the file `script` to its end; `on_event` is called with each event as it comes. `what` it was doing is for
+    messages, `log` the file that its stderr goes to, `library_path` a folder where it finds shared libraries, `without`
+    variables that its environment shall not have.
 
-    Raises BuildError where the process was killed or crashed. A child that ends itself with an error has told why in
+    Raises ProcessError where the process was killed or crashed. A child that ends itself with an error has told why in
     an event. When the caller is interrupted the child is killed.
     """
     environment = {name: value for name, value in os.environ.items() if name not in without}
@@ -71,7 +76,7 @@ def run_child(
             raise
     outcome = Outcome(events, usage.ru_maxrss * 1024)
     if process.returncode != 0 and outcome.last("failed") is None:
-        raise BuildError(_explain(what, process.returncode, usage, log))
+        raise ProcessError(_explain(what, process.returncode, usage, log))
     return outcome
 
 
