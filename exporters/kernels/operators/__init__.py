@@ -4,17 +4,27 @@ A model takes them where this project is installed and its tensors are on a GPU:
 the entry points of the group `surgeon.kernels`. `use_fused` says so by hand.
 """
 
+import importlib
+import importlib.util
+
 from torch import nn
 
-from exporters.kernels.operators import mixin, pvm
+from surgeon.memory.fused import FusedForm
 from surgeon.memory.graft import Graft
 
-FORMS = {"pvm": pvm.FORM, "mixin": mixin.FORM}
+
+def form_of(kind: str) -> FusedForm | None:
+    """Of the file that is named after a kind of graft; None where there is none."""
+    name = f"{__name__}.{kind}"
+    if importlib.util.find_spec(name) is None:
+        return None
+    form: FusedForm = importlib.import_module(name).FORM
+    return form
 
 
 def use_fused(model: nn.Module, on: bool) -> int:
     """Let the grafts of a model take their fused form, or no longer -> how many there are."""
     grafts = [module for module in model.modules() if isinstance(module, Graft)]
     for graft in grafts:
-        graft.fused = FORMS.get(graft.kind) if on else None
+        graft.fused = form_of(graft.kind) if on else None
     return len(grafts)
