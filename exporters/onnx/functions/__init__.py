@@ -18,7 +18,7 @@ from exporters.onnx.functions.base import DOMAIN, IR_VERSION, OPSET, GraftFuncti
 from surgeon.memory.graft import Graft
 from surgeon.memory.rotary import Rotary
 
-__all__ = ["DOMAIN", "IR_VERSION", "OPSET", "call", "definitions", "op", "project", "translation_table"]
+__all__ = ["DOMAIN", "IR_VERSION", "OPSET", "call", "definitions", "op", "project", "registry", "translation_table"]
 
 
 @cache

@@ -1,23 +1,23 @@
 """The grafts' functions as chains of plugins, one for each launch of their fused kernels."""
 
+import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
-from exporters.kernels import mixin, pvm
 from exporters.kernels.kernel import Chain
 from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule
 from exporters.kernels.support import reason_against
-from exporters.onnx.functions import DOMAIN
+from exporters.onnx.functions import DOMAIN, registry
 from exporters.tensorrt.plugins import NAMESPACE, VERSION
 from exporters.tensorrt.plugins.description import Plugin, Reach, plan_plugins
 from exporters.tensorrt.rewrites.base import TensorRTRewrite, is_standard, static
 
-CHAINS: dict[str, Callable[[float], Chain]] = {"PersistentVisualMemory": pvm.chain, "Mixin": mixin.chain}
-"""By the function's name; it takes what its chain does, in the same order."""
 _DTYPES = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
@@ -28,6 +28,15 @@ _DTYPES = {
 _IR_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _ONTO = "onto"
 """The chain's input that its result is added to."""
+
+
+@cache
+def chains() -> dict[str, Callable[[float], Chain]]:
+    """By the name of a graft's function, which takes what its chain does in the same order: that of the file in
+    `exporters/kernels` that is named after the kind of graft."""
+    modules = {each.function.name: f"exporters.kernels.{kind}" for kind, each in registry().items()}
+    there = {name: module for name, module in modules.items() if importlib.util.find_spec(module) is not None}
+    return {name: importlib.import_module(module).chain for name, module in there.items()}
 
 
 class FusedKernels(TensorRTRewrite):
@@ -49,9 +58,9 @@ class FusedKernels(TensorRTRewrite):
         self.replaced = 0
         said: set[str] = set()
         for node in list(model.graph):
-            if node.domain != DOMAIN or node.op_type not in CHAINS:
+            if node.domain != DOMAIN or node.op_type not in chains():
                 continue
-            chain = CHAINS[node.op_type](node.attributes.get_float("eps", 0.0))
+            chain = chains()[node.op_type](node.attributes.get_float("eps", 0.0))
             reason = self._reason_against(chain, node)
             if reason is not None:
                 if reason not in said:
