@@ -94,6 +94,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         keep = keep != 0
         offsets = (base + slot)[:, None] * HEAD_DIM + d[None, :]
         keys = tl.load(keys_ptr + offsets, mask=slot_ok[:, None], other=0.0)
+        values = tl.load(values_ptr + offsets, mask=slot_ok[:, None], other=0.0)
         if BLOCK_T == 1:
             scores = tl.sum(q * keys.to(tl.float32), 1)[None, :]
         elif UPCAST:
@@ -104,7 +105,6 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         m_new = tl.maximum(m, tl.max(scores, 1))
         p = tl.where(keep, tl.exp(scores - m_new[:, None]), 0.0)
         shrink = tl.exp(m - m_new)
-        values = tl.load(values_ptr + offsets, mask=slot_ok[:, None], other=0.0)
         if BLOCK_T == 1:
             added = tl.sum(tl.trans(p) * values.to(tl.float32), 0)[None, :]
         elif UPCAST:

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporters.kernels.blocks import power_of_two
 from exporters.kernels.candidates import LEAST_SHARED_MEMORY, candidates
-from exporters.kernels.kernel import Blocks, Chain, Step
+from exporters.kernels.kernel import Blocks, Chain, Step, power_of_two
 from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule, element_size
 from surgeon.errors import SurgeonError
 
@@ -122,7 +121,10 @@ def keep(gpu: str, triton_version: str, found: Mapping[str, "Measured"]) -> Path
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
         file.write(json.dumps(content, indent=1) + "\n")
     os.replace(file.name, path)
+    from exporters.kernels.launch import forget
+
     read.cache_clear()
+    forget()
     return path
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from exporters.kernels.kernel import Blocks, Kernel, Shape
+from exporters.kernels.kernel import Blocks, Kernel, Shape, power_of_two
 
 _PROGRAMS = 128
 """About as many as a large GPU has multiprocessors."""
@@ -35,6 +35,11 @@ def default_blocks(kernel: Kernel, shapes: Mapping[str, Shape], element_size: in
     few = tokens <= 64
     if kernel.name == "retrieve" and not few:  # its tiles are a whole head wide
         return _within(size * element_size, Blocks(tokens=64, outputs=64, num_stages=2))
+    if few and kernel.name == "retrieve":  # the loads of all splits are in flight at once
+        splits = shapes["acc"][3]
+        return Blocks(tokens=16, outputs=16, num_stages=max(1, min(3, 1 + (64 << 10) // (splits * 16 * size * 4))))
+    if few and kernel.name == "linear":  # few programs: each asks for more
+        return Blocks(tokens=16, outputs=16, inner=power_of_two(min(size, 256), 16), num_stages=3)
     if few:
         return Blocks(tokens=16, outputs=16, inner=128 if size >= 128 else power_of_two(size, 16))
     return Blocks(tokens=64, outputs=64, inner=32)
@@ -65,8 +70,3 @@ def _attend(shapes: Mapping[str, Shape], element_size: int) -> Blocks:
     if "q_weight" in shapes:  # each program makes its head's query: long reads, for few of them wait on one another
         return Blocks(tokens=1, slots=64, inner=128, splits=splits, num_warps=8)
     return Blocks(tokens=1, slots=64, inner=32, splits=splits)
-
-
-def power_of_two(size: int, least: int = 1) -> int:
-    """The smallest power of two from `size` and `least` on."""
-    return max(least, 1 << max(0, size - 1).bit_length())

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 
-from exporters.kernels.blocks import default_blocks, power_of_two
-from exporters.kernels.kernel import Blocks, Kernel, Shape, Step
+from exporters.kernels.blocks import default_blocks
+from exporters.kernels.kernel import Blocks, Kernel, Shape, Step, power_of_two
 
 LEAST_SHARED_MEMORY = 99 << 10
 """Bytes of a block on the smallest of the GPUs from compute capability 8.0 on."""

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exporters.kernels._parts import add_product, end_product, has_memory, load_rows, start_product
-from exporters.kernels.kernel import Blocks, Dim, Kernel, Output, Shape, cdiv
+from exporters.kernels._parts import add_product, end_product, load_rows, start_product
+from exporters.kernels.kernel import Blocks, Dim, Kernel, Output, Shape, cdiv, power_of_two
 from surgeon.memory.rms_norm import rms_norm
 
 
@@ -34,6 +34,7 @@ def inject_kernel(  # type: ignore[no-untyped-def]
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -53,24 +54,24 @@ def inject_kernel(  # type: ignore[no-untyped-def]
     before = tl.atomic_add(arrived_ptr + tl.program_id(1) * BLOCK_T, 1, sem="acq_rel")
     if before == tl.num_programs(0) - 1:
         tl.debug_barrier()
-        squares = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-        for start in range(0, N, BLOCK_N):
-            c = start + tl.arange(0, BLOCK_N)
-            ok = t_ok[:, None] & (c < N)[None, :]
-            part = tl.load(raw_ptr + rows + c[None, :], mask=ok, other=0.0, cache_modifier=".cg")
-            squares += part * part
-        scale = tl.load(alpha_ptr).to(tl.float32) * tl.rsqrt(tl.sum(squares, 1) / N + EPS)
-        gets = has_memory(ml_ptr, tl.where(t_ok, t, 0), t >= 0, HEADS, SPLITS)
-        if visual_mask_ptr is not None:
-            gets = gets & (tl.load(visual_mask_ptr + t, mask=t_ok, other=0) == 0)
-        for start in range(0, N, BLOCK_N):
-            c = start + tl.arange(0, BLOCK_N)
-            ok = t_ok[:, None] & (c < N)[None, :]
-            part = tl.load(raw_ptr + rows + c[None, :], mask=ok, other=0.0, cache_modifier=".cg")
-            y = tl.where(gets[:, None], part * scale[:, None], 0.0)
+        alpha = tl.load(alpha_ptr).to(tl.float32)
+        c = tl.arange(0, BLOCK_C)
+        first = tl.program_id(1) * BLOCK_T
+        for row in range(first, tl.minimum(first + BLOCK_T, T)):
+            # the whole row at once: piece by piece each would wait for memory in its turn
+            at = tl.cast(row, tl.int64) * N + c
+            part = tl.load(raw_ptr + at, mask=c < N, other=0.0, cache_modifier=".cg")
+            y = part * (alpha * tl.rsqrt(tl.sum(part * part, 0) / N + EPS))
+            seen = 0.0
+            for split in tl.static_range(SPLITS):
+                seen += tl.load(ml_ptr + (tl.cast(row, tl.int64) * (HEADS * SPLITS) + split) * 2 + 1)
+            gets = seen != 0.0
+            if visual_mask_ptr is not None:
+                gets = gets & (tl.load(visual_mask_ptr + row) == 0)
+            y = tl.where(gets, y, 0.0)
             if onto_ptr is not None:
-                y += tl.load(onto_ptr + rows + c[None, :], mask=ok, other=0.0).to(tl.float32)
-            tl.store(y_ptr + rows + c[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
+                y += tl.load(onto_ptr + at, mask=c < N, other=0.0).to(tl.float32)
+            tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=c < N)
 
 
 def inject(
@@ -92,7 +93,7 @@ def inject(
     weight's dtype if `rounded`, and the rows before their norm, fp32 [B, S, d].
     """
     raw = F.linear(x, weight.float())
-    gets = ml[:, :, 0, :, 1].sum(-1) > 0
+    gets = ml[:, :, 0, :, 1].sum(-1) != 0
     if visual_mask is not None:
         gets = gets & ~visual_mask
     y = torch.where(gets[..., None], alpha.float() * rms_norm(raw, None, eps), 0.0)
@@ -118,6 +119,7 @@ def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: 
         "BLOCK_T": blocks.tokens,
         "BLOCK_N": blocks.outputs,
         "BLOCK_K": blocks.inner,
+        "BLOCK_C": power_of_two(width),
     }
 
 

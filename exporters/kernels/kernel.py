@@ -15,6 +15,11 @@ def cdiv(size: Dim, block: int) -> Dim:
     return (size + (block - 1)) // block
 
 
+def power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two from `size` and `least` on."""
+    return max(least, 1 << max(0, size - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class Blocks:
     """How a launch cuts its work; which fields count is the kernel's affair."""

@@ -1,11 +1,13 @@
 """A chain of kernels run on tensors."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from exporters.kernels.kernel import Chain, Step
 from exporters.kernels.plan import ChooseBlocks, Launch, TensorType, by_rule, plan, plan_step
@@ -23,25 +25,49 @@ def run(chain: Chain, given: Mapping[str, Tensor | None], choose: ChooseBlocks =
     """
     values = {name: tensor for name, tensor in given.items() if tensor is not None}
     types = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in values.items())
-    for planned in _planned(chain, types, choose):
-        step = planned.step
-        inputs = {name: values[step.inputs[name]] for name in planned.inputs}
-        found = _launch(planned, inputs)
-        values |= {value: found[name] for name, value in step.outputs.items()}
+    first = next(iter(values.values()))
+    with torch.cuda.device_of(first):  # Triton launches on the current device
+        launches = _planned(chain, types, choose, first.device)
+        for number, planned in enumerate(launches):
+            inputs = {name: values[planned.step.inputs[name]] for name in planned.inputs}
+            launches[number], found = _fitting(planned, inputs)
+            values |= {value: found[name] for name, value in planned.step.outputs.items()}
     return tuple(values[name] for name in chain.outputs)
 
 
 @lru_cache(maxsize=1024)
 def _planned(
-    chain: Chain, types: tuple[tuple[str, tuple[int, ...], torch.dtype], ...], choose: ChooseBlocks
+    chain: Chain,
+    types: tuple[tuple[str, tuple[int, ...], torch.dtype], ...],
+    choose: ChooseBlocks,
+    device: torch.device,
 ) -> list[Launch]:
-    """The plan of a chain, kept: a decoding step asks for the same one at every token."""
+    """The plan of a chain, kept: a decoding step asks for the same one at every token. What `choose` answers depends on
+    the device."""
     return plan(chain, {name: TensorType(shape, _name(dtype)) for name, shape, dtype in types}, choose)
 
 
 def launch(step: Step, inputs: Mapping[str, Tensor], choose: ChooseBlocks = by_rule) -> dict[str, Tensor]:
     """One kernel -> its outputs by name."""
-    return _launch(plan_step(step, {name: type_of(tensor) for name, tensor in inputs.items()}, choose), inputs)
+    with torch.cuda.device_of(next(iter(inputs.values()))):
+        planned = plan_step(step, {name: type_of(tensor) for name, tensor in inputs.items()}, choose)
+        return _fitting(planned, inputs)[1]
+
+
+def forget() -> None:
+    """Drop the plans that are kept: blocks were measured since."""
+    _planned.cache_clear()
+
+
+def _fitting(planned: Launch, inputs: Mapping[str, Tensor]) -> tuple[Launch, dict[str, Tensor]]:
+    """A launch and its outputs, with fewer stages where the GPU has too little shared memory for those planned."""
+    while True:
+        try:
+            return planned, _launch(planned, inputs)
+        except OutOfResources:
+            if planned.blocks.num_stages == 1:
+                raise
+            planned = replace(planned, blocks=replace(planned.blocks, num_stages=planned.blocks.num_stages - 1))
 
 
 def _launch(planned: Launch, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -89,7 +89,7 @@ def linear(
     if gate is not None:
         y = torch.tanh(gate.float()) * y
     if ml is not None:
-        y = y * (ml[:, :, 0, :, 1].sum(-1) > 0)[..., None]
+        y = y * (ml[:, :, 0, :, 1].sum(-1) != 0)[..., None]
     if residual is not None:
         y = residual.float() + y
     return (y.to(weight.dtype if rounded else torch.float32),)

@@ -35,7 +35,7 @@ def retrieve_kernel(  # type: ignore[no-untyped-def]
     t_ok, n_ok = t < T, n < N
     d = tl.arange(0, HEAD_DIM)
     total = start_product(BLOCK_T, BLOCK_N, HEAD_DIM)
-    for head in range(HEADS):
+    for head in tl.range(0, HEADS, loop_unroll_factor=4 if BLOCK_T == 1 else 1):
         row = (t.to(tl.int64) * HEADS + head) * SPLITS
         m = tl.load(ml_ptr + row * 2, mask=t_ok, other=0.0)
         for split in tl.static_range(1, SPLITS):
@@ -72,7 +72,7 @@ def retrieve(acc: Tensor, ml: Tensor, weight: Tensor, residual: Tensor | None, g
     y = F.linear(x.flatten(2), weight.float())
     if gate is not None:
         y = torch.tanh(gate.float()) * y
-    y = y * (sums[:, :, 0].sum(-1) > 0)[..., None]
+    y = y * (sums[:, :, 0].sum(-1) != 0)[..., None]
     return (y if residual is None else residual.float() + y,)
 
 

@@ -44,6 +44,8 @@ def fits(kind: str, head_dim: int, tensors: Iterable[Tensor | None]) -> bool:
     """Whether the kernels of a graft take these tensors; what is against it is said once."""
     given = [tensor for tensor in tensors if tensor is not None]
     reason = reason_against(kind, head_dim, {tensor.dtype for tensor in given if tensor.dtype != torch.bool})
+    if reason is None and len({tensor.device for tensor in given}) > 1:
+        reason = f"{kind}: no fused kernel over several devices"
     if reason is None and given[0].is_cuda:
         reason = reason_against_device(given[0].device.index)
     if reason is not None:

@@ -114,3 +114,15 @@ def test_mixin_equals_its_authors() -> None:
         chain, given(chain, tensors["input.hidden_states"], keys, values, mask, *text, *block.weights())
     )
     torch.testing.assert_close(got, tensors["output.hidden_states"], atol=1e-5, rtol=0)
+
+
+def test_what_is_not_finite_is_not_taken_for_an_empty_memory() -> None:
+    graft = randomised(PersistentVisualMemory(96, 64, 40, head_dim=32, num_key_value_heads=1, eps=1e-6), torch.float32)
+    assert isinstance(graft, PersistentVisualMemory)
+    hidden_states, onto = torch.randn(2, 1, 96), torch.randn(2, 1, 96)
+    hidden_states[0, 0, 5] = float("nan")
+    keys, values = graft.project(torch.randn(2, 7, 96))
+    chain = pvm.chain(graft.eps)
+    inputs = (hidden_states, keys, values, torch.ones(2, 7, dtype=torch.bool), None)
+    (got,) = launch.run(chain, given(chain, *inputs, *graft.weights(), onto))
+    assert bool(got[0].isnan().all()) and bool(got[1].isfinite().all())
