@@ -26,18 +26,21 @@ _SHARD = 5 * 10**9
 _POOL = 1 << 24
 
 
+QWEN3_VL_8B = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+"""The sizes of its text model."""
+
+
 def config_8b() -> PretrainedConfig:
     """Qwen3-VL-8B's sizes."""
-    text = {
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 262144,
-    }
+    text = QWEN3_VL_8B | {"max_position_embeddings": 262144}
     vision = {
         "depth": 27,
         "hidden_size": 1152,

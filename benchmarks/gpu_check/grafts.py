@@ -14,15 +14,6 @@ from surgeon.memory.pvm import PersistentVisualMemory
 from surgeon.memory.rotary import Rope
 from surgeon.models import model_class, read_config
 
-QWEN3_VL_8B = {
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
 PVM_8B = {"kind": "pvm", "layers": [8, 16, 24], "latent": 512}
 SMALL_TEXT = {
     "vocab_size": 4096,

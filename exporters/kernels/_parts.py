@@ -68,7 +68,7 @@ def tanh(x):  # type: ignore[no-untyped-def]
 @triton.jit
 def has_memory(ml_ptr, rows, row_ok, HEADS: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Whether a token saw any slot: the sum of its first head's weights over all splits is not zero -> [BLOCK_T]."""
-    base = rows.to(tl.int64) * (HEADS * SPLITS * 2)
+    base = tl.cast(rows, tl.int64) * (HEADS * SPLITS * 2)
     seen = tl.load(ml_ptr + base + 1, mask=row_ok, other=0.0)
     for split in tl.static_range(1, SPLITS):
         seen += tl.load(ml_ptr + base + 2 * split + 1, mask=row_ok, other=0.0)

@@ -78,7 +78,7 @@ def compile_launches(jobs: Sequence[Job], cache: Path | None = None, *, fit: boo
     """
     found = _compile(jobs, cache)
     while fit and (over := [n for n, job in enumerate(jobs) if _too_large(job, found[n]) and _stages(job) > 1]):
-        jobs = [_with_fewer_stages(job) if n in over else job for n, job in enumerate(jobs)]
+        jobs = [replace(job, launch=job.launch.with_fewer_stages()) if n in over else job for n, job in enumerate(jobs)]
         for n, again in zip(over, _compile([jobs[n] for n in over], cache), strict=True):
             found[n] = again
     return [_finish(job, each) for job, each in zip(jobs, found, strict=True)]
@@ -220,11 +220,6 @@ def _too_large(job: Job, found: dict[str, Any]) -> bool:
 
 def _stages(job: Job) -> int:
     return job.launch.blocks.num_stages
-
-
-def _with_fewer_stages(job: Job) -> Job:
-    blocks = replace(job.launch.blocks, num_stages=_stages(job) - 1)
-    return replace(job, launch=replace(job.launch, blocks=blocks))
 
 
 def _finish(job: Job, found: dict[str, Any]) -> CompiledKernel:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from exporters.kernels.candidates import LEAST_SHARED_MEMORY, candidates
 from exporters.kernels.kernel import Blocks, Chain, Step, power_of_two
-from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule, element_size
+from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule, element_size, fixed_blocks
 from surgeon.errors import SurgeonError
 
 FOLDER = "SURGEON_KERNELS_DIR"
@@ -182,11 +182,6 @@ def tune(
         outputs = launch(step, inputs, fixed_blocks(chosen))
         values |= {value: outputs[name] for name, value in step.outputs.items()}
     return found
-
-
-def fixed_blocks(blocks: Mapping[str, Blocks]) -> ChooseBlocks:
-    """By the names of steps, and by rule for the rest."""
-    return lambda step, inputs: blocks.get(step.name) or by_rule(step, inputs)
 
 
 def run_steps(steps: Sequence[Step], given: Mapping[str, Tensor], choose: ChooseBlocks) -> None:

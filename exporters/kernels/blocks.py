@@ -9,8 +9,10 @@ _PROGRAMS = 128
 """About as many as a large GPU has multiprocessors."""
 _IN_FLIGHT = 16384
 """Elements of a weight that a program of the decoding form asks for at once: what hides the way to memory."""
-_DECODE_TOKENS = 4
+DECODE_TOKENS = 4
 """Up to here each token is a program of its own, and their shared reads meet in the cache."""
+FEW_TOKENS = 64
+"""Up to here tiles are as low as the tensor cores take them."""
 
 
 def default_blocks(kernel: Kernel, shapes: Mapping[str, Shape], element_size: int) -> Blocks:
@@ -20,7 +22,7 @@ def default_blocks(kernel: Kernel, shapes: Mapping[str, Shape], element_size: in
         case "attend":
             return _attend(shapes, element_size)
         case "remember":
-            return Blocks(tokens=16 if shapes["x"][1] <= 64 else 64, inner=32)
+            return Blocks(tokens=16 if shapes["x"][1] <= FEW_TOKENS else 64, inner=32)
         case "retrieve":
             batch, length, _, _, size = shapes["acc"]
             width = shapes["weight"][0]
@@ -28,21 +30,25 @@ def default_blocks(kernel: Kernel, shapes: Mapping[str, Shape], element_size: in
             batch, length, size = shapes["x"]
             width = shapes.get("weight", shapes.get("gate_weight", ()))[0]
     tokens = batch * length
-    if tokens <= _DECODE_TOKENS:
+    if tokens <= DECODE_TOKENS:
         inner = min(power_of_two(size), 4096)
         outputs = power_of_two(max(4, min(_IN_FLIGHT // inner, -(-width // _PROGRAMS))))
         return Blocks(tokens=1, outputs=outputs, inner=inner, num_warps=8 if inner * outputs >= 8192 else 4)
-    few = tokens <= 64
-    if kernel.name == "retrieve" and not few:  # its tiles are a whole head wide
-        return _within(size * element_size, Blocks(tokens=64, outputs=64, num_stages=2))
-    if few and kernel.name == "retrieve":  # the loads of all splits are in flight at once
-        splits = shapes["acc"][3]
-        return Blocks(tokens=16, outputs=16, num_stages=max(1, min(3, 1 + (64 << 10) // (splits * 16 * size * 4))))
-    if few and kernel.name == "linear":  # few programs: each asks for more
+    if kernel.name == "retrieve":
+        return _retrieve(tokens, splits=shapes["acc"][3], head_dim=size, element_size=element_size)
+    if tokens > FEW_TOKENS:
+        return Blocks(tokens=64, outputs=64, inner=32)
+    if kernel.name == "linear":  # few programs: each asks for more
         return Blocks(tokens=16, outputs=16, inner=power_of_two(min(size, 256), 16), num_stages=3)
-    if few:
-        return Blocks(tokens=16, outputs=16, inner=128 if size >= 128 else power_of_two(size, 16))
-    return Blocks(tokens=64, outputs=64, inner=32)
+    return Blocks(tokens=16, outputs=16, inner=128 if size >= 128 else power_of_two(size, 16))
+
+
+def _retrieve(tokens: int, splits: int, head_dim: int, element_size: int) -> Blocks:
+    """For several tokens: its tiles are a whole head wide."""
+    if tokens > FEW_TOKENS:
+        return _within(head_dim * element_size, Blocks(tokens=64, outputs=64, num_stages=2))
+    in_flight = splits * 16 * head_dim * 4  # the loads of all splits
+    return Blocks(tokens=16, outputs=16, num_stages=max(1, min(3, 1 + (64 << 10) // in_flight)))
 
 
 def _within(row: int, blocks: Blocks) -> Blocks:
@@ -63,8 +69,8 @@ def _attend(shapes: Mapping[str, Shape], element_size: int) -> Blocks:
     batch, length, width = shapes["x"]
     slots, head_dim = shapes["keys"][2:]
     heads = shapes.get("q_weight", (width,))[0] // head_dim
-    if length > _DECODE_TOKENS:
-        return _within(head_dim * element_size, Blocks(tokens=16 if length <= 64 else 64, slots=32, inner=32))
+    if length > DECODE_TOKENS:
+        return _within(head_dim * element_size, Blocks(tokens=16 if length <= FEW_TOKENS else 64, slots=32, inner=32))
     wanted = -(-_PROGRAMS // (batch * length * heads))
     splits = min(power_of_two(wanted), power_of_two(-(-slots // 64)), 16)
     if "q_weight" in shapes:  # each program makes its head's query: long reads, for few of them wait on one another

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exporters.kernels._parts import add_product, end_product, load_rows, start_product
-from exporters.kernels.kernel import Blocks, Dim, Kernel, Output, Shape, cdiv, power_of_two
+from exporters.kernels import projection
+from exporters.kernels._parts import add_product, end_product, has_memory, load_rows, start_product
+from exporters.kernels.kernel import Blocks, Kernel, Output, Shape, power_of_two
 from surgeon.memory.rms_norm import rms_norm
 
 
@@ -28,12 +29,12 @@ def inject_kernel(  # type: ignore[no-untyped-def]
     raw_ptr,
     K: tl.constexpr,
     N: tl.constexpr,
-    EPS: tl.constexpr,
-    HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EPS: tl.constexpr,
+    HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -62,10 +63,7 @@ def inject_kernel(  # type: ignore[no-untyped-def]
             at = tl.cast(row, tl.int64) * N + c
             part = tl.load(raw_ptr + at, mask=c < N, other=0.0, cache_modifier=".cg")
             y = part * (alpha * tl.rsqrt(tl.sum(part * part, 0) / N + EPS))
-            seen = 0.0
-            for split in tl.static_range(SPLITS):
-                seen += tl.load(ml_ptr + (tl.cast(row, tl.int64) * (HEADS * SPLITS) + split) * 2 + 1)
-            gets = seen != 0.0
+            gets = has_memory(ml_ptr, row, row < T, HEADS, SPLITS)
             if visual_mask_ptr is not None:
                 gets = gets & (tl.load(visual_mask_ptr + row) == 0)
             y = tl.where(gets, y, 0.0)
@@ -109,23 +107,13 @@ def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Bl
 
 
 def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Any]:
-    width, size = shapes["weight"]
     return {
-        "K": size,
-        "N": width,
+        **projection.constants(shapes, blocks),
         "EPS": options["eps"],
         "HEADS": shapes["ml"][2],
         "SPLITS": shapes["ml"][3],
-        "BLOCK_T": blocks.tokens,
-        "BLOCK_N": blocks.outputs,
-        "BLOCK_K": blocks.inner,
-        "BLOCK_C": power_of_two(width),
+        "BLOCK_C": power_of_two(shapes["weight"][0]),
     }
-
-
-def _grid(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> tuple[Dim, Dim, Dim]:
-    batch, length, _ = shapes["x"]
-    return cdiv(shapes["weight"][0], blocks.outputs), cdiv(batch * length, blocks.tokens), 1
 
 
 KERNEL = Kernel(
@@ -133,8 +121,8 @@ KERNEL = Kernel(
     function=inject_kernel,
     definition=inject,
     inputs=("x", "weight", "alpha", "ml", "visual_mask", "onto", "arrived"),
-    sizes=lambda shapes: {"T": shapes["x"][0] * shapes["x"][1]},
+    sizes=projection.sizes,
     outputs=_outputs,
     constants=_constants,
-    grid=_grid,
+    grid=projection.grid,
 )

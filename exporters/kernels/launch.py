@@ -1,7 +1,6 @@
 """A chain of kernels run on tensors."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -67,7 +66,7 @@ def _fitting(planned: Launch, inputs: Mapping[str, Tensor]) -> tuple[Launch, dic
         except OutOfResources:
             if planned.blocks.num_stages == 1:
                 raise
-            planned = replace(planned, blocks=replace(planned.blocks, num_stages=planned.blocks.num_stages - 1))
+            planned = planned.with_fewer_stages()
 
 
 def _launch(planned: Launch, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

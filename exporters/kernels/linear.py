@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from exporters.kernels import projection
 from exporters.kernels._parts import (
     add_gated,
     add_product,
@@ -17,7 +18,7 @@ from exporters.kernels._parts import (
     mean_square,
     start_product,
 )
-from exporters.kernels.kernel import Blocks, Dim, Kernel, Output, Shape, cdiv
+from exporters.kernels.kernel import Blocks, Kernel, Output, Shape
 from surgeon.memory.rms_norm import rms_norm
 
 
@@ -33,12 +34,12 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     y_ptr,
     K: tl.constexpr,
     N: tl.constexpr,
-    EPS: tl.constexpr,
-    HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EPS: tl.constexpr,
+    HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -101,23 +102,13 @@ def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Bl
 
 
 def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Any]:
-    width, size = shapes["weight"]
     ml = shapes.get("ml")
     return {
-        "K": size,
-        "N": width,
+        **projection.constants(shapes, blocks),
         "EPS": options.get("eps", 0.0),
         "HEADS": ml[2] if ml else 1,
         "SPLITS": ml[3] if ml else 1,
-        "BLOCK_T": blocks.tokens,
-        "BLOCK_N": blocks.outputs,
-        "BLOCK_K": blocks.inner,
     }
-
-
-def _grid(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> tuple[Dim, Dim, Dim]:
-    batch, length, _ = shapes["x"]
-    return cdiv(shapes["weight"][0], blocks.outputs), cdiv(batch * length, blocks.tokens), 1
 
 
 KERNEL = Kernel(
@@ -125,8 +116,8 @@ KERNEL = Kernel(
     function=linear_kernel,
     definition=linear,
     inputs=("x", "norm", "weight", "residual", "gate", "ml"),
-    sizes=lambda shapes: {"T": shapes["x"][0] * shapes["x"][1]},
+    sizes=projection.sizes,
     outputs=_outputs,
     constants=_constants,
-    grid=_grid,
+    grid=projection.grid,
 )

@@ -4,7 +4,7 @@ Shapes may hold symbolic sizes where a kernel takes them as numbers at launch: b
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from exporters.kernels.blocks import default_blocks
@@ -33,6 +33,10 @@ class Launch:
     constants: dict[str, Any]
     grid: tuple[Dim, Dim, Dim]
 
+    def with_fewer_stages(self) -> "Launch":
+        """The same in less shared memory: nothing but the compiled code depends on the stages."""
+        return replace(self, blocks=replace(self.blocks, num_stages=self.blocks.num_stages - 1))
+
 
 ChooseBlocks = Callable[[Step, Mapping[str, TensorType]], Blocks]
 
@@ -40,6 +44,11 @@ ChooseBlocks = Callable[[Step, Mapping[str, TensorType]], Blocks]
 def by_rule(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
     shapes = {name: tensor.shape for name, tensor in inputs.items()}
     return default_blocks(step.kernel, shapes, element_size(inputs))
+
+
+def fixed_blocks(blocks: Mapping[str, Blocks]) -> ChooseBlocks:
+    """By the names of steps, and by rule for the rest."""
+    return lambda step, inputs: blocks.get(step.name) or by_rule(step, inputs)
 
 
 def element_size(inputs: Mapping[str, TensorType]) -> int:

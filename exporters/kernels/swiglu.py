@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from exporters.kernels import projection
 from exporters.kernels._parts import add_product, end_product, load_rows, mean_square, start_product
-from exporters.kernels.kernel import Blocks, Dim, Kernel, Output, Shape, cdiv
+from exporters.kernels.kernel import Blocks, Kernel, Output, Shape
 from surgeon.memory.rms_norm import rms_norm
 
 
@@ -23,10 +24,10 @@ def swiglu_kernel(  # type: ignore[no-untyped-def]
     y_ptr,
     K: tl.constexpr,
     N: tl.constexpr,
-    EPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EPS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -72,20 +73,10 @@ def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Bl
 
 
 def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Any]:
-    width, size = shapes["gate_weight"]
     return {
-        "K": size,
-        "N": width,
+        **projection.constants(shapes, blocks),
         "EPS": options["eps"],
-        "BLOCK_T": blocks.tokens,
-        "BLOCK_N": blocks.outputs,
-        "BLOCK_K": blocks.inner,
     }
-
-
-def _grid(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> tuple[Dim, Dim, Dim]:
-    batch, length, _ = shapes["x"]
-    return cdiv(shapes["gate_weight"][0], blocks.outputs), cdiv(batch * length, blocks.tokens), 1
 
 
 KERNEL = Kernel(
@@ -93,8 +84,8 @@ KERNEL = Kernel(
     function=swiglu_kernel,
     definition=swiglu,
     inputs=("x", "norm", "gate_weight", "up_weight"),
-    sizes=lambda shapes: {"T": shapes["x"][0] * shapes["x"][1]},
+    sizes=projection.sizes,
     outputs=_outputs,
     constants=_constants,
-    grid=_grid,
+    grid=projection.grid,
 )

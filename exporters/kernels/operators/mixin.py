@@ -46,12 +46,10 @@ def fused(*arguments: Any) -> Tensor:
     others = [*tensors[:4], *tensors[6:]]  # without cos and sin, which are of any dtype
     if not fits("mixin", tensors[1].shape[3], tuple(others)):
         return plain_definition(*arguments)
-    from exporters.kernels import launch, mixin
-    from exporters.kernels.autotune import choose
+    from exporters.kernels import mixin  # needs Triton
+    from exporters.kernels.operators._run import run
 
-    chain = mixin.chain(eps)
-    given = dict(zip(chain.inputs, tensors, strict=True))
-    (output,) = launch.run(chain, launch.contiguous(given), choose)
+    (output,) = run(mixin.chain(eps), tensors)
     return output
 
 
@@ -86,11 +84,10 @@ def fused_memory(*arguments: Any) -> tuple[Tensor, Tensor]:
     head_dim = 2 * tensors[1].shape[-1]
     if not fits("mixin", head_dim, (tensors[0], *tensors[3:])):
         return _plain_memory(*arguments)
-    from exporters.kernels import launch, mixin
-    from exporters.kernels.autotune import choose
+    from exporters.kernels import mixin  # needs Triton
+    from exporters.kernels.operators._run import run
 
-    chain = mixin.memory_chain(eps, head_dim)
-    keys, values = launch.run(chain, launch.contiguous(dict(zip(chain.inputs, tensors, strict=True))), choose)
+    keys, values = run(mixin.memory_chain(eps, head_dim), tensors)
     return keys, values
 
 

@@ -54,12 +54,10 @@ def fused(*arguments: Any) -> Tensor:
     *tensors, eps, onto = arguments if len(arguments) == 18 else (*arguments, None)
     if not fits("pvm", tensors[1].shape[3], (*tensors, onto)):
         return _plain(*tensors, eps, onto)
-    from exporters.kernels import launch, pvm
-    from exporters.kernels.autotune import choose
+    from exporters.kernels import pvm  # needs Triton
+    from exporters.kernels.operators._run import run
 
-    chain = pvm.chain(eps)
-    given = dict(zip(chain.inputs, (*tensors, onto), strict=True))
-    (output,) = launch.run(chain, launch.contiguous(given), choose)
+    (output,) = run(pvm.chain(eps), (*tensors, onto))
     return output
 
 
@@ -93,11 +91,10 @@ def fused_memory(*arguments: Any) -> tuple[Tensor, Tensor]:
     head_dim = tensors[4].shape[0]
     if not fits("pvm", head_dim, tensors):
         return _plain_memory(*arguments)
-    from exporters.kernels import launch, pvm
-    from exporters.kernels.autotune import choose
+    from exporters.kernels import pvm  # needs Triton
+    from exporters.kernels.operators._run import run
 
-    chain = pvm.memory_chain(eps, head_dim)
-    keys, values = launch.run(chain, launch.contiguous(dict(zip(chain.inputs, tensors, strict=True))), choose)
+    keys, values = run(pvm.memory_chain(eps, head_dim), tensors)
     return keys, values
 
 

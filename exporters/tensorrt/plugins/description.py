@@ -6,13 +6,13 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from exporters.kernels.aot import SHARED_KIB, Job, compile_launches
+from exporters.kernels.blocks import DECODE_TOKENS, FEW_TOKENS
 from exporters.kernels.kernel import Blocks, Chain, Step
-from exporters.kernels.plan import ChooseBlocks, Launch, TensorType, by_rule, plan, plan_step
+from exporters.kernels.plan import ChooseBlocks, Launch, TensorType, by_rule, fixed_blocks, plan, plan_step
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.plugins import FORMAT
 from exporters.tensorrt.plugins.formula import Size, formula
@@ -88,7 +88,7 @@ def reaches(profiles: Sequence[Profile]) -> list[Reach]:
     most = largest(profiles)
     memory = max((profile.sizes["M"].opt for profile in profiles if "M" in profile.sizes), default=1)
     tokens = most.get("B", 1) * most.get("S", 1)
-    steps = ((4, 1), (64, min(64, tokens)), (None, tokens))
+    steps = ((DECODE_TOKENS, 1), (FEW_TOKENS, min(FEW_TOKENS, tokens)), (None, tokens))
     found = []
     for limit, length in steps:
         last = limit is None or tokens <= limit
@@ -125,7 +125,7 @@ def plan_plugins(
     for step in chain.steps:
         there = {name: values[step.inputs[name]] for name in step.kernel.inputs if step.inputs.get(name) in values}
         symbolic = {name: _referring(tensor, place) for place, (name, tensor) in enumerate(there.items())}
-        launches = [plan_step(step, symbolic, partial(_chosen, blocks)) for blocks in cut]
+        launches = [plan_step(step, symbolic, fixed_blocks(blocks)) for blocks in cut]
         inputs = tuple(there.values())
         outputs = {name: _named(tensor, inputs) for name, tensor in launches[0].outputs.items()}
         made = tuple(Form(form.tokens, launch) for form, launch in zip(forms, launches, strict=True))
@@ -208,10 +208,6 @@ def _splits(
     while splits > 1 and size * splits > _SPLITS_MEMORY:
         splits //= 2
     return splits
-
-
-def _chosen(blocks: Mapping[str, Blocks], step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
-    return blocks[step.name]
 
 
 def _referring(tensor: TensorType, place: int) -> TensorType:

@@ -23,12 +23,12 @@ EVERY = [
     Case(family, MIXIN + PVM, dtype)
     for family, dtype in itertools.product((*MODEL_TYPES, *PLAIN_TYPES), ("float16", "bfloat16"))
 ]
-REST = [case for case in EVERY if case not in CASES]
-"""CASES are compared in test_build.py, beside their engines."""
+COMPARED = [*CASES, *(case for case in EVERY if case not in CASES)]
+"""What engines are built of in test_build.py, and the rest."""
 SIZES = {"B": 2, "S": 3, "T": 2, "M": 5, "W": 2}
 
 
-@pytest.mark.parametrize("case", REST, ids=str)
+@pytest.mark.parametrize("case", COMPARED, ids=str)
 def test_a_given_graph_equals_the_validated_one(bundle_of: Callable[[Case], Pair], case: Case) -> None:
     pair = bundle_of(case)
     plan = make_plan(pair.bundle, "tensorrt-rtx", Limits())
