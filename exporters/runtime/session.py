@@ -12,11 +12,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
+from exporters.onnx.rewrite import Rewrite
 from exporters.runtime.rewrites import (
     EmulateBFloat16,
     Float32Boundary,
     GroupedQueryAttention,
-    OrtRewrite,
     PackedMultiHeadAttention,
     RoundFloat16,
 )
@@ -196,7 +196,7 @@ def as_value(tensor: torch.Tensor) -> ort.OrtValue:
     return ort.OrtValue.from_dlpack(tensor)
 
 
-def _rewrites(model: ir.Model, options: SessionOptions) -> Iterator[OrtRewrite]:
+def _rewrites(model: ir.Model, options: SessionOptions) -> Iterator[Rewrite]:
     dtypes = {value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
     # CUDA's contrib kernels for attention take fp16 and bf16 alone
     own = options.provider == "cpu" or (options.provider == "cuda" and ir.DataType.FLOAT not in dtypes)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 import surgeon
 from exporters.child_process import log_errors, run_child
+from exporters.kernels.graph import NAMESPACE
 from exporters.onnx import manifest as bundles
 from exporters.onnx.manifest import Port
 from exporters.tensorrt import layers
@@ -32,7 +33,6 @@ from exporters.tensorrt.library import (
 )
 from exporters.tensorrt.manifest import LAYERS, PROCESSOR, EngineFile, EngineManifest, LibraryUsed, digest
 from exporters.tensorrt.plan import GraphPlan, Kernels, Plan, make_plan
-from exporters.tensorrt.plugins import NAMESPACE
 from exporters.tensorrt.profiles import Limits
 from surgeon.checkpoint import check_target, staged, staged_file
 
@@ -224,7 +224,8 @@ class _Builder:
         if not graph.plugins:
             return {}
         # needs Triton, which a graph without plugins does not
-        from exporters.tensorrt.plugins.description import compile_plugins
+        from exporters.kernels.graph.node import compile_nodes
+        from exporters.tensorrt.plugins.reach import capabilities
 
         here = gpu()
         targets = self.targets or (() if here is None else (here.capability,))
@@ -236,7 +237,7 @@ class _Builder:
         if self.progress is not None:
             self.progress(f"{graph.name}: compiling kernels", 0, 1)
         folder = None if self.cache is None else self.cache.folder / KERNELS
-        return compile_plugins(graph.plugins, targets, folder)
+        return compile_nodes(graph.plugins, capabilities(targets), folder)
 
     def _spec(self, graph: GraphPlan, engine: Path, plugins: Mapping[str, Any]) -> dict[str, Any]:
         """What the child is told, JSON."""

@@ -15,8 +15,8 @@ from exporters.tensorrt.profiles import Limits, Profile, cache_bytes, make_profi
 from exporters.tensorrt.rewrites import rewrite
 
 if TYPE_CHECKING:
-    from exporters.tensorrt.plugins.description import Plugin
-    from exporters.tensorrt.rewrites.fused_kernels import FusedKernels
+    from exporters.kernels.graph.fused_kernels import FusedKernels
+    from exporters.kernels.graph.node import KernelNode
 
 Kernels = Literal["standard", "fused"]
 """What computes the grafts: standard operators, or the project's own kernels as plugins."""
@@ -38,7 +38,7 @@ class GraphPlan:
     inputs: list[Port]
     """Those of the bundle's graph that are left after the rewrites."""
     outputs: list[Port]
-    plugins: Mapping[str, "Plugin"] = field(default_factory=dict)
+    plugins: Mapping[str, "KernelNode"] = field(default_factory=dict)
     """Those of the graph's nodes, by operator."""
     fused: Mapping[str, int] = field(default_factory=dict)
     """How many calls of each function became plugins."""
@@ -134,7 +134,7 @@ def _graph(bundle: Path, manifest: Manifest, name: str, profiles: list[Profile],
         profiles=profiles,
         inputs=[port for port in described.inputs if port.name in left],
         outputs=described.outputs,
-        plugins={} if fusion is None else fusion.plugins,
+        plugins={} if fusion is None else fusion.nodes,
         fused={} if fusion is None else fusion.functions,
     )
 
@@ -147,7 +147,9 @@ def _fusion(profiles: list[Profile]) -> "FusedKernels":
             f"--kernels fused needs Triton ({error}): pip install 'lvlm-surgeon[kernels]', or take --kernels standard"
         ) from error
     # these are written in Triton, which is not installed everywhere
-    from exporters.tensorrt.plugins.description import largest, reaches
-    from exporters.tensorrt.rewrites.fused_kernels import FusedKernels
+    from exporters.kernels.graph import NAMESPACE, VERSION
+    from exporters.kernels.graph.fused_kernels import FusedKernels
+    from exporters.tensorrt.plugins.reach import largest, reaches
 
-    return FusedKernels(reaches(profiles), largest(profiles))
+    attributes = {"plugin_version": VERSION, "plugin_namespace": NAMESPACE}
+    return FusedKernels(reaches(profiles), largest(profiles), attributes=attributes)

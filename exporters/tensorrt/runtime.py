@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from exporters.kernels.graph import NAMESPACE
 from exporters.runtime.runtime import GraphName, Runtime
 from exporters.runtime.session import stays_on_device
 from exporters.runtime.state import State, Tokens
@@ -13,7 +14,6 @@ from exporters.tensorrt.device import CudaDevice, Device
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.library import gpu
 from exporters.tensorrt.manifest import EngineManifest
-from exporters.tensorrt.plugins import NAMESPACE
 from exporters.tensorrt.session import EngineSession
 
 ALIGNMENT = 256

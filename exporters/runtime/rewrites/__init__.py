@@ -3,7 +3,6 @@
 Each is an onnx-ir pass that says in `replaced` how many nodes it replaced, and leaves alone what it does not know.
 """
 
-from exporters.runtime.rewrites.base import OrtRewrite
 from exporters.runtime.rewrites.emulate_bfloat16 import EmulateBFloat16
 from exporters.runtime.rewrites.float32_boundary import Float32Boundary
 from exporters.runtime.rewrites.grouped_query_attention import GroupedQueryAttention
@@ -14,7 +13,6 @@ __all__ = [
     "EmulateBFloat16",
     "Float32Boundary",
     "GroupedQueryAttention",
-    "OrtRewrite",
     "PackedMultiHeadAttention",
     "RoundFloat16",
 ]

@@ -7,11 +7,6 @@ import onnx_ir as ir
 CONTRIB = "com.microsoft"
 
 
-def is_standard(node: ir.Node, op_type: str) -> bool:
-    """Whether it is this operator of ONNX itself."""
-    return node.op_type == op_type and node.domain in ("", "ai.onnx")
-
-
 def says_only(node: ir.Node, known: set[str]) -> bool:
     """Whether every other attribute is zero, which is what those of Attention and RotaryEmbedding are by default."""
     return all(name in known or attribute.value in (0, 0.0) for name, attribute in node.attributes.items())

@@ -5,12 +5,12 @@ from collections.abc import Collection, Iterator
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
-from exporters.runtime.rewrites._nodes import int_attribute, is_standard, take_over
-from exporters.runtime.rewrites.base import OrtRewrite
+from exporters.onnx.rewrite import Rewrite, is_standard
+from exporters.runtime.rewrites._nodes import int_attribute, take_over
 from surgeon.errors import BundleError
 
 
-class EmulateBFloat16(OrtRewrite):
+class EmulateBFloat16(Rewrite):
     """A bf16 graph -> one that ONNX Runtime's CPU provider, which computes nothing in bf16, can run.
 
     Values become fp32 tensors that hold bf16 numbers: every operator computes in fp32 and its result is rounded to bf16

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from exporters.onnx.rewrite import Rewrite
 from exporters.runtime.rewrites._nodes import take_over
-from exporters.runtime.rewrites.base import OrtRewrite
 
 REDUCED = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-class Float32Boundary(OrtRewrite):
+class Float32Boundary(Rewrite):
     """Inputs and outputs in fp16 or bf16 -> fp32, cast inside the graph, but for those that `keep(name)` holds back:
     what the host computes with is fp32, what stays on the device (caches, memory) is as the graph has it."""
 

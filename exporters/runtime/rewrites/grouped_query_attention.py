@@ -8,20 +8,19 @@ import onnxruntime as ort
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
+from exporters.onnx.rewrite import Rewrite, is_standard
 from exporters.runtime.rewrites._nodes import (
     CONTRIB,
     attention_scale,
     copy_dtype,
     int_attribute,
-    is_standard,
     says_only,
     static_size,
     take_over,
 )
-from exporters.runtime.rewrites.base import OrtRewrite
 
 
-class GroupedQueryAttention(OrtRewrite):
+class GroupedQueryAttention(Rewrite):
     """Cached causal Attention -> com.microsoft.GroupQueryAttention.
 
     `Attention(q, TensorScatter(past_k, k, w), TensorScatter(past_v, v, w), mask)` costs O(Smax) on ONNX Runtime,

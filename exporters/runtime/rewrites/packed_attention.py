@@ -3,19 +3,18 @@
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from exporters.onnx.rewrite import Rewrite, is_standard
 from exporters.runtime.rewrites._nodes import (
     CONTRIB,
     attention_scale,
     int_attribute,
-    is_standard,
     says_only,
     static_size,
     take_over,
 )
-from exporters.runtime.rewrites.base import OrtRewrite
 
 
-class PackedMultiHeadAttention(OrtRewrite):
+class PackedMultiHeadAttention(Rewrite):
     """Attention over packed heads [B, S, H * hd] without a mask -> com.microsoft.MultiHeadAttention.
 
     ONNX Runtime's CPU provider computes the standard operator with an S x S matrix for each head, and the contrib

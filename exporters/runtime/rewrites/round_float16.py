@@ -4,7 +4,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from exporters.onnx.precision.float32_nodes import MOVES_DATA, compute_in_float32
-from exporters.runtime.rewrites.base import OrtRewrite
+from exporters.onnx.rewrite import Rewrite
 
 _KERNELS = frozenset(
     (
@@ -21,7 +21,7 @@ _KERNELS = frozenset(
 """What ONNX Runtime's CPU provider computes in fp16 itself, and what cannot become larger than what it reads."""
 
 
-class RoundFloat16(OrtRewrite):
+class RoundFloat16(Rewrite):
     """Operators without an fp16 kernel on the CPU are given casts to fp32 and back.
 
     ONNX Runtime puts such casts around them itself, and then takes out those that meet between two operators: what lies

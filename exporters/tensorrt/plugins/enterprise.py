@@ -9,15 +9,15 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from exporters.tensorrt.plugins import NAMESPACE
-from exporters.tensorrt.plugins.formula import evaluate
+from exporters.kernels.graph import NAMESPACE
+from exporters.kernels.graph.formula import evaluate
 
 _DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32", "bool": "BOOL"}
 _COMBINATION = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int32": "INT32", "bool": "BOOL"}
 
 
 def register(trt: Any, described: Mapping[str, dict[str, Any]]) -> int:
-    """Make plugins known to the library that builds: by name, what `compile_plugins` says of each for one target. ->
+    """Make plugins known to the library that builds: by name, what `compile_nodes` says of each for one target. ->
     the flags of a network that has them."""
     plugin = importlib.import_module(f"{trt.__name__}.plugin")
     for name, what in described.items():

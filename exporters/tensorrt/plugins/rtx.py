@@ -9,8 +9,8 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from exporters.tensorrt.plugins import FORMAT, NAMESPACE, VERSION
-from exporters.tensorrt.plugins.formula import evaluate
+from exporters.kernels.graph import FORMAT, NAMESPACE, VERSION
+from exporters.kernels.graph.formula import evaluate
 from exporters.tensorrt.plugins.launch import Driver
 
 _FIELD = "described"
@@ -23,7 +23,7 @@ _registered: list[Any] = []
 
 
 def register(trt: Any, described: Mapping[str, dict[str, Any]]) -> int:
-    """Make plugins known to the library that builds: by name, what `compile_plugins` says of each. -> the flags of a
+    """Make plugins known to the library that builds: by name, what `compile_nodes` says of each. -> the flags of a
     network that has them."""
     _register(trt, described, described)
     return 0

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from exporters.onnx.rewrite import Rewrite
 from exporters.tensorrt.rewrites.additive_mask import AdditiveMask
-from exporters.tensorrt.rewrites.base import TensorRTRewrite
 from exporters.tensorrt.rewrites.inline import InlineFunctions
 from exporters.tensorrt.rewrites.static_heads import StaticHeads
 from exporters.tensorrt.rewrites.unread_inputs import DropUnreadInputs
@@ -20,14 +20,13 @@ __all__ = [
     "DropUnreadInputs",
     "InlineFunctions",
     "StaticHeads",
-    "TensorRTRewrite",
     "rewrite",
 ]
 
-REWRITES: tuple[type[TensorRTRewrite], ...] = (InlineFunctions, StaticHeads, AdditiveMask, DropUnreadInputs)
+REWRITES: tuple[type[Rewrite], ...] = (InlineFunctions, StaticHeads, AdditiveMask, DropUnreadInputs)
 
 
-def rewrite(model: ir.Model, first: Sequence[TensorRTRewrite] = ()) -> dict[str, int]:
+def rewrite(model: ir.Model, first: Sequence[Rewrite] = ()) -> dict[str, int]:
     """Apply `first`, and then every rewrite, to `model` in place -> how many nodes each replaced, by name."""
     replaced = {}
     for each in (*first, *(made() for made in REWRITES)):

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from exporters.tensorrt.rewrites.base import TensorRTRewrite, is_standard
+from exporters.onnx.rewrite import Rewrite, is_standard
 
 _LOWEST: dict[ir.DataType, np.ndarray] = {
     ir.DataType.FLOAT: np.array(np.finfo(np.float32).min, dtype=np.float32),
@@ -13,7 +13,7 @@ _LOWEST: dict[ir.DataType, np.ndarray] = {
 }
 
 
-class AdditiveMask(TensorRTRewrite):
+class AdditiveMask(Rewrite):
     """A bool mask of an Attention over something other than the key/value cache -> 0 where it is seen, the lowest
     finite number where it is not.
 

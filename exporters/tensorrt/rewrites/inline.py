@@ -3,12 +3,12 @@
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from exporters.tensorrt.rewrites.base import TensorRTRewrite
+from exporters.onnx.rewrite import Rewrite
 
 _CALL = "surgeon.call"
 
 
-class InlineFunctions(TensorRTRewrite):
+class InlineFunctions(Rewrite):
     """Every call of a model-local function -> its nodes, named `<the call's name>/<the node's operator>`.
 
     TensorRT's parser would inline them too, but under names that say nothing and repeat for every call.

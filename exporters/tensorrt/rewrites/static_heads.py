@@ -1,13 +1,14 @@
 """The number of an Attention's heads made known where the graph computes it."""
 
+import numpy as np
 import onnx_ir as ir
 
-from exporters.tensorrt.rewrites.base import TensorRTRewrite, constant, is_standard, static
+from exporters.onnx.rewrite import Rewrite, is_standard, static
 
 _KEEPS_HEADS = ("RMSNormalization", "RotaryEmbedding", "Transpose")
 
 
-class StaticHeads(TensorRTRewrite):
+class StaticHeads(Rewrite):
     """`Reshape(Gemm(...), computed shape)` in front of an Attention -> the same, and a Reshape to [0, 0, H, hd].
 
     TensorRT takes a Reshape whose -1 it cannot resolve for one of an unknown number of heads, and then for no grouped
@@ -64,10 +65,26 @@ def _is_constant(shape: ir.Value | None) -> bool:
 
 def _pin(model: ir.Model, reshape: ir.Node, heads: int, head_dim: int) -> None:
     output = reshape.outputs[0]
-    pin = ir.node("Reshape", [output, constant(model, [0, 0, heads, head_dim])], name=f"{reshape.name}/static_heads")
+    pin = ir.node("Reshape", [output, _constant(model, [0, 0, heads, head_dim])], name=f"{reshape.name}/static_heads")
     pinned = pin.outputs[0]
     pinned.name, pinned.type = f"{output.name}.static_heads", output.type
     for use in list(output.uses()):
         if use.node is not pin:
             use.node.replace_input_with(use.idx, pinned)
     model.graph.insert_after(reshape, pin)
+
+
+def _constant(model: ir.Model, values: list[int]) -> ir.Value:
+    """An int64 initialiser [n], one for each content."""
+    name = "tensorrt_" + "_".join(str(value).replace("-", "minus") for value in values)
+    if name not in model.graph.initializers:
+        tensor = ir.tensor(np.array(values, dtype=np.int64), name=name)
+        model.graph.initializers.add(
+            ir.Value(
+                name=name,
+                shape=ir.Shape([len(values)]),
+                type=ir.TensorType(ir.DataType.INT64),
+                const_value=tensor,
+            )
+        )
+    return model.graph.initializers[name]

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
-from exporters.tensorrt.rewrites.base import TensorRTRewrite, is_standard
+from exporters.onnx.rewrite import Rewrite, is_standard
 
 
-class DropUnreadInputs(TensorRTRewrite):
+class DropUnreadInputs(Rewrite):
     """A graph input of which the size alone is asked, or nothing -> no input; the size is that of another input's axis
     of the same symbol.
 

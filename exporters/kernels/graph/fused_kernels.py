@@ -1,4 +1,4 @@
-"""The grafts' functions as chains of plugins, one for each launch of their fused kernels."""
+"""The grafts' functions as chains of nodes, one for each launch of their fused kernels."""
 
 import importlib
 import importlib.util
@@ -10,13 +10,13 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
+from exporters.kernels.graph import NAMESPACE, VERSION
+from exporters.kernels.graph.node import KernelNode, Reach, plan_nodes
 from exporters.kernels.kernel import Chain
 from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule
 from exporters.kernels.support import reason_against
 from exporters.onnx.functions import DOMAIN, registry
-from exporters.tensorrt.plugins import NAMESPACE, VERSION
-from exporters.tensorrt.plugins.description import Plugin, Reach, plan_plugins
-from exporters.tensorrt.rewrites.base import TensorRTRewrite, is_standard, static
+from exporters.onnx.rewrite import Rewrite, is_standard, static
 
 _DTYPES = {
     ir.DataType.FLOAT: "float32",
@@ -39,17 +39,25 @@ def chains() -> dict[str, Callable[[float], Chain]]:
     return {name: importlib.import_module(module).chain for name, module in there.items()}
 
 
-class FusedKernels(TensorRTRewrite):
+class FusedKernels(Rewrite):
     """Every call of a graft's function -> nodes of the domain "surgeon", named `<the call's name>/<the step's name>`.
     An Add that alone reads the result of a chain that can do that itself becomes part of it.
 
     It runs before functions are written out. A call that the kernels do not take stays, and why is said once.
     """
 
-    def __init__(self, forms: Sequence[Reach], most: Mapping[str, int], choose: ChooseBlocks = by_rule) -> None:
-        """`most`: every symbol of the graph at its largest; `forms`: what launches are cut for."""
+    def __init__(
+        self,
+        forms: Sequence[Reach],
+        most: Mapping[str, int] | None = None,
+        choose: ChooseBlocks = by_rule,
+        attributes: Mapping[str, str] | None = None,
+    ) -> None:
+        """`forms`: what launches are cut for, with a size for every symbol of the graph; `most`: every symbol at its
+        largest, as `plan_nodes` takes it; `attributes`: what the runtime wants every node to say."""
         self.forms, self.most, self.choose = forms, most, choose
-        self.plugins: dict[str, Plugin] = {}
+        self.attributes = dict(attributes or {})
+        self.nodes: dict[str, KernelNode] = {}
         """By operator: a step's name, and its number where the layers' steps of that name are not alike."""
         self.functions: dict[str, int] = {}
         """How many calls of each function were replaced."""
@@ -81,7 +89,8 @@ class FusedKernels(TensorRTRewrite):
         for name, value in given.items():
             if value is None or value.shape is None or value.dtype not in _DTYPES:
                 return f"{chain.name}: no fused kernel where the graph does not say shape and dtype of {name}"
-            if unknown := [size for size in value.shape if static(size) is None and str(size) not in self.most]:
+            symbols = [str(size) for size in value.shape if static(size) is None]
+            if unknown := [size for size in symbols if size not in self.forms[0].sizes]:
                 return f"{chain.name}: no fused kernel for {name} with a dimension {unknown[0]}, which has no range"
             if name not in ("memory_mask", "visual_token_mask", "cos", "sin"):
                 dtypes.add(getattr(torch, _DTYPES[value.dtype]))
@@ -100,8 +109,8 @@ class FusedKernels(TensorRTRewrite):
             values[_ONTO] = b if a is node.outputs[0] else a  # type: ignore[assignment]  # both are there
             last = add
         types = {name: _type_of(value) for name, value in values.items()}
-        for plugin in plan_plugins(chain, types, self.forms, self.most, self.choose):
-            step = plugin.step
+        for planned in plan_nodes(chain, types, self.forms, self.most, self.choose):
+            step = planned.step
             inputs = [values[step.inputs[name]] for name in step.kernel.inputs if step.inputs.get(name) in values]
             outputs = [
                 ir.Value(
@@ -109,13 +118,13 @@ class FusedKernels(TensorRTRewrite):
                     shape=ir.Shape(tensor.shape),
                     type=ir.TensorType(_IR_DTYPES[tensor.dtype]),
                 )
-                for value, tensor in zip(step.outputs.values(), plugin.outputs, strict=True)
+                for value, tensor in zip(step.outputs.values(), planned.outputs, strict=True)
             ]
             values |= dict(zip(step.outputs.values(), outputs, strict=True))
             made = ir.node(
-                self._operator(plugin),
+                self._operator(planned),
                 inputs,
-                attributes={"plugin_version": VERSION, "plugin_namespace": NAMESPACE},
+                attributes=self.attributes,
                 domain=NAMESPACE,
                 outputs=outputs,
                 name=f"{node.name}/{step.name}",
@@ -127,12 +136,12 @@ class FusedKernels(TensorRTRewrite):
         if last is not node:
             model.graph.remove(node, safe=True)
 
-    def _operator(self, plugin: Plugin) -> str:
+    def _operator(self, node: KernelNode) -> str:
         """Under which name it is known: layers that are alike share it."""
         number = 1
         while True:
-            name = plugin.step.name if number == 1 else f"{plugin.step.name}_{number}"
-            if self.plugins.setdefault(name, plugin).key == plugin.key:
+            name = node.step.name if number == 1 else f"{node.step.name}_{number}"
+            if self.nodes.setdefault(name, node).key == node.key:
                 return name
             number += 1
 

@@ -1,4 +1,4 @@
-"""A chain of kernels as plugins: what each reads and writes, how large, and its launches compiled."""
+"""A chain of kernels as nodes of a graph: what each reads and writes, how large, and its launches compiled."""
 
 import dataclasses
 import hashlib
@@ -9,17 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.kernels.aot import SHARED_KIB, Job, compile_launches
-from exporters.kernels.blocks import DECODE_TOKENS, FEW_TOKENS
+from exporters.kernels.aot import Job, compile_launches
+from exporters.kernels.graph import FORMAT
+from exporters.kernels.graph.formula import Size, formula
 from exporters.kernels.kernel import Blocks, Chain, Step
 from exporters.kernels.plan import ChooseBlocks, Launch, TensorType, by_rule, fixed_blocks, plan, plan_step
-from exporters.tensorrt.errors import EngineError
-from exporters.tensorrt.plugins import FORMAT
-from exporters.tensorrt.plugins.formula import Size, formula
-from exporters.tensorrt.profiles import Profile
 
-_LAST_PORTABLE = 89
-"""PTX for compute capabilities up to this one runs on all later ones."""
 _SPLITS_MEMORY = 512 << 20
 """Bytes that one attention may leave behind at the largest sizes: all forms of it share its number of splits."""
 _ITEMSIZE = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
@@ -38,16 +33,16 @@ class Reach:
 class Form:
     tokens: int | None
     launch: Launch
-    """Its sizes are formulas of the plugin's inputs."""
+    """Its sizes are formulas of the node's inputs."""
 
 
 @dataclass(frozen=True)
-class Plugin:
+class KernelNode:
     """One step of a chain. Its inputs are those of the kernel that are there, in the kernel's order."""
 
     step: Step
     inputs: tuple[TensorType, ...]
-    """As in the graph: a dimension is a number or a symbol."""
+    """As in the graph: a dimension is a number, a symbol, or None where forms differ in it."""
     outputs: tuple[TensorType, ...]
     forms: tuple[Form, ...]
 
@@ -55,13 +50,14 @@ class Plugin:
     def described(self) -> dict[str, Any]:
         """What it is, JSON, but for its compiled kernels. Layers that are alike have the same."""
         launch = self.forms[0].launch
+        shapes = [[[formula(n) for n in out.shape] for out in form.launch.outputs.values()] for form in self.forms]
         return {
             "format": FORMAT,
             "kernel": self.step.kernel.name,
             "inputs": [tensor.dtype for tensor in self.inputs],
             "outputs": [
-                {"dtype": tensor.dtype, "shape": [formula(size) for size in tensor.shape]}
-                for tensor in launch.outputs.values()
+                {"dtype": tensor.dtype, "shape": shape}
+                for tensor, shape in zip(launch.outputs.values(), shapes[0], strict=True)
             ],
             "sizes": [formula(size) for size in launch.sizes.values()],
             "forms": [
@@ -71,7 +67,8 @@ class Plugin:
                     "constants": form.launch.constants,
                     "blocks": dataclasses.asdict(form.launch.blocks),
                 }
-                for form in self.forms
+                | ({} if own == shapes[0] else {"outputs": own})
+                for form, own in zip(self.forms, shapes, strict=True)
             ],
         }
 
@@ -80,83 +77,62 @@ class Plugin:
         return hashlib.sha256(json.dumps(self.described, sort_keys=True).encode()).hexdigest()
 
 
-def reaches(profiles: Sequence[Profile]) -> list[Reach]:
-    """The forms that the profiles of a decoder ask for: one token or few, some, many.
-
-    The limits are those at which `default_blocks` changes its mind.
-    """
-    most = largest(profiles)
-    memory = max((profile.sizes["M"].opt for profile in profiles if "M" in profile.sizes), default=1)
-    tokens = most.get("B", 1) * most.get("S", 1)
-    steps = ((DECODE_TOKENS, 1), (FEW_TOKENS, min(FEW_TOKENS, tokens)), (None, tokens))
-    found = []
-    for limit, length in steps:
-        last = limit is None or tokens <= limit
-        found.append(Reach(None if last else limit, {**dict.fromkeys(most, 1), "B": 1, "S": length, "M": memory}))
-        if last:
-            break
-    return found
-
-
-def largest(profiles: Iterable[Profile]) -> dict[str, int]:
-    """Every symbol at its largest."""
-    found: dict[str, int] = {}
-    for profile in profiles:
-        for symbol, size in profile.sizes.items():
-            found[symbol] = max(found.get(symbol, 0), size.max)
-    return found
-
-
-def plan_plugins(
+def plan_nodes(
     chain: Chain,
     given: Mapping[str, TensorType],
     forms: Sequence[Reach],
-    most: Mapping[str, int],
+    most: Mapping[str, int] | None = None,
     choose: ChooseBlocks = by_rule,
-) -> list[Plugin]:
-    """One plugin for each step of a chain. `given`: the chain's inputs by name, without those that are None; a
-    dimension is a number or a symbol of `most`, the largest size of each."""
+) -> list[KernelNode]:
+    """One node for each step of a chain. `given`: the chain's inputs by name, without those that are None; a dimension
+    is a number or a symbol.
+
+    `most`, the largest size of each symbol, is for runtimes that are told once how large outputs are, whichever form
+    runs: all forms then split the memory alike. Without it each does as it is cut, and has shapes of its own.
+    """
     cut = [_blocks(chain, given, form.sizes, choose) for form in forms]
-    for name in cut[0]:
+    for name in cut[0] if most is not None else ():
+        assert most is not None
         splits = _splits(chain, given, most, name, cut[0][name].splits, choose)
         for blocks in cut:
             blocks[name] = dataclasses.replace(blocks[name], splits=splits)
-    values, found = dict(given), []
+    values = [dict(given) for _ in forms]
+    found = []
     for step in chain.steps:
-        there = {name: values[step.inputs[name]] for name in step.kernel.inputs if step.inputs.get(name) in values}
-        symbolic = {name: _referring(tensor, place) for place, (name, tensor) in enumerate(there.items())}
-        launches = [plan_step(step, symbolic, fixed_blocks(blocks)) for blocks in cut]
-        inputs = tuple(there.values())
-        outputs = {name: _named(tensor, inputs) for name, tensor in launches[0].outputs.items()}
-        made = tuple(Form(form.tokens, launch) for form, launch in zip(forms, launches, strict=True))
-        found.append(Plugin(step, inputs, tuple(outputs.values()), made))
-        values |= {value: outputs[name] for name, value in step.outputs.items()}
+        read = [step.inputs[name] for name in step.kernel.inputs if step.inputs.get(name) in values[0]]
+        made = []
+        for form, blocks, known in zip(forms, cut, values, strict=True):
+            there = {name: known[step.inputs[name]] for name in step.kernel.inputs if step.inputs.get(name) in known}
+            symbolic = {name: _referring(tensor, place) for place, (name, tensor) in enumerate(there.items())}
+            launch = plan_step(step, symbolic, fixed_blocks(blocks))
+            known |= {value: _named(launch.outputs[name], [*there.values()]) for name, value in step.outputs.items()}
+            made.append(Form(form.tokens, launch))
+        found.append(KernelNode(step, _common(read, values), _common(step.outputs.values(), values), tuple(made)))
     return found
 
 
-def compile_plugins(
-    plugins: Mapping[str, Plugin], targets: Sequence[str], cache: Path | None = None
+def compile_nodes(
+    nodes: Mapping[str, KernelNode], capabilities: Sequence[int], cache: Path | None = None, *, aligned: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """What the library is told of every plugin, JSON, with its kernels for each target ("sm89"). `cache`: a folder to
-    keep compiled kernels in.
+    """What a runtime is told of every node, JSON, with its kernels for each compute capability. `cache`: a folder to
+    keep compiled kernels in; `aligned`: whether the runtime places every tensor at a multiple of 16 bytes.
 
-    Raises EngineError for a target that kernels do not run on, CompileError for a kernel that does not compile.
+    Raises CompileError for a kernel that does not compile.
     """
-    capabilities = sorted({_capability(target) for target in targets})
     jobs = [
-        (name, number, Job(form.launch, capability, aligned=True))
-        for name, plugin in plugins.items()
-        for number, form in enumerate(plugin.forms)
+        (name, number, Job(form.launch, capability, aligned))
+        for name, node in nodes.items()
+        for number, form in enumerate(node.forms)
         for capability in capabilities
     ]
-    found = {name: plugin.described for name, plugin in plugins.items()}
+    found = {name: node.described for name, node in nodes.items()}
     for described in found.values():
         for form in described["forms"]:
             form["kernels"] = []
     compiled = compile_launches([job for _, _, job in jobs], cache, fit=True)
     for (name, number, _), kernel in zip(jobs, compiled, strict=True):
         kinds = [parameter.kind for parameter in kernel.parameters]
-        assert kinds == sorted(kinds, key=("input", "size", "output").index), "launch.py passes them in this order"
+        assert kinds == sorted(kinds, key=("input", "size", "output").index), "they are passed in this order"
         found[name]["forms"][number]["kernels"].append(
             {
                 "capability": kernel.capability,
@@ -169,15 +145,13 @@ def compile_plugins(
     return found
 
 
-def _capability(target: str) -> int:
-    number = int(target.removeprefix("sm"))
-    if number < min(SHARED_KIB):
-        raise EngineError(
-            f"--kernels fused: the kernels need compute capability 8.0, and {target} is older: leave it out, or take "
-            "--kernels standard"
-        )
-    portable = [capability for capability in SHARED_KIB if capability <= min(number, _LAST_PORTABLE)]
-    return number if number in SHARED_KIB else max(portable)
+def _common(names: Iterable[str], values: Sequence[Mapping[str, TensorType]]) -> tuple[TensorType, ...]:
+    """What all forms know of these values."""
+    found = []
+    for name in names:
+        shapes = zip(*(known[name].shape for known in values), strict=True)
+        found.append(TensorType(tuple(n[0] if len(set(n)) == 1 else None for n in shapes), values[0][name].dtype))
+    return tuple(found)
 
 
 def _concrete(given: Mapping[str, TensorType], sizes: Mapping[str, int]) -> dict[str, TensorType]:

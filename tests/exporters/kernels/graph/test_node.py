@@ -3,10 +3,11 @@
 import pytest
 
 from exporters.kernels import pvm
+from exporters.kernels.graph.node import KernelNode, compile_nodes, plan_nodes
 from exporters.kernels.plan import TensorType
 from exporters.tensorrt.errors import EngineError
-from exporters.tensorrt.plugins.description import Plugin, compile_plugins, largest, plan_plugins, reaches
 from exporters.tensorrt.plugins.launch import prepare
+from exporters.tensorrt.plugins.reach import capabilities, largest, reaches
 from exporters.tensorrt.profiles import Profile, Range
 
 WIDTH, LATENT, HEAD_DIM = 96, 64, 32
@@ -20,7 +21,7 @@ def profiles(batch: int = 8, length: int = 4096, slots: int = 1024) -> list[Prof
     ]
 
 
-def planned(found: list[Profile]) -> dict[str, Plugin]:
+def planned(found: list[Profile]) -> dict[str, KernelNode]:
     def of(*shape: int | str) -> TensorType:
         return TensorType(shape, "bfloat16")
 
@@ -32,7 +33,7 @@ def planned(found: list[Profile]) -> dict[str, Plugin]:
         "o_proj": square, "post_attention_norm": of(LATENT), "gate_proj": of(40, LATENT), "up_proj": of(40, LATENT),
         "down_proj": of(LATENT, 40), "output_proj": of(WIDTH, LATENT), "alpha": of(1),
     }  # fmt: skip
-    plugins = plan_plugins(pvm.chain(1e-6), given, reaches(found), largest(found))
+    plugins = plan_nodes(pvm.chain(1e-6), given, reaches(found), largest(found))
     return {plugin.step.name: plugin for plugin in plugins}
 
 
@@ -77,8 +78,8 @@ def test_layers_of_other_sizes_are_other_plugins() -> None:
 
 def test_every_target_has_a_kernel_that_runs_there() -> None:
     plugins = {"pvm_text": planned(profiles(length=8))["pvm_text"]}
-    found = compile_plugins(plugins, ["sm120", "sm87", "sm121"])["pvm_text"]
+    found = compile_nodes(plugins, capabilities(["sm120", "sm87", "sm121"]))["pvm_text"]
     assert [[kernel["capability"] for kernel in form["kernels"]] for form in found["forms"]] == [[86, 89, 120]] * 2
     assert all(".entry" in kernel["ptx"] for form in found["forms"] for kernel in form["kernels"])
     with pytest.raises(EngineError, match="need compute capability 8.0, and sm75 is older"):
-        compile_plugins(plugins, ["sm75", "sm80"])
+        capabilities(["sm75", "sm80"])

@@ -13,10 +13,11 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from torch import Tensor
 
-from exporters.tensorrt.plugins.description import Plugin, largest, reaches
+from exporters.kernels.graph.fused_kernels import FusedKernels
+from exporters.kernels.graph.node import KernelNode
+from exporters.tensorrt.plugins.reach import largest, reaches
 from exporters.tensorrt.profiles import Profile, Range
 from exporters.tensorrt.rewrites import InlineFunctions, rewrite
-from exporters.tensorrt.rewrites.fused_kernels import FusedKernels
 from graft_graphs import NAMES, exported
 from surgeon.memory.graft import Graft
 from surgeon.memory.mixin import Mixin
@@ -57,12 +58,13 @@ def model_of(kind: str, added: str = "", head_dim: int = HEAD_DIM) -> ir.Model:
 
 
 def fused(model: ir.Model) -> FusedKernels:
-    found = FusedKernels(reaches([PROFILE]), largest([PROFILE]))
+    attributes = {"plugin_version": "1", "plugin_namespace": "surgeon"}
+    found = FusedKernels(reaches([PROFILE]), largest([PROFILE]), attributes=attributes)
     found(model)
     return found
 
 
-def operator_of(name: str, plugin: Plugin) -> type[OpRun]:
+def operator_of(name: str, plugin: KernelNode) -> type[OpRun]:
     """A plugin's node for onnx.reference."""
     kernel, step = plugin.step.kernel, plugin.step
     there = [each for each in kernel.inputs if each in plugin.forms[0].launch.inputs]
@@ -80,7 +82,7 @@ def operator_of(name: str, plugin: Plugin) -> type[OpRun]:
     return Operator
 
 
-def evaluate(model: ir.Model, feeds: dict[str, np.ndarray], plugins: dict[str, Plugin] | None = None) -> np.ndarray:
+def evaluate(model: ir.Model, feeds: dict[str, np.ndarray], plugins: dict[str, KernelNode] | None = None) -> np.ndarray:
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, check_custom_domain=False)
     operators = [operator_of(*each) for each in (plugins or {}).items()]
@@ -113,11 +115,11 @@ def test_a_chain_computes_what_its_function_does(kind: str, added: str) -> None:
     (function,) = before.functions
     assert rewritten.replaced == 1 and rewritten.functions == {function[1]: 1}
     kinds = [node.op_type for node in after.graph]
-    assert kinds == list(rewritten.plugins) + ["Add"] * (kind == "mixin" and added != "")
+    assert kinds == list(rewritten.nodes) + ["Add"] * (kind == "mixin" and added != "")
     assert not after.functions
     for length in (1, 5):
         feeds = inputs_of(kind, length)
-        want, got = evaluate(before, feeds), evaluate(after, feeds, rewritten.plugins)
+        want, got = evaluate(before, feeds), evaluate(after, feeds, rewritten.nodes)
         assert got.shape == want.shape and np.abs(got - want).max() < 1e-5
         # rows with an empty memory, and their tokens, stay as they are
         nothing = (feeds["stream"] if added else 0.0) + (feeds["hidden_states"] if kind == "mixin" else 0.0 * got)
@@ -132,7 +134,7 @@ def test_what_is_read_elsewhere_is_not_added_by_the_chain() -> None:
     rewritten = fused(model)
     assert [node.op_type for node in model.graph][-1] == "Add"
     assert [str(value.name) for value in model.graph.outputs] == ["sum", str(before.graph.outputs[1].name)]
-    assert np.abs(evaluate(model, feeds, rewritten.plugins) - evaluate(before, feeds)).max() < 1e-5
+    assert np.abs(evaluate(model, feeds, rewritten.nodes) - evaluate(before, feeds)).max() < 1e-5
 
 
 @pytest.mark.parametrize("head_dim", [16, 48])
@@ -141,7 +143,7 @@ def test_what_the_kernels_do_not_take_stays_and_is_told(head_dim: int) -> None:
     with pytest.warns(UserWarning, match=f"head_dim {head_dim}.*standard operators stay") as told:
         rewritten = fused(model)
     assert len(told) == 1
-    assert rewritten.replaced == 0 and not rewritten.plugins and len(model.functions) == 1
+    assert rewritten.replaced == 0 and not rewritten.nodes and len(model.functions) == 1
     with warnings.catch_warnings(action="ignore"):
         counts = rewrite(model, [FusedKernels(reaches([PROFILE]), largest([PROFILE]))])
     assert counts["FusedKernels"] == 0 and counts["InlineFunctions"] == 1

@@ -6,8 +6,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from exporters.kernels.graph.formula import Size, evaluate, formula
 from exporters.kernels.kernel import cdiv
-from exporters.tensorrt.plugins.formula import Size, evaluate, formula
 
 sizes = st.integers(0, 1000)
 

@@ -1,0 +1,56 @@
+"""What the fused kernels of an engine are cut and compiled for: its profiles, its targets."""
+
+from collections.abc import Iterable, Sequence
+
+from exporters.kernels.aot import SHARED_KIB
+from exporters.kernels.blocks import DECODE_TOKENS, FEW_TOKENS
+from exporters.kernels.graph.node import Reach
+from exporters.tensorrt.errors import EngineError
+from exporters.tensorrt.profiles import Profile
+
+_LAST_PORTABLE = 89
+"""PTX for compute capabilities up to this one runs on all later ones."""
+
+
+def reaches(profiles: Sequence[Profile]) -> list[Reach]:
+    """The forms that the profiles of a decoder ask for: one token or few, some, many.
+
+    The limits are those at which `default_blocks` changes its mind.
+    """
+    most = largest(profiles)
+    memory = max((profile.sizes["M"].opt for profile in profiles if "M" in profile.sizes), default=1)
+    tokens = most.get("B", 1) * most.get("S", 1)
+    steps = ((DECODE_TOKENS, 1), (FEW_TOKENS, min(FEW_TOKENS, tokens)), (None, tokens))
+    found = []
+    for limit, length in steps:
+        last = limit is None or tokens <= limit
+        found.append(Reach(None if last else limit, {**dict.fromkeys(most, 1), "B": 1, "S": length, "M": memory}))
+        if last:
+            break
+    return found
+
+
+def largest(profiles: Iterable[Profile]) -> dict[str, int]:
+    """Every symbol at its largest."""
+    found: dict[str, int] = {}
+    for profile in profiles:
+        for symbol, size in profile.sizes.items():
+            found[symbol] = max(found.get(symbol, 0), size.max)
+    return found
+
+
+def capabilities(targets: Iterable[str]) -> list[int]:
+    """Those to compile for, so that each target ("sm89") has a kernel that runs there. Raises EngineError for one that
+    kernels do not run on."""
+    return sorted({_capability(target) for target in targets})
+
+
+def _capability(target: str) -> int:
+    number = int(target.removeprefix("sm"))
+    if number < min(SHARED_KIB):
+        raise EngineError(
+            f"--kernels fused: the kernels need compute capability 8.0, and {target} is older: leave it out, or take "
+            "--kernels standard"
+        )
+    portable = [capability for capability in SHARED_KIB if capability <= min(number, _LAST_PORTABLE)]
+    return number if number in SHARED_KIB else max(portable)
