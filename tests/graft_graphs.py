@@ -1,6 +1,7 @@
 """A graft's function as a model of its own, with its weights inside, for tests."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,12 @@ from exporters.onnx import functions
 from exporters.onnx.assembly import single
 from exporters.onnx.trace import Program, placeholder
 from surgeon.memory.graft import Graft
+from surgeon.memory.mixin import Mixin
+from surgeon.memory.pvm import PersistentVisualMemory
+from surgeon.memory.rotary import Rope
 
+WIDTH, HEAD_DIM, SLOTS = 48, 32, 6
+"""Of the grafts and memories made here."""
 NAMES = ("hidden_states", "keys", "values", "memory_mask", "visual_token_mask", "cos", "sin")
 
 
@@ -62,3 +68,47 @@ def run(model: onnx.ModelProto, *inputs: Tensor) -> np.ndarray:
     feeds = {name: tensor.detach().numpy() for name, tensor in zip(NAMES, inputs, strict=False)}
     found: np.ndarray = session.run(None, feeds)[0]
     return found
+
+
+def graft_of(kind: str, head_dim: int = HEAD_DIM) -> Graft:
+    torch.manual_seed(0)
+    graft: Any
+    if kind == "pvm":
+        graft = PersistentVisualMemory(WIDTH, 2 * head_dim, 40, head_dim=head_dim, num_key_value_heads=1, eps=1e-6)
+    else:
+        graft = Mixin(WIDTH, 2, 40, Rope(head_dim, 1e4), 1e-5)
+    with torch.no_grad():
+        for parameter in graft.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    found: Graft = graft
+    return found
+
+
+def model_of(kind: str, added: str = "", head_dim: int = HEAD_DIM) -> ir.Model:
+    """`added`: its result is added to another input, "stream", which comes "first" or "last"."""
+    heads = 1 if kind == "pvm" else 2
+    model = ir.from_proto(exported(graft_of(kind, head_dim), WIDTH, heads, head_dim))
+    if added:
+        (old,) = model.graph.outputs
+        stream = ir.Value(name="stream", shape=old.shape, type=old.type)
+        add = ir.node("Add", [stream, old] if added == "first" else [old, stream], name="add")
+        add.outputs[0].name, add.outputs[0].shape, add.outputs[0].type = "sum", old.shape, old.type
+        model.graph.append(add)
+        model.graph.inputs.append(stream)
+        model.graph.outputs[0] = add.outputs[0]
+    return model
+
+
+@torch.no_grad()
+def inputs_of(kind: str, length: int, head_dim: int = HEAD_DIM) -> dict[str, np.ndarray]:
+    """One row full, one padded, one without memory, one all visual."""
+    torch.manual_seed(length)
+    mask = torch.arange(SLOTS) < torch.tensor([SLOTS, 2, 0, 4])[:, None]
+    visual = torch.zeros(4, length, dtype=torch.bool)
+    visual[3] = True
+    heads = 1 if kind == "pvm" else 2
+    memory = [torch.randn(4, heads, SLOTS, head_dim) for _ in range(2)]
+    angles = torch.randn(4, length, head_dim // 2)
+    tensors: list[Tensor] = [torch.randn(4, length, WIDTH), *memory, mask, visual, angles.cos(), angles.sin()]
+    feeds = dict(zip(NAMES, tensors, strict=True)) | {"stream": torch.randn(4, length, WIDTH)}
+    return {name: tensor.numpy() for name, tensor in feeds.items()}

@@ -21,6 +21,8 @@ from surgeon.errors import SurgeonError
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Compute capabilities that kernels are compiled for -> the shared memory that one program of them may have."""
+_LAST_PORTABLE = 89
+"""PTX for compute capabilities up to this one runs on all later ones."""
 _FORMAT = 1
 """Raised when what a cache entry holds, or how it is made, changes."""
 _CHILD = Path(__file__).with_name("aot_child.py")
@@ -43,7 +45,7 @@ class Job:
 
     launch: Launch
     capability: int
-    """89 for 8.9. PTX for 80, 86 and 89 runs on all later ones; from 90 on Triton's is for one alone ("sm_90a")."""
+    """89 for 8.9. PTX for those up to 89 runs on all later ones; from 90 on Triton's is for one alone ("sm_90a")."""
     aligned: bool = False
     """Whether every pointer is a multiple of 16 bytes, which makes accesses wider. TensorRT sees to that for whatever a
     plugin reads and writes, torch for tensors that it allocated; a view may begin anywhere, and so may a weight that
@@ -82,6 +84,12 @@ def compile_launches(jobs: Sequence[Job], cache: Path | None = None, *, fit: boo
         for n, again in zip(over, _compile([jobs[n] for n in over], cache), strict=True):
             found[n] = again
     return [_finish(job, each) for job, each in zip(jobs, found, strict=True)]
+
+
+def capability_for(gpu: int) -> int | None:
+    """What to compile for, so that it runs on a GPU of compute capability `gpu`; None for one that is too old."""
+    portable = [capability for capability in SHARED_KIB if capability <= min(gpu, _LAST_PORTABLE)]
+    return gpu if gpu in SHARED_KIB else max(portable, default=None)
 
 
 def name_of(launch: Launch, capability: int) -> str:

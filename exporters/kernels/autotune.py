@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from exporters.kernels.candidates import LEAST_SHARED_MEMORY, candidates
+from exporters.kernels.folder import folder
 from exporters.kernels.kernel import Blocks, Chain, Step, power_of_two
 from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule, element_size, fixed_blocks
 from surgeon.errors import SurgeonError
 
-FOLDER = "SURGEON_KERNELS_DIR"
-"""The environment variable that says where the files are; by default in the user's cache."""
 _FORMAT = 1
 Measure = Callable[[Sequence[Callable[[], object]]], float]
 """Runs that do the same on tensors of their own -> seconds of one."""
@@ -73,9 +72,7 @@ def _gpu_name(index: int) -> str:
 # -- keeping ---------------------------------------------------------------------------------------------------------
 def path_of(gpu: str) -> Path:
     """The file of a GPU, by its name: "NVIDIA H200"."""
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgeon" / "kernels"
-    folder = Path(os.environ.get(FOLDER) or cached)
-    return folder / f"{slug(gpu)}.json"
+    return folder() / f"{slug(gpu)}.json"
 
 
 def slug(gpu: str) -> str:

@@ -9,6 +9,7 @@ import onnxruntime as ort
 from torch import Tensor
 
 from exporters.onnx.manifest import Manifest
+from exporters.runtime.custom_ops import cuda_device
 from exporters.runtime.runtime import GraphName, Runtime
 from exporters.runtime.session import (
     Provider,
@@ -33,16 +34,20 @@ class BundleRuntime(Runtime):
         fast_attention: bool = True,
         threads: int | None = None,
         low_memory: bool = False,
+        fused_kernels: bool = True,
         extra_outputs: Sequence[str] = (),
     ) -> None:
         """`threads`: of one operator; `low_memory`: map weights instead of packing them (slower); `fast_attention`:
-        ONNX Runtime's own operators in place of standard Attention; `extra_outputs`: names of values in decoder.onnx,
-        such as `hidden_states.3`, that each call leaves in `State.extra`. Sessions are made when first used.
+        ONNX Runtime's own operators in place of standard Attention; `fused_kernels`: grafts by the project's kernels,
+        where CUDA is the provider and they can be made; `extra_outputs`: names of values in decoder.onnx, such as
+        `hidden_states.3`, that each call leaves in `State.extra`. Sessions are made when first used.
 
         Raises BundleError for a bundle that is missing or damaged, and for a provider that does not work here.
         """
         manifest = Manifest.load(path)
-        self.options = SessionOptions(choose_provider(provider), threads, low_memory, fast_attention)
+        chosen = choose_provider(provider)
+        fused = cuda_device() if fused_kernels and chosen == "cuda" and manifest.memory else None
+        self.options = SessionOptions(chosen, threads, low_memory, fast_attention, fused)
         self.extra_outputs = tuple(extra_outputs)
         super().__init__(Path(path), manifest)
 

@@ -1,6 +1,7 @@
 """ONNX Runtime sessions of a bundle's graphs."""
 
 import difflib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,7 @@ import onnxruntime as ort
 import torch
 
 from exporters.onnx.rewrite import Rewrite
+from exporters.runtime.custom_ops import Device, Fused, fuse
 from exporters.runtime.rewrites import (
     EmulateBFloat16,
     Float32Boundary,
@@ -20,7 +22,7 @@ from exporters.runtime.rewrites import (
     PackedMultiHeadAttention,
     RoundFloat16,
 )
-from surgeon.errors import BundleError
+from surgeon.errors import BundleError, SurgeonError
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt-rtx"]
 Chosen = Literal["cpu", "cuda", "tensorrt-rtx"]
@@ -55,6 +57,8 @@ class SessionOptions:
     """Map weights from their files instead of packing them: no copy in memory, but slower (by about 40 % a token)."""
     fast_attention: bool = True
     """Rewrite attention to ONNX Runtime's own operators; TensorRT has none of them."""
+    fused: Device | None = None
+    """Where grafts run as fused kernels; None: they stay standard operators."""
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
@@ -118,7 +122,7 @@ class Session:
         self.path, self.options = path, options
         if not path.is_file():
             raise BundleError(f"{path} is missing: the bundle is incomplete, export it again")
-        model = ir.load(path)
+        model, self.fused = _read(path, options.fused)
         self.graph_dtypes = {str(v.name): v.dtype for v in (*model.graph.inputs, *model.graph.outputs)}
         _add_outputs(model, extra_outputs, path)
         self.rewrites: dict[str, int] = {}
@@ -126,7 +130,7 @@ class Session:
         for rewrite in _rewrites(model, options):
             rewrite(model)
             self.rewrites[type(rewrite).__name__] = rewrite.replaced
-        self.session = _load(model, path, options)
+        self.session = _load(model, path, options, self.fused)
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
 
@@ -209,6 +213,17 @@ def _rewrites(model: ir.Model, options: SessionOptions) -> Iterator[Rewrite]:
     yield Float32Boundary(keep=stays_on_device)
 
 
+def _read(path: Path, device: Device | None) -> tuple[ir.Model, Fused | None]:
+    """A graph, with grafts as fused kernels where they compile."""
+    if device is not None:
+        model = ir.load(path)
+        try:
+            return model, fuse(model, device)
+        except SurgeonError as error:
+            warnings.warn(f"{path.name}: {error}; standard operators stay", stacklevel=2)
+    return ir.load(path), None
+
+
 def _add_outputs(model: ir.Model, names: Sequence[str], path: Path) -> None:
     values = {str(value.name): value for node in model.graph for value in node.outputs}
     for name in names:
@@ -220,7 +235,7 @@ def _add_outputs(model: ir.Model, names: Sequence[str], path: Path) -> None:
             model.graph.outputs.append(values[name])
 
 
-def _load(model: ir.Model, path: Path, options: SessionOptions) -> ort.InferenceSession:
+def _load(model: ir.Model, path: Path, options: SessionOptions, fused: Fused | None) -> ort.InferenceSession:
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
     if options.threads is not None:
@@ -230,6 +245,8 @@ def _load(model: ir.Model, path: Path, options: SessionOptions) -> ort.Inference
     # the model comes as bytes: this is where its weight files are found
     folder = str(path.parent.resolve())
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    if fused is not None:
+        fused.register(settings)
     providers = [_PROVIDERS[name] for name in dict.fromkeys((options.provider, "cpu"))]
     try:
         return ort.InferenceSession(ir.to_proto(model).SerializeToString(), settings, providers=providers)

@@ -49,12 +49,12 @@ class FusedKernels(Rewrite):
     def __init__(
         self,
         forms: Sequence[Reach],
-        most: Mapping[str, int] | None = None,
+        most: Mapping[str, int],
         choose: ChooseBlocks = by_rule,
         attributes: Mapping[str, str] | None = None,
     ) -> None:
-        """`forms`: what launches are cut for, with a size for every symbol of the graph; `most`: every symbol at its
-        largest, as `plan_nodes` takes it; `attributes`: what the runtime wants every node to say."""
+        """`forms`: what launches are cut for; `most`: every symbol of the graph at its largest; `attributes`: what the
+        runtime wants every node to say."""
         self.forms, self.most, self.choose = forms, most, choose
         self.attributes = dict(attributes or {})
         self.nodes: dict[str, KernelNode] = {}
@@ -89,8 +89,7 @@ class FusedKernels(Rewrite):
         for name, value in given.items():
             if value is None or value.shape is None or value.dtype not in _DTYPES:
                 return f"{chain.name}: no fused kernel where the graph does not say shape and dtype of {name}"
-            symbols = [str(size) for size in value.shape if static(size) is None]
-            if unknown := [size for size in symbols if size not in self.forms[0].sizes]:
+            if unknown := [size for size in value.shape if static(size) is None and str(size) not in self.most]:
                 return f"{chain.name}: no fused kernel for {name} with a dimension {unknown[0]}, which has no range"
             if name not in ("memory_mask", "visual_token_mask", "cos", "sin"):
                 dtypes.add(getattr(torch, _DTYPES[value.dtype]))

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class KernelNode:
 
     step: Step
     inputs: tuple[TensorType, ...]
-    """As in the graph: a dimension is a number, a symbol, or None where forms differ in it."""
+    """As in the graph: a dimension is a number or a symbol."""
     outputs: tuple[TensorType, ...]
     forms: tuple[Form, ...]
 
@@ -50,14 +50,13 @@ class KernelNode:
     def described(self) -> dict[str, Any]:
         """What it is, JSON, but for its compiled kernels. Layers that are alike have the same."""
         launch = self.forms[0].launch
-        shapes = [[[formula(n) for n in out.shape] for out in form.launch.outputs.values()] for form in self.forms]
         return {
             "format": FORMAT,
             "kernel": self.step.kernel.name,
             "inputs": [tensor.dtype for tensor in self.inputs],
             "outputs": [
-                {"dtype": tensor.dtype, "shape": shape}
-                for tensor, shape in zip(launch.outputs.values(), shapes[0], strict=True)
+                {"dtype": tensor.dtype, "shape": [formula(size) for size in tensor.shape]}
+                for tensor in launch.outputs.values()
             ],
             "sizes": [formula(size) for size in launch.sizes.values()],
             "forms": [
@@ -67,8 +66,7 @@ class KernelNode:
                     "constants": form.launch.constants,
                     "blocks": dataclasses.asdict(form.launch.blocks),
                 }
-                | ({} if own == shapes[0] else {"outputs": own})
-                for form, own in zip(self.forms, shapes, strict=True)
+                for form in self.forms
             ],
         }
 
@@ -81,33 +79,29 @@ def plan_nodes(
     chain: Chain,
     given: Mapping[str, TensorType],
     forms: Sequence[Reach],
-    most: Mapping[str, int] | None = None,
+    most: Mapping[str, int],
     choose: ChooseBlocks = by_rule,
 ) -> list[KernelNode]:
     """One node for each step of a chain. `given`: the chain's inputs by name, without those that are None; a dimension
-    is a number or a symbol.
+    is a number or a symbol of `most`, the largest size of each.
 
-    `most`, the largest size of each symbol, is for runtimes that are told once how large outputs are, whichever form
-    runs: all forms then split the memory alike. Without it each does as it is cut, and has shapes of its own.
+    All forms split the memory alike: attention chooses its form by a row's tokens, what reads its splits by all rows'.
     """
     cut = [_blocks(chain, given, form.sizes, choose) for form in forms]
-    for name in cut[0] if most is not None else ():
-        assert most is not None
+    for name in cut[0]:
         splits = _splits(chain, given, most, name, cut[0][name].splits, choose)
         for blocks in cut:
             blocks[name] = dataclasses.replace(blocks[name], splits=splits)
-    values = [dict(given) for _ in forms]
-    found = []
+    values, found = dict(given), []
     for step in chain.steps:
-        read = [step.inputs[name] for name in step.kernel.inputs if step.inputs.get(name) in values[0]]
-        made = []
-        for form, blocks, known in zip(forms, cut, values, strict=True):
-            there = {name: known[step.inputs[name]] for name in step.kernel.inputs if step.inputs.get(name) in known}
-            symbolic = {name: _referring(tensor, place) for place, (name, tensor) in enumerate(there.items())}
-            launch = plan_step(step, symbolic, fixed_blocks(blocks))
-            known |= {value: _named(launch.outputs[name], [*there.values()]) for name, value in step.outputs.items()}
-            made.append(Form(form.tokens, launch))
-        found.append(KernelNode(step, _common(read, values), _common(step.outputs.values(), values), tuple(made)))
+        there = {name: values[step.inputs[name]] for name in step.kernel.inputs if step.inputs.get(name) in values}
+        symbolic = {name: _referring(tensor, place) for place, (name, tensor) in enumerate(there.items())}
+        launches = [plan_step(step, symbolic, fixed_blocks(blocks)) for blocks in cut]
+        inputs = tuple(there.values())
+        outputs = {name: _named(tensor, inputs) for name, tensor in launches[0].outputs.items()}
+        made = tuple(Form(form.tokens, launch) for form, launch in zip(forms, launches, strict=True))
+        found.append(KernelNode(step, inputs, tuple(outputs.values()), made))
+        values |= {value: outputs[name] for name, value in step.outputs.items()}
     return found
 
 
@@ -143,15 +137,6 @@ def compile_nodes(
             }
         )
     return found
-
-
-def _common(names: Iterable[str], values: Sequence[Mapping[str, TensorType]]) -> tuple[TensorType, ...]:
-    """What all forms know of these values."""
-    found = []
-    for name in names:
-        shapes = zip(*(known[name].shape for known in values), strict=True)
-        found.append(TensorType(tuple(n[0] if len(set(n)) == 1 else None for n in shapes), values[0][name].dtype))
-    return tuple(found)
 
 
 def _concrete(given: Mapping[str, TensorType], sizes: Mapping[str, int]) -> dict[str, TensorType]:

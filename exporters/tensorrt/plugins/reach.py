@@ -2,14 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
-from exporters.kernels.aot import SHARED_KIB
+from exporters.kernels.aot import capability_for
 from exporters.kernels.blocks import DECODE_TOKENS, FEW_TOKENS
 from exporters.kernels.graph.node import Reach
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.profiles import Profile
-
-_LAST_PORTABLE = 89
-"""PTX for compute capabilities up to this one runs on all later ones."""
 
 
 def reaches(profiles: Sequence[Profile]) -> list[Reach]:
@@ -42,15 +39,13 @@ def largest(profiles: Iterable[Profile]) -> dict[str, int]:
 def capabilities(targets: Iterable[str]) -> list[int]:
     """Those to compile for, so that each target ("sm89") has a kernel that runs there. Raises EngineError for one that
     kernels do not run on."""
-    return sorted({_capability(target) for target in targets})
-
-
-def _capability(target: str) -> int:
-    number = int(target.removeprefix("sm"))
-    if number < min(SHARED_KIB):
-        raise EngineError(
-            f"--kernels fused: the kernels need compute capability 8.0, and {target} is older: leave it out, or take "
-            "--kernels standard"
-        )
-    portable = [capability for capability in SHARED_KIB if capability <= min(number, _LAST_PORTABLE)]
-    return number if number in SHARED_KIB else max(portable)
+    found = set()
+    for target in targets:
+        capability = capability_for(int(target.removeprefix("sm")))
+        if capability is None:
+            raise EngineError(
+                f"--kernels fused: the kernels need compute capability 8.0, and {target} is older: leave it out, or "
+                "take --kernels standard"
+            )
+        found.add(capability)
+    return sorted(found)

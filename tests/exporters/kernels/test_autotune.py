@@ -12,6 +12,7 @@ from checkpoints import tiny_model
 from exporters.kernels import autotune, launch, workload
 from exporters.kernels.blocks import default_blocks
 from exporters.kernels.candidates import candidates
+from exporters.kernels.folder import VARIABLE
 from exporters.kernels.kernel import Blocks
 from exporters.kernels.plan import by_rule, plan
 from exporters.kernels.workload import Size, draw, filling, reading
@@ -37,7 +38,7 @@ GRAFTS = {"pvm": pvm_graft, "mixin": mixin_graft}
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv(autotune.FOLDER, str(tmp_path))
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
     autotune.read.cache_clear()
     yield tmp_path
     autotune.read.cache_clear()

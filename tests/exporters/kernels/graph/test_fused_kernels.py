@@ -11,50 +11,15 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from torch import Tensor
 
 from exporters.kernels.graph.fused_kernels import FusedKernels
 from exporters.kernels.graph.node import KernelNode
 from exporters.tensorrt.plugins.reach import largest, reaches
 from exporters.tensorrt.profiles import Profile, Range
 from exporters.tensorrt.rewrites import InlineFunctions, rewrite
-from graft_graphs import NAMES, exported
-from surgeon.memory.graft import Graft
-from surgeon.memory.mixin import Mixin
-from surgeon.memory.pvm import PersistentVisualMemory
-from surgeon.memory.rotary import Rope
+from graft_graphs import inputs_of, model_of
 
-WIDTH, HEAD_DIM, SLOTS = 48, 32, 6
 PROFILE = Profile(name="any", sizes={"B": Range.of(1, 4), "S": Range.of(1, 5), "M": Range.of(1, 1024)})
-
-
-def graft_of(kind: str, head_dim: int = HEAD_DIM) -> Graft:
-    torch.manual_seed(0)
-    graft: Any
-    if kind == "pvm":
-        graft = PersistentVisualMemory(WIDTH, 2 * head_dim, 40, head_dim=head_dim, num_key_value_heads=1, eps=1e-6)
-    else:
-        graft = Mixin(WIDTH, 2, 40, Rope(head_dim, 1e4), 1e-5)
-    with torch.no_grad():
-        for parameter in graft.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    found: Graft = graft
-    return found
-
-
-def model_of(kind: str, added: str = "", head_dim: int = HEAD_DIM) -> ir.Model:
-    """`added`: its result is added to another input, "stream", which comes "first" or "last"."""
-    heads = 1 if kind == "pvm" else 2
-    model = ir.from_proto(exported(graft_of(kind, head_dim), WIDTH, heads, head_dim))
-    if added:
-        (old,) = model.graph.outputs
-        stream = ir.Value(name="stream", shape=old.shape, type=old.type)
-        add = ir.node("Add", [stream, old] if added == "first" else [old, stream], name="add")
-        add.outputs[0].name, add.outputs[0].shape, add.outputs[0].type = "sum", old.shape, old.type
-        model.graph.append(add)
-        model.graph.inputs.append(stream)
-        model.graph.outputs[0] = add.outputs[0]
-    return model
 
 
 def fused(model: ir.Model) -> FusedKernels:
@@ -89,21 +54,6 @@ def evaluate(model: ir.Model, feeds: dict[str, np.ndarray], plugins: dict[str, K
     given = {value.name: feeds[value.name] for value in proto.graph.input}
     found: np.ndarray = ReferenceEvaluator(proto, new_ops=operators).run(None, given)[0]
     return found
-
-
-@torch.no_grad()
-def inputs_of(kind: str, length: int, head_dim: int = HEAD_DIM) -> dict[str, np.ndarray]:
-    """One row full, one padded, one without memory, one all visual."""
-    torch.manual_seed(length)
-    mask = torch.arange(SLOTS) < torch.tensor([SLOTS, 2, 0, 4])[:, None]
-    visual = torch.zeros(4, length, dtype=torch.bool)
-    visual[3] = True
-    heads = 1 if kind == "pvm" else 2
-    memory = [torch.randn(4, heads, SLOTS, head_dim) for _ in range(2)]
-    angles = torch.randn(4, length, head_dim // 2)
-    tensors: list[Tensor] = [torch.randn(4, length, WIDTH), *memory, mask, visual, angles.cos(), angles.sin()]
-    feeds = dict(zip(NAMES, tensors, strict=True)) | {"stream": torch.randn(4, length, WIDTH)}
-    return {name: tensor.numpy() for name, tensor in feeds.items()}
 
 
 @pytest.mark.parametrize(

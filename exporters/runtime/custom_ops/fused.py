@@ -1,0 +1,89 @@
+"""A graph's grafts by fused kernels, and what ONNX Runtime must be told of them."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+
+from exporters.kernels import autotune
+from exporters.kernels.aot import capability_for
+from exporters.kernels.blocks import DECODE_TOKENS, FEW_TOKENS
+from exporters.kernels.folder import folder
+from exporters.kernels.graph.fused_kernels import FusedKernels
+from exporters.kernels.graph.node import KernelNode, Reach, compile_nodes
+from exporters.kernels.plan import ChooseBlocks, by_rule
+from exporters.kernels.support import reason_against_device
+from exporters.runtime.custom_ops import native
+from exporters.runtime.custom_ops.tables import Table, table
+
+_FORMS = ((DECODE_TOKENS, 1), (FEW_TOKENS, FEW_TOKENS), (None, 1024))
+"""Up to how many tokens a form is taken, and how many it is cut for: nothing says how long prompts will be."""
+_SLOTS = 1024
+_MOST = {"S": 4096, "M": 4096}
+"""Up to here what attention leaves behind is kept small; larger requests take more in proportion."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the kernels run."""
+
+    capability: int
+    """What they are compiled for: 89 for 8.9."""
+    provider: str | None = "CUDAExecutionProvider"
+    """None: the CPU provider's, with what stands in for a driver."""
+    driver: str = "libcuda.so.1"
+    alignment: int = 16
+    """Bytes of which every address is a multiple: those that ONNX Runtime and torch allocate on a GPU are."""
+    choose: ChooseBlocks = by_rule
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What a session needs that has kernel nodes; it lives as long as the session."""
+
+    functions: Mapping[str, int]
+    """How many calls of each function were replaced."""
+    nodes: Mapping[str, KernelNode]
+    """By operator."""
+    table: Table
+    """The operators in the same order."""
+
+    def register(self, options: ort.SessionOptions) -> None:
+        native.register(options, self.table)
+
+
+@cache
+def cuda_device() -> Device | None:
+    """The current GPU, with blocks as they were measured on it. None where kernels cannot run, which is said once."""
+    reason = reason_against_device(None)
+    if reason is None:
+        try:
+            native.build()
+        except native.CompilerError as error:
+            reason = f"no fused kernels in ONNX Runtime: {error}"
+    if reason is not None:
+        warnings.warn(f"{reason}; standard operators stay", stacklevel=2)
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    capability = capability_for(10 * major + minor)
+    assert capability is not None
+    return Device(capability, choose=autotune.choose)
+
+
+def fuse(model: ir.Model, device: Device) -> Fused | None:
+    """Replace the functions of grafts in `model` by kernel nodes; None where it has none. What the kernels do not take
+    stays, and is said. Raises CompileError, and leaves half a model then."""
+    symbols = {str(size) for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
+    common = dict.fromkeys(symbols, 1)
+    forms = [Reach(tokens, common | {"S": length, "M": _SLOTS}) for tokens, length in _FORMS]
+    rewrite = FusedKernels(forms, common | _MOST, device.choose)
+    rewrite(model)
+    if not rewrite.replaced:
+        return None
+    aligned = device.alignment >= 16
+    described = compile_nodes(rewrite.nodes, [device.capability], folder() / "compiled", aligned=aligned)
+    return Fused(rewrite.functions, rewrite.nodes, table(described, device.provider, device.driver, device.alignment))

@@ -1,0 +1,71 @@
+"""The native library of the custom operators: compiled once by this machine's C compiler, kept, and offered tables."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+
+import onnxruntime as ort
+
+from exporters.kernels.folder import folder
+from exporters.runtime.custom_ops.tables import Table
+from surgeon.errors import SurgeonError
+
+_SOURCE = Path(__file__).with_name("library.c")
+_FLAGS = ("-std=c11", "-O2", "-shared", "-fPIC")
+_LIBRARIES = ("-ldl", "-lpthread")
+_SECONDS = 60
+_lock = threading.Lock()
+"""Between offering a table and its being registered."""
+
+
+class CompilerError(SurgeonError):
+    """There is no C compiler, or it does not compile the library."""
+
+
+@cache
+def build() -> Path:
+    """The compiled library, kept with the kernels. Raises CompilerError."""
+    compiler = _compiler()
+    made_of = "\n".join([_SOURCE.read_text(encoding="utf-8"), *compiler, *_FLAGS, platform.machine()])
+    path = folder() / f"onnxruntime-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+        made = Path(work) / path.name
+        command = [*compiler, *_FLAGS, "-o", str(made), str(_SOURCE), *_LIBRARIES]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise CompilerError(f"the C compiler {shlex.join(compiler)} does not run: {error}") from error
+        if done.returncode:
+            told = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:300])
+            raise CompilerError(f"the C compiler {shlex.join(compiler)} fails: {told}")
+        os.replace(made, path)
+    return path
+
+
+def register(options: ort.SessionOptions, table: Table) -> None:
+    """Make a table's operators known to the sessions that are made with these options. Raises CompilerError."""
+    path = str(build())
+    with _lock:
+        ctypes.CDLL(path).surgeon_offer(ctypes.byref(table))
+        options.register_custom_ops_library(path)
+
+
+def _compiler() -> list[str]:
+    """$CC, or the first of the usual names that is there."""
+    if asked := os.environ.get("CC"):
+        return shlex.split(asked)
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return [found]
+    raise CompilerError("there is no C compiler (install gcc or clang, or set CC)")
