@@ -1,15 +1,16 @@
 """Graft CoMemo's mixin layers, gated cross-attention to the pictures, in front of chosen decoder layers."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from passes._layers import LayerChoice, resolve_layers
-from surgeon.graph import LvlmGraph
-from surgeon.memory.mixin import Mixin
 from surgeon.pipeline import Pass, PassOptions, PassResult, PostconditionError, PreconditionError
 
-KIND = Mixin.kind
+if TYPE_CHECKING:
+    from surgeon.graph import LvlmGraph
+
+KIND = "mixin"
 
 
 class MixinOptions(PassOptions):
@@ -42,7 +43,7 @@ class MixinPass(Pass):
     identity = True
     options: MixinOptions
 
-    def requires(self, graph: LvlmGraph) -> None:
+    def requires(self, graph: "LvlmGraph") -> None:
         self._layers(graph)
         grafted = [entry["layers"] for entry in graph.record["grafts"] if entry["kind"] == KIND]
         if grafted:
@@ -64,7 +65,7 @@ class MixinPass(Pass):
                 "into tiles; use tiles=both"
             )
 
-    def resolved(self, graph: LvlmGraph) -> dict[str, Any]:
+    def resolved(self, graph: "LvlmGraph") -> dict[str, Any]:
         text = graph.family.text_config(graph.config)
         chosen = self.options
 
@@ -81,7 +82,7 @@ class MixinPass(Pass):
             "tiles": chosen.tiles,
         }
 
-    def rewrite(self, graph: LvlmGraph) -> PassResult:
+    def rewrite(self, graph: "LvlmGraph") -> PassResult:
         options = self.resolved(graph)
         layers, tiles = options.pop("layers"), options.pop("tiles")
         axes = self._axes(graph)
@@ -90,16 +91,16 @@ class MixinPass(Pass):
             graph.lay_out_tiles(allocation=tiles)
         return PassResult(modified=True, touched=touched)
 
-    def ensures(self, graph: LvlmGraph, result: PassResult) -> None:
+    def ensures(self, graph: "LvlmGraph", result: PassResult) -> None:
         expected = [f"{graph.family.text_model}.layers.{i}.{KIND}" for i in self._layers(graph)]
         if sorted(result.touched) != sorted(expected):
             raise PostconditionError(f"pass mixin was to add {expected} and added {result.touched}")
 
-    def _layers(self, graph: LvlmGraph) -> list[int]:
+    def _layers(self, graph: "LvlmGraph") -> list[int]:
         choice = self.options.layers if self.options.every is None else f"every:{self.options.every}"
         return resolve_layers(choice, graph.num_hidden_layers, self.name)
 
-    def _axes(self, graph: LvlmGraph) -> list[int] | None:
+    def _axes(self, graph: "LvlmGraph") -> list[int] | None:
         """Which position axis each rotary frequency turns with; None where there is one."""
         axes = list(graph.family.rope_axes(graph.config))
         return axes if any(axes) else None

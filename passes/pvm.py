@@ -1,15 +1,16 @@
 """Graft Persistent Visual Memory branches beside the MLP of chosen decoder layers."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from passes._layers import LayerChoice, resolve_layers
-from surgeon.graph import LvlmGraph
-from surgeon.memory.pvm import PersistentVisualMemory
 from surgeon.pipeline import Pass, PassOptions, PassResult, PostconditionError, PreconditionError
 
-KIND = PersistentVisualMemory.kind
+if TYPE_CHECKING:
+    from surgeon.graph import LvlmGraph
+
+KIND = "pvm"
 
 
 class PvmOptions(PassOptions):
@@ -26,7 +27,7 @@ class PvmPass(Pass):
     identity = True
     options: PvmOptions
 
-    def requires(self, graph: LvlmGraph) -> None:
+    def requires(self, graph: "LvlmGraph") -> None:
         resolve_layers(self.options.layers, graph.num_hidden_layers, self.name)
         head_dim = graph.family.head_dim(graph.config)
         if self.options.latent % head_dim:
@@ -43,16 +44,16 @@ class PvmPass(Pass):
                 "patch the unpatched checkpoint"
             )
 
-    def resolved(self, graph: LvlmGraph) -> dict[str, Any]:
+    def resolved(self, graph: "LvlmGraph") -> dict[str, Any]:
         layers = resolve_layers(self.options.layers, graph.num_hidden_layers, self.name)
         return {"layers": layers, "latent": self.options.latent}
 
-    def rewrite(self, graph: LvlmGraph) -> PassResult:
+    def rewrite(self, graph: "LvlmGraph") -> PassResult:
         options = self.resolved(graph)
         touched = graph.graft(KIND, options["layers"], {"latent": options["latent"]})
         return PassResult(modified=True, touched=touched)
 
-    def ensures(self, graph: LvlmGraph, result: PassResult) -> None:
+    def ensures(self, graph: "LvlmGraph", result: PassResult) -> None:
         expected = [f"{graph.family.text_model}.layers.{i}.{KIND}" for i in self.resolved(graph)["layers"]]
         if sorted(result.touched) != sorted(expected):
             raise PostconditionError(f"pass pvm was to add {expected} and added {result.touched}")

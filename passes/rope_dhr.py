@@ -1,12 +1,13 @@
 """Give the tiles of a picture the positions of the thumbnail patches that they cover."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from surgeon.graph import LvlmGraph
-from surgeon.memory.rope_dhr import tile_position_ids
 from surgeon.pipeline import Pass, PassOptions, PassResult, PostconditionError, PreconditionError
+
+if TYPE_CHECKING:
+    from surgeon.graph import LvlmGraph
 
 
 class RopeDhrOptions(PassOptions):
@@ -37,7 +38,7 @@ class RopeDhrPass(Pass):
     identity = False
     options: RopeDhrOptions
 
-    def requires(self, graph: LvlmGraph) -> None:
+    def requires(self, graph: "LvlmGraph") -> None:
         family = graph.family
         if graph.record.get("positions"):
             raise PreconditionError("pass rope-dhr is already applied; patch the unpatched checkpoint")
@@ -52,16 +53,18 @@ class RopeDhrPass(Pass):
                 "there are no ids to share; leave the pass out"
             )
 
-    def resolved(self, graph: LvlmGraph) -> dict[str, Any]:
+    def resolved(self, graph: "LvlmGraph") -> dict[str, Any]:
         return self.options.model_dump(mode="json", exclude_none=True)
 
-    def rewrite(self, graph: LvlmGraph) -> PassResult:
+    def rewrite(self, graph: "LvlmGraph") -> PassResult:
         graph.lay_out_tiles(positions={"scheme": "rope_dhr", "tile_order": self.options.tile_order})
         limits = {"min_patches": self.options.min_tiles, "max_patches": self.options.max_tiles}
         graph.image_processor |= {key: value for key, value in limits.items() if value is not None}
         return PassResult(modified=True, touched=[])
 
-    def ensures(self, graph: LvlmGraph, result: PassResult) -> None:
+    def ensures(self, graph: "LvlmGraph", result: PassResult) -> None:
+        from surgeon.memory.rope_dhr import tile_position_ids
+
         side = graph.record["layout"]["side"]
         ids = tile_position_ids(2, 2, side, self.options.tile_order)
         if ids.min() < 0 or ids.max() >= side * side:

@@ -10,6 +10,7 @@ from pydantic_core import PydanticUndefined
 
 # A description is made where the models are loaded anyway; whoever only prints one does not need torch for it.
 if TYPE_CHECKING:
+    from surgeon.checkpoint.reader import Checkpoint
     from surgeon.graph import LvlmGraph
     from surgeon.pipeline import Registry
 
@@ -178,15 +179,20 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         parts=parts,
         parameters=sum(part.parameters for part in parts),
         bytes=sum(part.bytes for part in parts),
-        files=[
-            WeightFile(
-                name=str(file.relative_to(checkpoint.directory)),
-                bytes=file.stat().st_size,
-                tensors=sum(info.file == file for info in checkpoint.tensors.values()),
-            )
-            for file in checkpoint.files
-        ],
+        files=_files(checkpoint),
     )
+
+
+def _files(checkpoint: "Checkpoint") -> list[WeightFile]:
+    held = {file: [info for info in checkpoint.tensors.values() if info.file == file] for file in checkpoint.files}
+    return [
+        WeightFile(
+            name=str(file.relative_to(checkpoint.directory)),
+            bytes=max((info.offset + info.nbytes for info in infos), default=0),  # the file may be on the hub
+            tensors=len(infos),
+        )
+        for file, infos in held.items()
+    ]
 
 
 def _tiles(graph: "LvlmGraph") -> Tiles | None:

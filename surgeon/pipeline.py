@@ -7,14 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from surgeon.errors import OptionError, SurgeonError
-from surgeon.graph import LvlmGraph
-from surgeon.memory.graft import Constant
-from surgeon.weights import Initialised, Tied
+
+# Whoever lists passes or makes them of a recipe needs no torch; whoever runs them has a graph, and loaded it for that.
+if TYPE_CHECKING:
+    from surgeon.graph import LvlmGraph
 
 
 class PreconditionError(SurgeonError):
@@ -59,16 +60,16 @@ class Pass(ABC):
     def __init__(self, options: Any) -> None:
         self.options = options
 
-    def requires(self, graph: LvlmGraph) -> None:
+    def requires(self, graph: "LvlmGraph") -> None:
         """Raise PreconditionError, saying what was looked for, what is there, and what to write instead."""
 
     @abstractmethod
-    def rewrite(self, graph: LvlmGraph) -> PassResult: ...
+    def rewrite(self, graph: "LvlmGraph") -> PassResult: ...
 
-    def ensures(self, graph: LvlmGraph, result: PassResult) -> None:
+    def ensures(self, graph: "LvlmGraph", result: PassResult) -> None:
         """Raise PostconditionError where the rewritten graph is not what this pass promises."""
 
-    def resolved(self, graph: LvlmGraph) -> dict[str, Any]:
+    def resolved(self, graph: "LvlmGraph") -> dict[str, Any]:
         """The options with everything that depends on the graph made explicit: what the record and the recipe hold."""
         return self.options.model_dump(mode="json")
 
@@ -112,7 +113,7 @@ def _explain(error: ValidationError, pass_class: type[Pass]) -> str:
     return f"option {option!r}: {first['msg'].removeprefix('Value error, ')}"
 
 
-def run_passes(graph: LvlmGraph, passes: Sequence[Pass]) -> list[PassResult]:
+def run_passes(graph: "LvlmGraph", passes: Sequence[Pass]) -> list[PassResult]:
     """Run the passes in order on `graph`, in place, checking the graph after each.
 
     Raises PreconditionError, PostconditionError, PassCrash.
@@ -136,9 +137,11 @@ def run_passes(graph: LvlmGraph, passes: Sequence[Pass]) -> list[PassResult]:
     return results
 
 
-def check(graph: LvlmGraph, each: Pass) -> None:
+def check(graph: "LvlmGraph", each: Pass) -> None:
     """What holds after any pass: one source per parameter, of its shape and dtype; a config that round-trips; and,
     where the pass promises identity, a zero gate in front of everything new. Raises PostconditionError."""
+    from surgeon.memory.graft import Constant
+    from surgeon.weights import Initialised, Tied
 
     def fail(what: str) -> PostconditionError:
         return PostconditionError(f"pass {each.name} left a broken graph: {what}")

@@ -85,7 +85,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises CheckpointError where the file is missing, is not safetensors, or disagrees with its own header: an unknown
     dtype, a shape that does not fit its bytes, bytes outside the file, or bytes that two tensors or no tensor own.
     """
-    entries, data_start, file_size = _read_json(path)
+    return tensor_infos(path, *_read_json(path))
+
+
+def tensor_infos(path: Path, entries: dict[str, Any], data_start: int, file_size: int) -> dict[str, TensorInfo]:
+    """What `read_header` gives, of a header's entries. Raises CheckpointError where they disagree with the file."""
     infos = [_tensor_info(path, name, entry, data_start) for name, entry in entries.items() if name != "__metadata__"]
     infos.sort(key=lambda info: (info.offset, info.nbytes))
     _check_coverage(path, infos, data_start, file_size)

@@ -1,6 +1,8 @@
 """Where a checkpoint is: a directory, or an id on the Hugging Face Hub."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -9,34 +11,49 @@ from huggingface_hub import errors
 from surgeon.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.py"]
+_SMALL = ["*.json", "*.txt", "*.jinja", "*.model", "*.py"]
+# The HTTP library of the hub's client, httpx or httpx2 by its version, raises kinds of this.
+_HTTP_ERROR: type[Exception] = errors.HTTPError
 
 
-def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
+def is_hub_id(path_or_id: str | Path) -> bool:
+    """Whether this is a model on the hub: an id that is no path here. A `Path` is never one."""
+    is_id = isinstance(path_or_id, str) and _HUB_ID.fullmatch(path_or_id) is not None
+    return is_id and not Path(path_or_id).exists()
+
+
+def resolve(path_or_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """The directory of a checkpoint, downloaded into the Hugging Face cache first where it is a hub id.
 
     A directory that exists wins over a hub id of the same name; a `Path` is never a hub id. `revision` is a hub
-    branch, tag or commit. Raises CheckpointError where there is no such directory and no such model.
+    branch, tag or commit. Without `weights`, weight files are left on the hub, and the cache may hold some or none.
+    Raises CheckpointError where there is no such directory and no such model.
     """
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise CheckpointError(f"{path} is a file; name the checkpoint's directory, the one with config.json")
-    if isinstance(path_or_id, Path) or not _HUB_ID.fullmatch(path_or_id):
+    if not is_hub_id(path_or_id):
         raise CheckpointError(f"no such directory: {path}")
-    return _download(path_or_id, revision)
-
-
-def _download(repo: str, revision: str | None) -> Path:
-    at = f"{repo}@{revision}" if revision else repo
-    try:
+    with explain(str(path_or_id), revision):
         # Weights of other formats and copies in subfolders are left where they are.
         return Path(
             huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=["*/*", ".*"]
+                str(path_or_id),
+                revision=revision,
+                allow_patterns=["*.safetensors", *_SMALL] if weights else _SMALL,
+                ignore_patterns=["*/*", ".*"],
             )
         )
+
+
+@contextmanager
+def explain(repo: str, revision: str | None = None) -> Iterator[None]:
+    """Turns what the hub and its client raise into a CheckpointError."""
+    at = f"{repo}@{revision}" if revision else repo
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise CheckpointError(f"{at} is gated: accept its terms on the hub, then run `hf auth login`") from error
     except errors.RevisionNotFoundError as error:
@@ -50,5 +67,6 @@ def _download(repo: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"no directory {repo!r} here, {at} is not complete in the Hugging Face cache, and the hub cannot be reached"
         ) from error
-    except OSError as error:  # HTTP errors of the hub and of its client, a full disk
-        raise CheckpointError(f"cannot download {at}: {str(error).splitlines()[0]}") from error
+    except (OSError, _HTTP_ERROR) as error:  # HTTP errors of the hub and of its client, a full disk
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"cannot download {at}: {reason}") from error

@@ -11,9 +11,11 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
+from huggingface_hub import constants
 
 from surgeon.checkpoint.headers import TORCH_DTYPES, TensorInfo, header_bytes, read_header
-from surgeon.checkpoint.hub import resolve
+from surgeon.checkpoint.hub import is_hub_id, resolve
+from surgeon.checkpoint.remote import RemoteWeights
 from surgeon.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -55,12 +57,19 @@ class Checkpoint:
     ) -> Self:
         """Read the config and every weight file's header, and check them against each other; no weight is read.
 
-        `weights="optional"` also takes a directory with a config.json alone, whose `tensors` are then empty.
+        `weights="optional"` is for who wants no values. It also takes a directory with a config.json alone, whose
+        `tensors` are then empty, and leaves a hub id's weight files on the hub: their headers are fetched alone, and
+        `read` and `fingerprint` fail for what is not in the cache.
         Raises CheckpointError for what is not a checkpoint, has pickle weights only, or is damaged.
         """
-        directory = resolve(path_or_id, revision)
+        remote = None
+        if weights == "optional" and is_hub_id(path_or_id) and not constants.HF_HUB_OFFLINE:
+            directory = resolve(path_or_id, revision, weights=False)
+            remote = RemoteWeights(str(path_or_id), directory)
+        else:
+            directory = resolve(path_or_id, revision)
         config = _read_config(directory)
-        files, tensors = _read_weights(directory)
+        files, tensors = _read_weights(directory, remote)
         if not files and weights == "required":
             raise _no_weights(directory)
         return cls(directory, config, files, tensors)
@@ -172,6 +181,7 @@ class Checkpoint:
 
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
+            _check_present(path)
             with open(path, "rb") as file:
                 # Private and writable, because torch cannot mark a tensor read-only: a write into one becomes a copy
                 # of the page instead of a crash. Not reserved: a private mapping would count as memory in use.
@@ -206,20 +216,20 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(directory: Path) -> tuple[list[Path], dict[str, TensorInfo]]:
+def _read_weights(directory: Path, remote: RemoteWeights | None) -> tuple[list[Path], dict[str, TensorInfo]]:
     """The weight files and their tensors. Where there is a single file and an index, the file, as transformers does."""
     single = directory / SINGLE
     if os.path.lexists(single):
-        _check_present(single)
-        return [single], read_header(single)
-    if not os.path.lexists(directory / INDEX):
-        return [], {}
-    weight_map = _read_index(directory / INDEX)
-    tensors: dict[str, TensorInfo] = {}
+        return [single], _header(single, remote)
+    weight_map = _read_index(directory / INDEX) if os.path.lexists(directory / INDEX) else {}
     files = [directory / name for name in dict.fromkeys(weight_map.values())]
+    # What is all in the cache is read there, whether or not the hub can be reached.
+    complete = bool(files) and all(map(os.path.lexists, files))
+    if remote is not None and not complete and single in remote.sizes:
+        return [single], _header(single, remote)
+    tensors: dict[str, TensorInfo] = {}
     for path in files:
-        _check_present(path, f", which {INDEX} names")
-        for name, info in read_header(path).items():
+        for name, info in _header(path, remote, f", which {INDEX} names").items():
             listed = weight_map.get(name)
             if listed is None or directory / listed != path:
                 where = f"as in {listed}" if listed else "not at all"
@@ -249,6 +259,13 @@ def _read_index(path: Path) -> dict[str, str]:
                 f"{path}: {name} is in {file!r}, a path outside the directory; such an index is refused"
             )
     return {name: str(PurePosixPath(file)) for name, file in weight_map.items()}
+
+
+def _header(path: Path, remote: RemoteWeights | None, named_by: str = "") -> dict[str, TensorInfo]:
+    if remote is not None and not os.path.lexists(path) and path in remote.sizes:
+        return remote.read_header(path)
+    _check_present(path, named_by)
+    return read_header(path)
 
 
 def _check_present(path: Path, named_by: str = "") -> None:

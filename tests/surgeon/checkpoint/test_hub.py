@@ -58,6 +58,7 @@ def test_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (errors.LocalEntryNotFoundError, "hub cannot be reached"),
         (errors.OfflineModeIsEnabled, "hub cannot be reached"),
         (OSError, "cannot download org/name@v1: first line$"),
+        (errors.HTTPError, "cannot download org/name@v1: first line$"),
     ],
 )
 def test_hub_errors_are_one_line(

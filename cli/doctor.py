@@ -1,0 +1,35 @@
+"""`surgeon doctor`."""
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from cli._options import json_option, print_json
+
+
+@click.command("doctor")
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path),
+    default=Path("."),
+    help="The directory whose file system is tried.  [default: this one]",
+)
+@json_option
+def doctor(directory: Path, as_json: bool) -> None:
+    """What is installed, which backends work on this machine, and why the others do not.
+
+    Each backend is really tried: a session is made, a tensor is computed.
+
+    \b
+    surgeon doctor --dir /data/checkpoints
+    """
+    from surgeon.console import show_diagnosis
+    from surgeon.doctor import diagnose
+
+    found = diagnose(directory)
+    print_json(dataclasses.asdict(found)) if as_json else show_diagnosis(found)
+
+
+COMMAND = doctor

@@ -1,0 +1,63 @@
+"""`surgeon export`."""
+
+from pathlib import Path
+
+import click
+
+from cli._options import json_option, print_json
+
+
+@click.command("export")
+@click.argument("source", metavar="CKPT")
+@click.argument("target", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    required=True,
+    help="What the graphs compute in. Weights of another dtype are converted once; the others stay where they are.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(2),
+    default=4096,
+    show_default=True,
+    help="Tokens that the key-value cache holds: prompt, pictures and answer together.",
+)
+@click.option(
+    "--measure/--no-measure",
+    default=True,
+    help="fp16: run the graphs in fp32 over a few pictures and prompts, and keep in fp32 what would overflow. It takes "
+    "the time of five prompts on this CPU.  [default: measure]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace BUNDLE, once the new one is complete.")
+@json_option
+def export(
+    source: str, target: Path, dtype: str, max_length: int, measure: bool, overwrite: bool, as_json: bool
+) -> None:
+    """Write an ONNX bundle of a checkpoint, plain or patched: the graphs, and everything a runtime needs to know.
+
+    The graphs point into the checkpoint's weights where they can, so keep it where it is.
+
+    \b
+    surgeon export OUT BUNDLE --dtype fp16 --max-length 8192
+    """
+    from exporters.onnx.bundle import DTYPES, export_bundle
+    from surgeon import console
+
+    with console.progress() as progress:
+        manifest = export_bundle(
+            source,
+            target,
+            dtype=DTYPES[dtype],
+            max_length=max_length,
+            overwrite=overwrite,
+            progress=progress,
+            measure=measure,
+        )
+    if measure and manifest.precision is not None and manifest.precision.skipped is not None:
+        click.echo(f"warning: what overflows fp16 was not measured: {manifest.precision.skipped}", err=True)
+    written = manifest.model_dump(mode="json")
+    print_json(written) if as_json else console.show_bundle(target, written)
+
+
+COMMAND = export

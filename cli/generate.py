@@ -1,0 +1,79 @@
+"""`surgeon generate`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from cli._options import backend_option, json_option, positions_option, print_json, provider_of
+from exporters.forms import form_of
+
+
+@click.command("generate")
+@click.argument("path", metavar="CKPT|BUNDLE|ENGINES")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="A picture; repeat for more.")
+@click.option("--prompt", required=True, help="What to ask.")
+@click.option("--system", help="The system prompt.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="The longest answer.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default="0, greedy", help="Sample at this.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from the likeliest P of probability.")
+@click.option("--top-k", type=click.IntRange(1), help="Sample from the K likeliest tokens.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the sampling.")
+@positions_option
+@backend_option
+@json_option
+def generate(
+    path: str,
+    images: tuple[Path, ...],
+    prompt: str,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int,
+    positions: Literal["dhr", "plain"] | None,
+    backend: str | None,
+    as_json: bool,
+) -> None:
+    """Answer a prompt about pictures, with a checkpoint in torch, a bundle in ONNX Runtime or engines on a GPU.
+
+    The text comes on stdout as it is made. Pictures are shown to the model in the order they are given.
+
+    \b
+    surgeon generate CKPT --image cat.png --prompt "What is this?"
+    surgeon generate BUNDLE --image a.png --image b.png --prompt "Compare them." --temperature 0.7 --top-p 0.9
+    """
+    if not temperature and (top_p is not None or top_k is not None):
+        raise click.UsageError("--top-p and --top-k shape sampling, and without --temperature nothing is sampled")
+    from surgeon.generation import Sampling
+    from surgeon.inputs import Prompt
+
+    asked, sampling = Prompt(prompt, images, system), Sampling(temperature, top_k, top_p, seed)
+
+    def show(text: str) -> None:
+        if not as_json:
+            click.echo(text, nl=False)
+
+    provider = provider_of(backend, path)
+    found: Any
+    if (form := form_of(path)) != "checkpoint":
+        from exporters import runtime
+
+        model: runtime.Runtime
+        if form == "engines":
+            from exporters.tensorrt.runtime import EngineRuntime
+
+            model = EngineRuntime(path)
+        else:
+            model = runtime.BundleRuntime(path, provider=provider)
+        (found,) = runtime.generate(model, [asked], max_new_tokens, sampling, lambda row, text: show(text), positions)
+    else:
+        from surgeon.torch_generate import answer
+
+        found = answer(path, asked, max_new_tokens, sampling, show, positions=positions)
+    print_json(dataclasses.asdict(found)) if as_json else click.echo()
+
+
+COMMAND = generate

@@ -1,0 +1,54 @@
+"""`surgeon inspect`."""
+
+from pathlib import Path
+
+import click
+
+from cli._options import json_option, print_json
+from exporters.forms import form_of
+
+
+@click.command("inspect")
+@click.argument("path", metavar="CKPT|BUNDLE|ENGINES")
+@json_option
+@click.option("--image", type=click.Path(path_type=Path), help="A picture, to draw where its tokens stand.")
+@click.option("--out", type=click.Path(path_type=Path), help="The drawing: a .png, .svg or .pdf file.")
+def inspect(path: str, as_json: bool, image: Path | None, out: Path | None) -> None:
+    """What a checkpoint is: family, sizes, where grafts can go, what is grafted, parameters per part.
+
+    No weight is read, and a directory with a config.json alone is enough. With --image and --out, for a family that
+    cuts pictures into tiles: a drawing of the picture's tiles and thumbnail, coloured by position id.
+
+    \b
+    surgeon inspect ./Qwen3-VL-8B-Instruct
+    surgeon inspect ./patched --json | jq '.grafts'
+    surgeon inspect ./InternVL3-2B --image x.png --out positions.png
+    """
+    if (image is None) != (out is None):
+        raise click.UsageError("--image and --out go together: the picture, and the file to draw to")
+    if image is not None and out is not None:
+        from surgeon.positions_picture import draw_positions
+
+        click.echo(f"{image}: {draw_positions(Path(path), image, out).describe()}; drawn in {out}", err=as_json)
+        return
+    from surgeon import console
+
+    if form_of(path) == "engines":
+        from exporters.tensorrt.show import inspect_engines
+
+        found_engines = inspect_engines(path, show=not as_json)
+        if as_json:
+            print_json(found_engines.model_dump(mode="json"))
+    elif form_of(path) == "bundle":
+        from exporters.onnx.manifest import Manifest
+
+        manifest = Manifest.load(path).model_dump(mode="json")
+        print_json(manifest) if as_json else console.show_bundle(path, manifest)
+    else:
+        from surgeon.inspect import inspect_checkpoint
+
+        found = inspect_checkpoint(path)
+        print_json(found.model_dump(mode="json")) if as_json else console.show_inspection(found)
+
+
+COMMAND = inspect

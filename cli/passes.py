@@ -1,0 +1,26 @@
+"""`surgeon passes`."""
+
+import click
+
+from cli._options import json_option, print_json
+
+
+@click.command("passes")
+@json_option
+def passes(as_json: bool) -> None:
+    """The passes, and the options of each.
+
+    A pass is a rewrite of the model; `patch --pass NAME:option=value,...` runs it.
+
+    \b
+    surgeon passes
+    """
+    from passes import registry
+    from surgeon.console import show_passes
+    from surgeon.inspect import describe_passes
+
+    described = describe_passes(registry())
+    print_json([each.model_dump(mode="json") for each in described]) if as_json else show_passes(described)
+
+
+COMMAND = passes

@@ -1,0 +1,69 @@
+"""`surgeon validate`."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from cli._options import backend_option, json_option, positions_option, print_json, provider_of
+
+
+@click.command("validate")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Your own picture; repeat.")
+@click.option("--prompt", help="Your own prompt, instead of the ones that come with the tool.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded after each prompt."
+)
+@positions_option
+@backend_option
+@click.option("--report", "report_file", type=click.Path(path_type=Path), help="Write the whole verdict as JSON.")
+@click.option("--overwrite", is_flag=True, help="Replace the report file.")
+@json_option
+def validate(
+    a: str,
+    b: str,
+    images: tuple[Path, ...],
+    prompt: str | None,
+    steps: int,
+    positions: Literal["dhr", "plain"] | None,
+    backend: str | None,
+    report_file: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Prove that a later form of a model computes what an earlier one did. A and B: checkpoints, bundles or engines.
+
+    Compared are the logits over each prompt and over every decoding step, and the greedy tokens; a failure names the
+    first layer that is wrong. What must hold depends on the two: a fresh patch gives its source's logits bit for bit,
+    an fp32 bundle the checkpoint's to 1e-4 with the same tokens, fp16 and bf16 ones to stated bounds. Exits with 1
+    where it does not hold.
+
+    \b
+    surgeon validate CKPT PATCHED
+    surgeon validate PATCHED BUNDLE --image cat.png --prompt "What is this?" --report report.json
+    """
+    from surgeon import console
+
+    if report_file is not None:
+        from surgeon.checkpoint import check_target
+
+        check_target(report_file, overwrite, directory=False)
+    provider = provider_of(backend, a, b)
+    from exporters.runtime.validation import validate_pair
+
+    with console.progress() as progress:
+        report = validate_pair(a, b, images, prompt, steps, progress, positions, provider)
+    if report_file is not None:
+        from surgeon.checkpoint import staged_file
+
+        with staged_file(report_file, overwrite) as staging:
+            staging.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    print_json(report.to_json()) if as_json else console.show_report(report)
+    if not report.passed:
+        click.get_current_context().exit(1)
+
+
+COMMAND = validate

@@ -1,0 +1,50 @@
+"""`surgeon generate` answers as transformers does, and refuses what is no picture."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from checkpoints import DEMO, has_tokenizer
+from command import assert_refused, process, run
+from surgeon import models
+from surgeon.torch_generate import answer
+
+
+@pytest.mark.skipif(not has_tokenizer(), reason="needs the demo checkpoint's tokenizer")
+def test_generate_streams_the_answer_of_the_model(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (96, 64), (200, 30, 30)).save(picture)
+    arguments = ("generate", DEMO, "--image", picture, "--prompt", "Describe the picture.", "--max-new-tokens", 12)
+    found = json.loads(run(*arguments, "--json").stdout)
+    streamed = process(*arguments)  # where nothing has set transformers up before
+    assert streamed.stdout == found["text"] + "\n" and streamed.stderr == ""
+
+    # the same by transformers' own greedy search
+    from surgeon.inputs import Inputs, Prompt
+
+    prepared = Inputs.from_directory(DEMO).prepare([Prompt("Describe the picture.", (picture,))])
+    model = models.load(DEMO)
+    ids = model.generate(**prepared.model_kwargs(model.dtype), do_sample=False, max_new_tokens=12)
+    assert found["token_ids"] == ids[0, prepared.input_ids.shape[1] :].tolist()
+
+    drawn = [json.loads(run(*arguments, "--json", "--temperature", 5, "--seed", seed).stdout) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert answer(DEMO, Prompt("Describe the picture.", (picture,)), 3).token_ids == found["token_ids"][:3]
+
+
+@pytest.mark.skipif(not has_tokenizer(), reason="needs the demo checkpoint's tokenizer")
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.png", b"no picture", "is not a picture"),
+        ("a.png", b"\x89PNG\r\n\x1a\n" + b"\0" * 20, "a.png"),
+        ("a.mp4", b"\0\0\0 ftypisom", "video is not supported yet"),
+        ("a.png", None, "does not exist"),
+    ],
+)
+def test_a_picture_that_is_not_one(tmp_path: Path, name: str, content: bytes | None, expected: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert_refused(run("generate", DEMO, "--image", tmp_path / name, "--prompt", "Describe the picture."), expected)
