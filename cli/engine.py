@@ -43,6 +43,13 @@ from cli._options import json_option, print_json
     show_default=True,
     help="What computes the grafts: standard operators, or the tool's own kernels as plugins (needs Triton).",
 )
+@click.option(
+    "--blocks",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="How fused kernels are cut, as `python -m exporters.kernels.autotune` measured it on the GPU.  [default: that "
+    "of the GPU that is here, where it was measured]",
+)
 @click.option("--timing-cache", type=click.Path(path_type=Path), help="A file of TensorRT's timings, read and written.")
 @click.option("--cache", type=click.Path(path_type=Path), help="A folder to keep engines in, and to take them from.")
 @click.option("--strict", is_flag=True, help="Attention that is not one fused kernel is an error.")
@@ -66,6 +73,7 @@ def engine(
     visual_tokens: str | None,
     graphs: tuple[str, ...],
     kernels: Literal["standard", "fused"],
+    blocks: Path | None,
     timing_cache: Path | None,
     cache: Path | None,
     strict: bool,
@@ -93,7 +101,7 @@ def engine(
     from surgeon import console
 
     limits = Limits.parse(prefill, batch, picture_tokens, visual_tokens)
-    options = Options(backend, capabilities, dtype, limits, timing_cache, cache, strict, graphs, kernels)
+    options = Options(backend, capabilities, dtype, limits, timing_cache, cache, strict, graphs, kernels, blocks)
     if serve_layout is not None:
         from exporters.serving import triton
 

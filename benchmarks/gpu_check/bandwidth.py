@@ -19,6 +19,7 @@ from exporters.kernels.candidates import candidates
 from exporters.kernels.kernel import Blocks, Chain
 from exporters.kernels.launch import launch, run
 from exporters.kernels.plan import ChooseBlocks, by_rule
+from exporters.kernels.tuned import chooser
 from exporters.kernels.workload import Size, bytes_of, draw, reading
 
 PUBLISHED = {"PVM, Qwen3-VL-8B": (1024, 0.30), "mixin, CoMemo-2B": (1792, 0.60)}
@@ -89,7 +90,7 @@ def tune_block(
         step = launched.split()[0]
         report.figure(f"{name}: {step}, best of {each.tried}", each.seconds * 1e6, "us")
     report.note(f"{name}: blocks", {launched: asdict(each) for launched, each in found.items()})
-    tuned = autotune.chooser({launched: each.blocks for launched, each in found.items()})
+    tuned = chooser({launched: each.blocks for launched, each in found.items()})
     (by_tuning,), (expected,) = run(chain, given, tuned), run(chain, given)
     error = relative(by_tuning, expected)
     if not error <= TOLERANCES["bfloat16"]:

@@ -10,7 +10,8 @@ import triton
 
 from benchmarks._measure import Spread
 from benchmarks.gpu_check.part import Setting
-from exporters.kernels.autotune import in_cuda_graph, read, slug
+from exporters.kernels.autotune import in_cuda_graph
+from exporters.kernels.tuned import read, slug
 
 Run = Callable[[], object]
 

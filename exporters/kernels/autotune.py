@@ -1,140 +1,22 @@
-"""Blocks as they were measured best on a GPU, kept in a file per GPU.
-
-`python -m exporters.kernels.autotune CHECKPOINT` measures for the grafts of a patched checkpoint. Without a file, and
-for sizes that are not in it, blocks follow the rule of `blocks.py`.
-"""
+"""Launches measured on the GPU that is here: `python -m exporters.kernels.autotune CHECKPOINT`, for the grafts of a
+patched checkpoint. What is found is kept by `tuned`."""
 
 import argparse
-import json
-import os
-import re
 import statistics
-import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import cache, partial
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from exporters.kernels.candidates import LEAST_SHARED_MEMORY, candidates
-from exporters.kernels.folder import folder
-from exporters.kernels.kernel import Blocks, Chain, Step, power_of_two
-from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule, element_size, fixed_blocks
+from exporters.kernels.kernel import Blocks, Chain, Step
+from exporters.kernels.plan import ChooseBlocks, element_size, fixed_blocks
+from exporters.kernels.tuned import Measured, keep, key
 from surgeon.errors import SurgeonError
 
-_FORMAT = 1
 Measure = Callable[[Sequence[Callable[[], object]]], float]
 """Runs that do the same on tensors of their own -> seconds of one."""
-Kept = dict[str, Blocks]
-
-
-# -- choosing --------------------------------------------------------------------------------------------------------
-def choose(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
-    """As measured on the current GPU, where it was."""
-    if not torch.cuda.is_available():
-        return by_rule(step, inputs)
-    return chooser(read(_gpu_name(torch.cuda.current_device())))(step, inputs)
-
-
-def chooser(kept: Mapping[str, Blocks]) -> ChooseBlocks:
-    """Blocks from `kept`, and by rule for what is not in it."""
-    if not kept:
-        return by_rule
-
-    def chosen(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
-        return kept.get(key(step, inputs)) or by_rule(step, inputs)
-
-    return chosen
-
-
-def key(step: Step, inputs: Mapping[str, TensorType]) -> str:
-    """A launch's name among measurements: weights by their sizes, the rest rounded up to powers of two, because
-    batches, lengths and memories differ from one request to the next."""
-    parts = [step.name]
-    for name, tensor in inputs.items():
-        if len(tensor.shape) == 1:
-            continue
-        is_weight = len(tensor.shape) == 2 and tensor.dtype not in ("bool", "int32")
-        sizes = tensor.shape if is_weight else tuple(power_of_two(size) for size in tensor.shape)
-        parts.append(f"{name}={tensor.dtype}[{','.join(map(str, sizes))}]")
-    return " ".join(parts)
-
-
-@cache
-def _gpu_name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
-
-
-# -- keeping ---------------------------------------------------------------------------------------------------------
-def path_of(gpu: str) -> Path:
-    """The file of a GPU, by its name: "NVIDIA H200"."""
-    return folder() / f"{slug(gpu)}.json"
-
-
-def slug(gpu: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-
-
-@cache
-def read(gpu: str) -> Kept:
-    """What was kept for a GPU; nothing where there is no file. A file that cannot be used is said once."""
-    path = path_of(gpu)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != _FORMAT or content["gpu"] != gpu:
-            raise ValueError(f"it is format {content['format']} for {content['gpu']!r}, not {_FORMAT} for {gpu!r}")
-        return {name: _sound(entry["blocks"]) for name, entry in content["launches"].items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path} is ignored: {error}; measure again, or delete it", stacklevel=2)
-        return {}
-
-
-def _sound(values: Mapping[str, Any]) -> Blocks:
-    blocks = Blocks(**values)
-    for field in fields(Blocks):
-        value = getattr(blocks, field.name)
-        least = 16 if field.name in ("inner", "slots") or (field.name == "outputs" and blocks.tokens > 1) else 1
-        powers = field.name != "num_stages"
-        if type(value) is not int or value < least or (powers and value & (value - 1)):
-            raise ValueError(f"{field.name} is {value!r}")
-    if 1 < blocks.tokens < 16:
-        raise ValueError(f"tokens is {blocks.tokens}")
-    return blocks
-
-
-def keep(gpu: str, triton_version: str, found: Mapping[str, "Measured"]) -> Path:
-    """Add measurements to a GPU's file -> the file."""
-    path = path_of(gpu)
-    launches = {name: {"blocks": asdict(blocks)} for name, blocks in read(gpu).items()}
-    launches |= {name: asdict(each) for name, each in found.items()}
-    content = {"format": _FORMAT, "gpu": gpu, "triton": triton_version, "launches": dict(sorted(launches.items()))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-    os.replace(file.name, path)
-    from exporters.kernels.launch import forget
-
-    read.cache_clear()
-    forget()
-    return path
-
-
-# -- measuring -------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Measured:
-    """A launch, measured. Where its blocks change what later launches are given, the times are with those."""
-
-    blocks: Blocks
-    seconds: float
-    rule_seconds: float
-    """By the rule's blocks."""
-    tried: int
 
 
 def tune(

@@ -4,10 +4,11 @@ import json
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import onnx_ir as ir
 
@@ -35,6 +36,9 @@ from exporters.tensorrt.manifest import LAYERS, PROCESSOR, EngineFile, EngineMan
 from exporters.tensorrt.plan import GraphPlan, Kernels, Plan, make_plan
 from exporters.tensorrt.profiles import Limits
 from surgeon.checkpoint import check_target, staged, staged_file
+
+if TYPE_CHECKING:
+    from exporters.kernels.tuned import Tuned
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how much is done and how much there is."""
@@ -68,6 +72,9 @@ class Options:
     graphs: tuple[str, ...] = ()
     """Some of the bundle's graphs; all where it is empty."""
     kernels: Kernels = "standard"
+    blocks: Path | None = None
+    """A file of `exporters.kernels.tuned`: how launches of fused kernels are cut; by default that of the GPU that is
+    here, for a native target, where it was measured."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,36 @@ def plan_engines(bundle: Path, options: Options, target: Path | None = None, ove
 
 
 def _plan(bundle: Path, options: Options) -> Plan:
-    return make_plan(bundle, options.backend, options.limits, options.dtype, options.graphs, options.kernels)
+    tuned = _tuned(options)
+    plan = make_plan(bundle, options.backend, options.limits, options.dtype, options.graphs, options.kernels, tuned)
+    if options.blocks is not None and not any(graph.measured for graph in plan.graphs):
+        warnings.warn(
+            f"--blocks {options.blocks}: none of what was measured on {plan.tuned_on} is of this bundle's sizes and "
+            "batches; blocks follow the rule",
+            stacklevel=1,
+        )
+    return plan
+
+
+def _tuned(options: Options) -> "Tuned | None":
+    """Blocks as measured, from the file that was named or that of the GPU that is here."""
+    if options.kernels == "standard":
+        if options.blocks is not None:
+            raise EngineError("--blocks is of fused kernels: add --kernels fused, or leave it out")
+        return None
+    # needs torch alone, but what fused kernels need is imported for them alone
+    from exporters.kernels.tuned import Tuned, load, read
+
+    if options.blocks is None:
+        here = gpu() if options.target == NATIVE else None
+        found = {} if here is None else read(here.name)
+        return Tuned(here.name, found) if here is not None and found else None
+    try:
+        return load(options.blocks)
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"--blocks {options.blocks}: {error}; measure on the GPU with python -m exporters.kernels.autotune"
+        ) from error
 
 
 def _manifest(plan: Plan, library: Library, targets: tuple[str, ...], directory: Path) -> EngineManifest:

@@ -17,6 +17,7 @@ from exporters.tensorrt.rewrites import rewrite
 if TYPE_CHECKING:
     from exporters.kernels.graph.fused_kernels import FusedKernels
     from exporters.kernels.graph.node import KernelNode
+    from exporters.kernels.tuned import Tuned
 
 Kernels = Literal["standard", "fused"]
 """What computes the grafts: standard operators, or the project's own kernels as plugins."""
@@ -42,6 +43,8 @@ class GraphPlan:
     """Those of the graph's nodes, by operator."""
     fused: Mapping[str, int] = field(default_factory=dict)
     """How many calls of each function became plugins."""
+    measured: int = 0
+    """How many kinds of launches are cut as they were measured best."""
 
     @property
     def engine(self) -> str:
@@ -58,6 +61,8 @@ class Plan:
     """Key/value caches of the largest batch."""
     memory_bytes: int
     """Visual memory of the largest batch."""
+    tuned_on: str | None = None
+    """The GPU on which blocks of fused kernels were measured; None: they follow the rule."""
 
     @property
     def weight_bytes(self) -> int:
@@ -71,9 +76,10 @@ def make_plan(
     dtype: Literal["fp16", "bf16"] | None = None,
     graphs: tuple[str, ...] = (),
     kernels: Kernels = "standard",
+    tuned: "Tuned | None" = None,
 ) -> Plan:
     """Plan the engines of a bundle; `graphs`: some of its graphs, by default all. `dtype`: what the bundle must be of.
-    With "fused" kernels grafts become plugins.
+    With "fused" kernels grafts become plugins; `tuned`: how their launches were measured to be best cut.
 
     Raises BundleError for what is no bundle, or a damaged one or one of a newer version; EngineError for a bundle of
     another dtype, of fp32, for limits that do not fit it, and for fused kernels without Triton.
@@ -94,12 +100,13 @@ def make_plan(
         manifest=manifest,
         backend=backend,
         graphs=[
-            _graph(bundle, manifest, name, profiles[name], kernels)
+            _graph(bundle, manifest, name, profiles[name], kernels, tuned)
             for name in manifest.graphs
             if not graphs or name in graphs
         ],
         cache_bytes=cache_bytes(manifest, profiles, ("past_",)),
         memory_bytes=cache_bytes(manifest, profiles, ("memory_keys.", "memory_values.")),
+        tuned_on=None if tuned is None or kernels == "standard" else tuned.gpu,
     )
 
 
@@ -116,10 +123,13 @@ def _check_dtype(manifest: Manifest, backend: Backend, dtype: str | None) -> Non
         )
 
 
-def _graph(bundle: Path, manifest: Manifest, name: str, profiles: list[Profile], kernels: Kernels) -> GraphPlan:
+def _graph(
+    bundle: Path, manifest: Manifest, name: str, profiles: list[Profile], kernels: Kernels, tuned: "Tuned | None"
+) -> GraphPlan:
     path = bundle / manifest.graphs[name].file
     model = ir.load(path)
-    fusion = _fusion(profiles) if kernels == "fused" else None
+    measured: set[str] = set()
+    fusion = _fusion(profiles, tuned, measured) if kernels == "fused" else None
     replaced = rewrite(model, () if fusion is None else (fusion,))
     tensors = [value.const_value for value in model.graph.initializers.values()]
     size = sum(tensor.length or 0 for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
@@ -136,10 +146,11 @@ def _graph(bundle: Path, manifest: Manifest, name: str, profiles: list[Profile],
         outputs=described.outputs,
         plugins={} if fusion is None else fusion.nodes,
         fused={} if fusion is None else fusion.functions,
+        measured=len(measured),
     )
 
 
-def _fusion(profiles: list[Profile]) -> "FusedKernels":
+def _fusion(profiles: list[Profile], tuned: "Tuned | None", measured: set[str]) -> "FusedKernels":
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -149,7 +160,9 @@ def _fusion(profiles: list[Profile]) -> "FusedKernels":
     # these are written in Triton, which is not installed everywhere
     from exporters.kernels.graph import NAMESPACE, VERSION
     from exporters.kernels.graph.fused_kernels import FusedKernels
+    from exporters.kernels.tuned import chooser
     from exporters.tensorrt.plugins.reach import largest, reaches
 
     attributes = {"plugin_version": VERSION, "plugin_namespace": NAMESPACE}
-    return FusedKernels(reaches(profiles), largest(profiles), attributes=attributes)
+    choose = chooser({} if tuned is None else tuned.blocks, measured)
+    return FusedKernels(reaches(profiles), largest(profiles), choose, attributes)

@@ -35,6 +35,7 @@ def show_plan(plan: Plan, target: str) -> None:
         + (f" and {decimal(plan.memory_bytes)} of visual memory" if plan.memory_bytes else "")
     )
     _show_fused({graph.name: graph.fused for graph in plan.graphs})
+    _show_measured(plan)
     print("a plan only: nothing was built")
 
 
@@ -50,6 +51,7 @@ def plan_json(plan: Plan, target: str) -> dict[str, Any]:
             graph.name: {
                 "file": graph.engine,
                 "fused": dict(graph.fused),
+                "measured": graph.measured,
                 "weight_bytes": graph.weight_bytes,
                 "rewrites": graph.rewrites,
                 "profiles": [profile.model_dump() for profile in graph.profiles],
@@ -107,6 +109,14 @@ def _show_fused(fused: Mapping[str, Mapping[str, int]]) -> None:
     for name, functions in fused.items():
         for function, count in functions.items():
             print(f"{name}: {count} of {function} {'is' if count == 1 else 'are'} computed by fused kernels")
+
+
+def _show_measured(plan: Plan) -> None:
+    """Whether launches are cut as they were measured best."""
+    if count := sum(graph.measured for graph in plan.graphs):
+        print(f"{count} kinds of launches are cut as measured on {plan.tuned_on}")
+    elif any(graph.fused for graph in plan.graphs):
+        print("launches are cut by rule (python -m exporters.kernels.autotune measures, on the GPU)")
 
 
 def _fused(report: LayerReport) -> list[tuple[Any, ...]]:

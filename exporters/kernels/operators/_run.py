@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from exporters.kernels import launch
-from exporters.kernels.autotune import choose
 from exporters.kernels.kernel import Chain
+from exporters.kernels.tuned import choose
 
 
 def run(chain: Chain, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
-from exporters.kernels import autotune
+from exporters.kernels import tuned
 from exporters.kernels.aot import capability_for
 from exporters.kernels.blocks import DECODE_TOKENS, FEW_TOKENS
 from exporters.kernels.folder import folder
@@ -71,7 +71,7 @@ def cuda_device() -> Device | None:
     major, minor = torch.cuda.get_device_capability()
     capability = capability_for(10 * major + minor)
     assert capability is not None
-    return Device(capability, choose=autotune.choose)
+    return Device(capability, choose=tuned.choose)
 
 
 def fuse(model: ir.Model, device: Device) -> Fused | None:

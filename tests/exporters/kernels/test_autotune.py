@@ -1,23 +1,19 @@
 import dataclasses
-import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from checkpoints import tiny_model
-from exporters.kernels import autotune, launch, workload
+from exporters.kernels import autotune, launch, tuned, workload
 from exporters.kernels.blocks import default_blocks
 from exporters.kernels.candidates import candidates
-from exporters.kernels.folder import VARIABLE
 from exporters.kernels.kernel import Blocks
-from exporters.kernels.plan import by_rule, plan
+from exporters.kernels.plan import plan
 from exporters.kernels.workload import Size, draw, filling, reading
 from patching import apply
-from surgeon.memory.graft import Graft
 from surgeon.memory.mixin import Mixin
 from surgeon.memory.pvm import PersistentVisualMemory, persistent_visual_memory
 from surgeon.memory.rotary import Rope
@@ -36,69 +32,8 @@ def mixin_graft() -> Mixin:
 GRAFTS = {"pvm": pvm_graft, "mixin": mixin_graft}
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
-    autotune.read.cache_clear()
-    yield tmp_path
-    autotune.read.cache_clear()
-
-
-def measured(blocks: Blocks) -> autotune.Measured:
-    return autotune.Measured(blocks, 1e-6, 2e-6, 3)
-
-
-def test_what_is_kept_is_chosen_and_the_rule_for_the_rest(folder: Path) -> None:
-    chain, types = reading(pvm_graft(), Size(slots=50, dtype="float32"))
-    first = plan(chain, types)[0]
-    other = dataclasses.replace(first.blocks, outputs=2 * first.blocks.outputs)
-    name = autotune.key(first.step, first.inputs)
-    assert autotune.keep(GPU, "3.6.0", {name: measured(other)}) == folder / "nvidia-test-9000.json"
-
-    launches = plan(chain, types, autotune.chooser(autotune.read(GPU)))
-    assert launches[0].blocks == other
-    assert [each.blocks for each in launches[1:]] == [each.blocks for each in plan(chain, types)[1:]]
-
-
-def test_measurements_are_added_to_those_of_before(folder: Path) -> None:
-    autotune.keep(GPU, "3.6.0", {"a": measured(Blocks(outputs=16)), "b": measured(Blocks())})
-    autotune.keep(GPU, "3.6.0", {"a": measured(Blocks(outputs=32))})
-    assert autotune.read(GPU) == {"a": Blocks(outputs=32), "b": Blocks()}
-    assert [path.name for path in folder.iterdir()] == ["nvidia-test-9000.json"]
-
-
-def test_a_key_joins_near_requests_and_parts_weights() -> None:
-    def keys(slots: int, batch: int = 1, graft: Graft | None = None) -> list[str]:
-        size = Size(batch=batch, slots=slots)
-        return [autotune.key(each.step, each.inputs) for each in plan(*reading(graft or pvm_graft(), size))]
-
-    assert keys(900) == keys(1024)
-    assert keys(1024)[1] != keys(1025)[1]
-    assert keys(1024, batch=2)[0] != keys(1024)[0]
-    wider = PersistentVisualMemory(128, 64, 80, head_dim=32, num_key_value_heads=1, eps=1e-6)
-    assert keys(1024, graft=wider)[0] != keys(1024)[0]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{",
-        "[]",
-        json.dumps({"format": 1, "gpu": "NVIDIA Other", "launches": {}}),
-        json.dumps({"format": 2, "gpu": GPU, "launches": {}}),
-        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"tokens": 3}}}}),
-        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"tokens": 8}}}}),
-        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"inner": "64"}}}}),
-        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"block_size": 64}}}}),
-        json.dumps({"format": 1, "gpu": GPU, "launches": []}),
-    ],
-)
-def test_a_damaged_or_foreign_file_is_said_once_and_ignored(folder: Path, content: str) -> None:
-    (folder / "nvidia-test-9000.json").write_text(content)
-    with pytest.warns(UserWarning, match=r"nvidia-test-9000.json is ignored: .*measure again, or delete it") as said:
-        assert autotune.read(GPU) == {}
-        assert autotune.read(GPU) == {}
-    assert len(said) == 1
+def measured(blocks: Blocks) -> tuned.Measured:
+    return tuned.Measured(blocks, 1e-6, 2e-6, 3)
 
 
 @pytest.mark.parametrize("kind", GRAFTS)
@@ -113,7 +48,7 @@ def test_candidates_are_sound(kind: str, size: Size) -> None:
             assert len(found) > 1, each.step.name
             assert len(set(found)) == len(found)
             for blocks in found:
-                autotune._sound(dataclasses.asdict(blocks))
+                tuned._sound(dataclasses.asdict(blocks))
                 assert blocks.tokens == 1 or 16 * blocks.num_warps * 64 >= blocks.tokens * blocks.outputs / 2
 
 
@@ -138,13 +73,13 @@ def test_the_fastest_is_kept_and_computes_the_same(kind: str, folder: Path) -> N
     for each in found.values():
         assert each.tried > 1 and each.seconds < each.rule_seconds
     assert found[next(name for name in found if "attend" in name)].blocks.splits > 1  # the last that is tried
-    autotune.keep(GPU, "3.6.0", found)
+    tuned.keep(GPU, "3.6.0", found)
 
     chosen: list[bool] = []
 
     def choose(step, inputs):  # type: ignore[no-untyped-def]
-        chosen.append(autotune.key(step, inputs) in autotune.read(GPU))
-        return autotune.chooser(autotune.read(GPU))(step, inputs)
+        chosen.append(tuned.key(step, inputs) in tuned.read(GPU))
+        return tuned.chooser(tuned.read(GPU))(step, inputs)
 
     (output,) = launch.run(chain, given, choose)
     assert chosen == [True] * len(chain.steps)
@@ -181,13 +116,6 @@ def test_runs_rotate_among_copies_that_no_cache_holds() -> None:
     assert counts[0] == -(-300_000 // (4 * (96 + 64 * 96)))
 
 
-def test_without_a_gpu_blocks_follow_the_rule() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    chain, types = reading(mixin_graft(), Size(slots=20))
-    assert plan(chain, types, autotune.choose) == plan(chain, types, by_rule)
-
-
 def test_a_drawn_workload_is_what_the_plain_definition_takes() -> None:
     graft = pvm_graft()
     chain, types = reading(graft, Size(batch=2, length=3, slots=20, dtype="float32", visual_tokens=True))
@@ -213,10 +141,10 @@ def test_the_command_measures_for_the_grafts_of_a_checkpoint(
     """Up to the GPU: what it is asked for, and what is kept."""
     tiny_model("qwen3_vl", torch.float32).save_pretrained(tmp_path / "source")
     apply(tmp_path / "source", tmp_path / "patched", "pvm:layers=1,3,latent=32")
-    tuned: list[int] = []
+    asked: list[int] = []
 
     def tune_on_gpu(chain, given):  # type: ignore[no-untyped-def]
-        tuned.append(given["keys"].shape[2])
+        asked.append(given["keys"].shape[2])
         return {f"{chain.name}_text {given['keys'].shape[2]}": measured(Blocks(outputs=32))}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -225,6 +153,6 @@ def test_the_command_measures_for_the_grafts_of_a_checkpoint(
     monkeypatch.setattr(autotune, "tune_on_gpu", tune_on_gpu)
     monkeypatch.setattr(sys, "argv", ["autotune", str(tmp_path / "patched"), "--slots", "64", "96"])
     autotune.main()
-    assert tuned == [64, 96]  # once for both layers
-    assert set(autotune.read(GPU)) == {"pvm_text 64", "pvm_text 96"}
+    assert asked == [64, 96]  # once for both layers
+    assert set(tuned.read(GPU)) == {"pvm_text 64", "pvm_text 96"}
     assert "pvm_text: 2.00 us by rule, 1.00 us with Blocks(" in capsys.readouterr().out

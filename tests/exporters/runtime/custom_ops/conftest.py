@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cuda_stand_in import StandIn, stand_in
 
+from cuda_stand_in import StandIn, stand_in
 from exporters.kernels.folder import VARIABLE
 from exporters.runtime.custom_ops import native
 

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from cuda_stand_in import StandIn
 
+from cuda_stand_in import StandIn
 from exporters.kernels.aot import CompileError
 from exporters.runtime import BundleRuntime
 from exporters.runtime.custom_ops import Device, Fused, cuda_device, fuse, fused, native

@@ -1,15 +1,27 @@
 """`surgeon engine --kernels`: what it says it replaced, and what it cannot do."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
 from cli import cli
+from exporters.kernels import tuned
+from exporters.kernels.folder import VARIABLE
+from exporters.kernels.plan import plan as launches
+from exporters.kernels.workload import Size, reading
+from exporters.tensorrt import build
+from exporters.tensorrt.build import Options, plan_engines
+from exporters.tensorrt.library import Gpu
 from pairs import PLAIN, Pair
+from surgeon.checkpoint.reader import Checkpoint
+from surgeon.memory.graft import Graft
+from surgeon.models import build_meta, read_config
 
 RECIPE = ("pvm:layers=1,2,latent=64",)
 
@@ -32,6 +44,58 @@ def test_what_fused_kernels_compute_is_printed(grafted: Pair) -> None:
         "decoder": {"PersistentVisualMemory": 2}
     }
     assert "fused kernels" not in plan(grafted).stdout
+
+
+GPU = "NVIDIA Test 9000"
+
+
+@pytest.fixture
+def blocks(grafted: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As autotune keeps them, of a decoding step over the memory that a decode profile is for."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    tuned.read.cache_clear()
+    with Checkpoint.open(grafted.checkpoint) as checkpoint:
+        model = build_meta(read_config(checkpoint.config))
+    graft = next(module for module in model.modules() if isinstance(module, Graft))
+    decode = plan_engines(grafted.bundle, Options(target="sm80", graphs=("decoder",))).graphs[0].profiles[0]
+    chain, types = reading(graft, Size(slots=decode.sizes["M"].opt, dtype="float16"))
+    found = {}
+    for launch in launches(chain, types):
+        best = dataclasses.replace(launch.blocks, num_warps=2)
+        found[tuned.key(launch.step, launch.inputs)] = tuned.Measured(best, 1e-6, 2e-6, 3)
+    return tuned.keep(GPU, "3.6.0", found)
+
+
+def test_launches_are_cut_as_they_were_measured(grafted: Pair, blocks: Path) -> None:
+    told = plan(grafted, "--kernels", "fused", "--blocks", str(blocks))
+    assert (told.exit_code, told.stderr) == (0, "")
+    assert f"6 kinds of launches are cut as measured on {GPU}" in told.stdout.splitlines()
+    assert "launches are cut by rule" in plan(grafted, "--kernels", "fused").stdout
+    graph = plan_engines(grafted.bundle, Options(graphs=("decoder",), kernels="fused", blocks=blocks)).graphs[0]
+    warps = {name: [form.launch.blocks.num_warps for form in node.forms] for name, node in graph.plugins.items()}
+    assert {forms[0] for forms in warps.values()} == {2} and all(2 not in forms[1:] for forms in warps.values())
+
+
+def test_the_file_of_the_gpu_that_is_here_is_taken_by_itself(
+    grafted: Pair, blocks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "gpu", lambda: Gpu(GPU, "sm89"))
+    assert f"cut as measured on {GPU}" in plan(grafted, "--kernels", "fused").stdout
+    assert "launches are cut by rule" in plan(grafted, "--kernels", "fused", "--target", "sm89").stdout
+
+
+def test_blocks_that_cannot_be_taken_are_told(grafted: Pair, blocks: Path, tmp_path: Path) -> None:
+    standard = plan(grafted, "--blocks", str(blocks))
+    assert standard.exit_code == 2 and "--blocks is of fused kernels: add --kernels fused" in standard.stderr
+    for content, why in ((None, "No such file"), ("[]", "it is no file of measured blocks")):
+        other = tmp_path / "other.json"
+        if content is not None:
+            other.write_text(content)
+        told = plan(grafted, "--kernels", "fused", "--blocks", str(other))
+        assert told.exit_code == 2 and why in told.stderr and "measure on the GPU with" in told.stderr
+    other.write_text(json.dumps({"format": 1, "gpu": GPU, "launches": {}}))
+    told = plan(grafted, "--kernels", "fused", "--blocks", str(other))
+    assert told.exit_code == 0 and f"none of what was measured on {GPU} is of this bundle's sizes" in told.stderr
 
 
 def test_a_bundle_without_grafts_has_nothing_to_fuse(export: Callable[..., Pair]) -> None:

@@ -1,0 +1,153 @@
+"""Blocks as they were measured best on a GPU, kept in a file per GPU (`autotune` measures). Without a file, and for
+sizes that are not in it, blocks follow the rule of `blocks.py`."""
+
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporters.kernels.folder import folder
+from exporters.kernels.kernel import Blocks, Step, power_of_two
+from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule
+
+_FORMAT = 1
+Kept = dict[str, Blocks]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A launch, measured. Where its blocks change what later launches are given, the times are with those."""
+
+    blocks: Blocks
+    seconds: float
+    rule_seconds: float
+    """By the rule's blocks."""
+    tried: int
+
+
+# -- choosing --------------------------------------------------------------------------------------------------------
+def choose(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
+    """As measured on the current GPU, where it was."""
+    if not torch.cuda.is_available():
+        return by_rule(step, inputs)
+    return chooser(read(_gpu_name(torch.cuda.current_device())))(step, inputs)
+
+
+def chooser(kept: Mapping[str, Blocks], used: set[str] | None = None) -> ChooseBlocks:
+    """Blocks from `kept`, and by rule for what is not in it. `used`: where the names of those taken are added."""
+    if not kept:
+        return by_rule
+
+    def chosen(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
+        name = key(step, inputs)
+        if name not in kept:
+            return by_rule(step, inputs)
+        if used is not None:
+            used.add(name)
+        return kept[name]
+
+    return chosen
+
+
+def key(step: Step, inputs: Mapping[str, TensorType]) -> str:
+    """A launch's name among measurements: weights by their sizes, the rest rounded up to powers of two, because
+    batches, lengths and memories differ from one request to the next. Masks, which cost next to nothing and which one
+    runtime gives where another does not, are left out."""
+    parts = [step.name]
+    for name, tensor in inputs.items():
+        if len(tensor.shape) == 1 or tensor.dtype in ("bool", "int32"):
+            continue
+        sizes = tensor.shape if len(tensor.shape) == 2 else tuple(power_of_two(size) for size in tensor.shape)
+        parts.append(f"{name}={tensor.dtype}[{','.join(map(str, sizes))}]")
+    return " ".join(parts)
+
+
+@cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+# -- keeping ---------------------------------------------------------------------------------------------------------
+def path_of(gpu: str) -> Path:
+    """The file of a GPU, by its name: "NVIDIA H200"."""
+    return folder() / f"{slug(gpu)}.json"
+
+
+def slug(gpu: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+@cache
+def read(gpu: str) -> Kept:
+    """What was kept for a GPU; nothing where there is no file. A file that cannot be used is said once."""
+    path = path_of(gpu)
+    try:
+        found = load(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path} is ignored: {error}; measure again, or delete it", stacklevel=2)
+        return {}
+    if found.gpu != gpu:
+        warnings.warn(
+            f"{path} is ignored: it is for {found.gpu!r}, not {gpu!r}; measure again, or delete it", stacklevel=2
+        )
+        return {}
+    return found.blocks
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was measured on a GPU."""
+
+    gpu: str
+    blocks: Kept
+
+
+def load(path: Path) -> Tuned:
+    """A file that `keep` wrote, wherever it lies. Raises OSError, and ValueError for what is no such file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        if content["format"] != _FORMAT:
+            raise ValueError(f"it is of format {content['format']!r}, not {_FORMAT}")
+        return Tuned(str(content["gpu"]), {name: _sound(e["blocks"]) for name, e in content["launches"].items()})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is no file of measured blocks ({type(error).__name__}: {error})") from error
+
+
+def _sound(values: Mapping[str, Any]) -> Blocks:
+    blocks = Blocks(**values)
+    for field in fields(Blocks):
+        value = getattr(blocks, field.name)
+        least = 16 if field.name in ("inner", "slots") or (field.name == "outputs" and blocks.tokens > 1) else 1
+        powers = field.name != "num_stages"
+        if type(value) is not int or value < least or (powers and value & (value - 1)):
+            raise ValueError(f"{field.name} is {value!r}")
+    if 1 < blocks.tokens < 16:
+        raise ValueError(f"tokens is {blocks.tokens}")
+    return blocks
+
+
+def keep(gpu: str, triton_version: str, found: Mapping[str, "Measured"]) -> Path:
+    """Add measurements to a GPU's file -> the file."""
+    path = path_of(gpu)
+    launches = {name: {"blocks": asdict(blocks)} for name, blocks in read(gpu).items()}
+    launches |= {name: asdict(each) for name, each in found.items()}
+    content = {"format": _FORMAT, "gpu": gpu, "triton": triton_version, "launches": dict(sorted(launches.items()))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+    os.replace(file.name, path)
+    from exporters.kernels.launch import forget
+
+    read.cache_clear()
+    forget()
+    return path

@@ -1,0 +1,102 @@
+"""Blocks as measured: kept in a file per GPU, chosen where they are known."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporters.kernels import tuned
+from exporters.kernels.kernel import Blocks
+from exporters.kernels.plan import by_rule, plan
+from exporters.kernels.workload import Size, reading
+from surgeon.memory.graft import Graft
+from surgeon.memory.pvm import PersistentVisualMemory
+
+GPU = "NVIDIA Test 9000"
+
+
+def pvm_graft(width: int = 96) -> PersistentVisualMemory:
+    return PersistentVisualMemory(width, 64, 80, head_dim=32, num_key_value_heads=1, eps=1e-6)
+
+
+def measured(blocks: Blocks) -> tuned.Measured:
+    return tuned.Measured(blocks, 1e-6, 2e-6, 3)
+
+
+def test_what_is_kept_is_chosen_and_the_rule_for_the_rest(folder: Path) -> None:
+    chain, types = reading(pvm_graft(), Size(slots=50, dtype="float32"))
+    first = plan(chain, types)[0]
+    other = dataclasses.replace(first.blocks, outputs=2 * first.blocks.outputs)
+    name = tuned.key(first.step, first.inputs)
+    assert tuned.keep(GPU, "3.6.0", {name: measured(other)}) == folder / "nvidia-test-9000.json"
+
+    launches = plan(chain, types, tuned.chooser(tuned.read(GPU)))
+    assert launches[0].blocks == other
+    assert [each.blocks for each in launches[1:]] == [each.blocks for each in plan(chain, types)[1:]]
+
+
+def test_measurements_are_added_to_those_of_before(folder: Path) -> None:
+    tuned.keep(GPU, "3.6.0", {"a": measured(Blocks(outputs=16)), "b": measured(Blocks())})
+    tuned.keep(GPU, "3.6.0", {"a": measured(Blocks(outputs=32))})
+    assert tuned.read(GPU) == {"a": Blocks(outputs=32), "b": Blocks()}
+    assert [path.name for path in folder.iterdir()] == ["nvidia-test-9000.json"]
+
+
+def test_a_key_joins_near_requests_and_parts_weights() -> None:
+    def keys(slots: int, batch: int = 1, graft: Graft | None = None) -> list[str]:
+        size = Size(batch=batch, slots=slots)
+        return [tuned.key(each.step, each.inputs) for each in plan(*reading(graft or pvm_graft(), size))]
+
+    assert keys(900) == keys(1024)
+    assert keys(1024)[1] != keys(1025)[1]
+    assert keys(1024, batch=2)[0] != keys(1024)[0]
+    wider = pvm_graft(128)
+    assert keys(1024, graft=wider)[0] != keys(1024)[0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        json.dumps({"format": 1, "gpu": "NVIDIA Other", "launches": {}}),
+        json.dumps({"format": 2, "gpu": GPU, "launches": {}}),
+        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"tokens": 3}}}}),
+        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"tokens": 8}}}}),
+        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"inner": "64"}}}}),
+        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"block_size": 64}}}}),
+        json.dumps({"format": 1, "gpu": GPU, "launches": []}),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_said_once_and_ignored(folder: Path, content: str) -> None:
+    (folder / "nvidia-test-9000.json").write_text(content)
+    with pytest.warns(UserWarning, match=r"nvidia-test-9000.json is ignored: .*measure again, or delete it") as said:
+        assert tuned.read(GPU) == {}
+        assert tuned.read(GPU) == {}
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format": 1}', '{"format": 1, "gpu": "a", "launches": {"a": 1}}'])
+def test_a_file_that_was_named_must_be_one(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "blocks.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="it is no file of measured blocks"):
+        tuned.load(path)
+
+
+def test_what_was_taken_is_told() -> None:
+    chain, types = reading(pvm_graft(), Size(slots=50, dtype="float32"))
+    names = [tuned.key(each.step, each.inputs) for each in plan(chain, types)]
+    kept = {name: Blocks() for name in (names[0], "another")}
+    used: set[str] = set()
+    plan(chain, types, tuned.chooser(kept, used))
+    assert used == {names[0]}
+
+
+def test_without_a_gpu_blocks_follow_the_rule() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    chain, types = reading(pvm_graft(), Size(slots=20))
+    assert plan(chain, types, tuned.choose) == plan(chain, types, by_rule)
