@@ -46,6 +46,7 @@ PARTS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     made = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     made.add_argument("--parts", nargs="+", choices=list(PARTS), help="these alone; by default all")
+    made.add_argument("--spare", type=int, default=0, metavar="SECONDS", help="for the parts beside what each may take")
     made.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where figures are written")
     made.add_argument("--dry", action="store_true", help="rehearse on the CPU: small sizes, no figures")
     made.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gpu-check cannot run here: {lacking}; `make gpu-check DRY=1` rehearses it on the CPU", file=sys.stderr)
         return 2
     names = options.parts or [name for name, part in PARTS.items() if options.dry or not part.only_rehearsed]
-    return run_all(names, options.dry, options.out)
+    return run_all(names, options.dry, options.out, spare=options.spare)
 
 
 def why_not() -> str | None:
@@ -78,13 +79,15 @@ def run_all(
     dry: bool,
     out: Path,
     command: Callable[[str, bool, Path], list[str]] = part_command,
+    spare: float = 0.0,
 ) -> int:
     """Each part in a process of its own: a fault on the GPU ends all that its process does there, and no more -> the
-    exit code, 1 where a part failed. Another `command` runs something else in its place."""
+    exit code, 1 where a part failed. Another `command` runs something else in its place. `spare`: seconds that are
+    there beside what each part may take."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"TRITON_INTERPRET": "1"} if dry else {}
     ended: dict[str, str] = {}
-    start, allowed = time.monotonic(), 0.0
+    start, allowed = time.monotonic(), spare
     for name in names:
         part = PARTS[name]
         allowed += _REHEARSED_SECONDS if dry else part.seconds

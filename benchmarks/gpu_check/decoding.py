@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks._measure import Spread, interleaved
+from benchmarks._synthetic import QWEN3_VL_8B
 from benchmarks.gpu_check import grafts
+from benchmarks.gpu_check.counting import chains_of, counted_chains
 from benchmarks.gpu_check.part import PartReport, Setting, difference
 from benchmarks.gpu_check.timing import Timer
 from exporters.kernels.operators import use_fused
@@ -86,12 +88,15 @@ class Step:
 
 
 def compare_logits(step: Step, report: PartReport, label: str) -> list[str]:
-    """Whether all ways compute what they should: the memory changes something, and the same in each of its forms ->
-    what is wrong."""
-    found = {}
+    """Whether all ways compute what they should: the memory changes something, the same in each of its forms, and by
+    fused kernels where it says so -> what is wrong."""
+    found, wrong = {}, []
     for way in WAYS:
         step.take(way)
-        found[way] = step().float()
+        with counted_chains() as chains:
+            found[way] = step().float()
+        if chains != (expected := chains_of(step.decoder, reads=way == "fused")):
+            wrong.append(f"{label}, {way}: fused kernels ran {dict(chains)}, not {dict(expected)}")
 
     def apart(one: str, other: str) -> float:
         return float((found[one] - found[other]).norm() / found[other].norm())
@@ -100,7 +105,7 @@ def compare_logits(step: Step, report: PartReport, label: str) -> list[str]:
     report.figure(f"{label}: logits with and without memory, relative", memory)
     report.figure(f"{label}: logits fused and plain, relative", fused)
     report.figure(f"{label}: logits projected again and once, relative", again)
-    wrong = [f"{label}: logits {way} are not finite" for way in WAYS if not bool(found[way].isfinite().all())]
+    wrong += [f"{label}: logits {way} are not finite" for way in WAYS if not bool(found[way].isfinite().all())]
     if not max(fused, again) < min(memory / 4, 0.1):
         wrong.append(
             f"{label}: the memory changes logits by {memory:.3g}, its fused form by {fused:.3g}, projected again by "
@@ -159,7 +164,7 @@ def parts_of(model: Any) -> tuple[Any, Any]:
 @torch.inference_mode()
 def pvm_8b(setting: Setting, clock: Timer, report: PartReport) -> None:
     """Qwen3-VL-8B with PVM over 1,024 visual tokens. Published: +1.18 ms and -4.6 %."""
-    text, record = setting.pick((grafts.QWEN3_VL_8B, grafts.PVM_8B), (grafts.SMALL_TEXT, grafts.SMALL_PVM))
+    text, record = setting.pick((QWEN3_VL_8B, grafts.PVM_8B), (grafts.SMALL_TEXT, grafts.SMALL_PVM))
     decoder, head = parts_of(grafts.make_model(grafts.qwen3_vl(text, record), torch.bfloat16, setting.device))
     slots = setting.pick(1024, 24)
     wrong: list[str] = []

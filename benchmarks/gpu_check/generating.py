@@ -8,7 +8,9 @@ from torch import Tensor
 from transformers import CompileConfig, StoppingCriteria
 
 from benchmarks._measure import Spread, interleaved, ratios
+from benchmarks._synthetic import QWEN3_VL_8B
 from benchmarks.gpu_check import grafts
+from benchmarks.gpu_check.counting import chains_of, counted_chains
 from benchmarks.gpu_check.part import PartReport, Setting
 from benchmarks.gpu_check.timing import Timer
 from exporters.kernels.operators import use_fused
@@ -45,19 +47,26 @@ class Stamps(StoppingCriteria):
 
 
 def generate(
-    model: Any, inputs: dict[str, Tensor], tokens: int, clock: Timer, **options: Any
+    fused: bool, model: Any, inputs: dict[str, Tensor], tokens: int, clock: Timer, **options: Any
 ) -> tuple[list[int], float]:
-    """Exactly so many greedy tokens -> those of the first row, and the seconds that each takes."""
+    """Exactly so many greedy tokens -> those of the first row, and the seconds that each takes. Raises AssertionError
+    where fused kernels were to run and did not, or the other way round."""
+    use_fused(model, fused)
     stamps = Stamps(clock)
-    found = model.generate(
-        **inputs,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=0,
-        stopping_criteria=[stamps],
-        **options,
-    )
+    with counted_chains() as chains:
+        found = model.generate(
+            **inputs,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=[stamps],
+            **options,
+        )
+    expected = chains_of(model, reads=tokens * fused, fills=fused)
+    # compiled, a step is a CUDA graph, whose replays are not seen
+    if chains.keys() != expected.keys() or ("disable_compile" in options and chains != expected):
+        raise AssertionError(f"{tokens} tokens, fused={fused}: fused kernels ran {dict(chains)}, not {dict(expected)}")
     return found[0, inputs["input_ids"].shape[1] :].tolist(), stamps.per_token()
 
 
@@ -77,20 +86,10 @@ def check_tokens(setting: Setting, clock: Timer, report: PartReport) -> None:
     model = grafts.make_model(grafts.qwen3_vl(text, record), torch.float32, setting.device)
     inputs = prompt(model, setting.pick(32, 4), 7)
     count = setting.pick(128, 4)
-    found = {}
-    for on in (True, False):
-        use_fused(model, on)
-        found[on] = generate(model, inputs, count, clock, disable_compile=True)[0]
+    found = {on: generate(on, model, inputs, count, clock, disable_compile=True)[0] for on in (True, False)}
     if found[True] != found[False]:
         raise AssertionError(f"greedy tokens differ: fused {found[True]}, plain {found[False]}")
     report.figure("small fp32 model: greedy tokens, fused and plain the same", count)
-
-
-def measure(
-    fused: bool, model: Any, inputs: dict[str, Tensor], setting: Setting, clock: Timer, **options: Any
-) -> tuple[list[int], float]:
-    use_fused(model, fused)
-    return generate(model, inputs, setting.pick(80, 4), clock, **options)
 
 
 def report_speed(name: str, seconds: Spread, report: PartReport) -> None:
@@ -100,18 +99,18 @@ def report_speed(name: str, seconds: Spread, report: PartReport) -> None:
 @torch.inference_mode()
 def main(setting: Setting, clock: Timer, report: PartReport) -> None:
     check_tokens(setting, clock, report)
-    text, record = setting.pick((grafts.QWEN3_VL_8B, grafts.PVM_8B), (grafts.SMALL_TEXT, grafts.SMALL_PVM))
+    text, record = setting.pick((QWEN3_VL_8B, grafts.PVM_8B), (grafts.SMALL_TEXT, grafts.SMALL_PVM))
     model = grafts.make_model(grafts.qwen3_vl(text, record), torch.bfloat16, setting.device)
     inputs = prompt(model, setting.pick(64, 4), setting.pick(32, 5))
     repetitions = setting.pick(3, 1)
 
+    def measure(fused: bool, **options: Any) -> tuple[list[int], float]:
+        return generate(fused, model, inputs, setting.pick(80, 4), clock, **options)
+
     alone: dict[str, Any] = {"disable_compile": True}
-    said = {on: measure(on, model, inputs, setting, clock, **alone)[0] for on in (True, False)}  # warm
+    said = {on: measure(on, **alone)[0] for on in (True, False)}  # warm
     times = interleaved(
-        {
-            name: partial(lambda on: measure(on, model, inputs, setting, clock, **alone)[1], on)
-            for name, on in (("fused", True), ("plain", False))
-        },
+        {name: partial(lambda on: measure(on, **alone)[1], on) for name, on in (("fused", True), ("plain", False))},
         repetitions,
     )
     for name, taken in times.items():
@@ -123,7 +122,7 @@ def main(setting: Setting, clock: Timer, report: PartReport) -> None:
     for name, on in (("fused", True), ("plain", False)):
         torch.compiler.reset()
         begun = clock.now()
-        measure(on, model, inputs, setting, clock, **compiled(setting))
+        measure(on, **compiled(setting))
         report.figure(f"8B, PVM, compiled, {name}: first call, compilation with it", clock.now() - begun, "s")
-        taken = [measure(on, model, inputs, setting, clock, **compiled(setting))[1] for _ in range(repetitions)]
+        taken = [measure(on, **compiled(setting))[1] for _ in range(repetitions)]
         report_speed(f"8B, PVM, compiled, {name}", Spread(tuple(taken)), report)

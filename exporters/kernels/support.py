@@ -1,5 +1,6 @@
 """Which shapes and devices the kernels take. What they do not, the plain definitions compute."""
 
+import os
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -7,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+SWITCH = "SURGEON_KERNELS"
+"""The environment variable that keeps grafts plain, for a comparison, where it says "standard"."""
 _LEAST, _MOST = 32, 256
 _CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,7 +27,9 @@ def reason_against(kind: str, head_dim: int, dtypes: set[torch.dtype]) -> str | 
 
 @cache
 def reason_against_device(index: int | None) -> str | None:
-    """Why kernels cannot run on a CUDA device; None where they can."""
+    """Why kernels do not run on a CUDA device; None where they do."""
+    if os.environ.get(SWITCH) == "standard":
+        return f"no fused kernels: {SWITCH}=standard"
     try:
         import triton  # noqa: F401
     except ImportError:

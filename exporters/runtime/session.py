@@ -122,9 +122,8 @@ class Session:
         self.path, self.options = path, options
         if not path.is_file():
             raise BundleError(f"{path} is missing: the bundle is incomplete, export it again")
-        model, self.fused = _read(path, options.fused)
+        model, self.fused = _read(path, extra_outputs, options.fused)
         self.graph_dtypes = {str(v.name): v.dtype for v in (*model.graph.inputs, *model.graph.outputs)}
-        _add_outputs(model, extra_outputs, path)
         self.rewrites: dict[str, int] = {}
         """How many nodes each rewrite replaced."""
         for rewrite in _rewrites(model, options):
@@ -213,18 +212,21 @@ def _rewrites(model: ir.Model, options: SessionOptions) -> Iterator[Rewrite]:
     yield Float32Boundary(keep=stays_on_device)
 
 
-def _read(path: Path, device: Device | None) -> tuple[ir.Model, Fused | None]:
+def _read(path: Path, extra_outputs: Sequence[str], device: Device | None) -> tuple[ir.Model, Fused | None]:
     """A graph, with grafts as fused kernels where they compile."""
-    if device is not None:
-        model = ir.load(path)
-        try:
-            return model, fuse(model, device)
-        except SurgeonError as error:
-            warnings.warn(f"{path.name}: {error}; standard operators stay", stacklevel=2)
-    return ir.load(path), None
+    model = _with_outputs(path, extra_outputs)
+    if device is None:
+        return model, None
+    try:
+        return model, fuse(model, device)
+    except SurgeonError as error:
+        warnings.warn(f"{path.name}: {error}; standard operators stay", stacklevel=2)
+        return _with_outputs(path, extra_outputs), None
 
 
-def _add_outputs(model: ir.Model, names: Sequence[str], path: Path) -> None:
+def _with_outputs(path: Path, names: Sequence[str]) -> ir.Model:
+    """A graph with some of its values as outputs too."""
+    model = ir.load(path)
     values = {str(value.name): value for node in model.graph for value in node.outputs}
     for name in names:
         if name not in values:
@@ -233,6 +235,7 @@ def _add_outputs(model: ir.Model, names: Sequence[str], path: Path) -> None:
             raise BundleError(f"{path.name} has no value named {name!r}{hint}")
         if values[name] not in model.graph.outputs:
             model.graph.outputs.append(values[name])
+    return model
 
 
 def _load(model: ir.Model, path: Path, options: SessionOptions, fused: Fused | None) -> ort.InferenceSession:

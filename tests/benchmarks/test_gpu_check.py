@@ -11,10 +11,13 @@ import torch
 
 from benchmarks._measure import ROOT, Spread
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import numbers
+from benchmarks.gpu_check import decoding, generating, grafts, numbers
+from benchmarks.gpu_check.counting import counted_chains
 from benchmarks.gpu_check.grafts import mixin, pvm
 from benchmarks.gpu_check.part import PartReport, Setting
-from exporters.kernels.workload import Size
+from benchmarks.gpu_check.timing import RehearsalTimer
+from exporters.kernels import operators, support
+from exporters.kernels.workload import Size, draw, filling
 
 COMMAND = [sys.executable, "-m", "benchmarks.gpu_check"]
 GPU = {"name": "NVIDIA Test 9000", "slug": "nvidia-test-9000"}
@@ -63,6 +66,13 @@ def test_a_part_that_fails_does_not_lose_the_others(tmp_path: Path, capfd: pytes
     assert gpu_check.run_all(["mixin", "engines"], False, tmp_path, command) == 0
 
 
+def test_parts_get_the_time_that_is_spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu_check.PARTS, "numbers", dataclasses.replace(gpu_check.PARTS["numbers"], seconds=0))
+    command = scripts(numbers="import time; time.sleep(1.5)")
+    assert gpu_check.run_all(["numbers"], False, tmp_path, command) == 1
+    assert gpu_check.run_all(["numbers"], False, tmp_path, command, spare=30) == 0
+
+
 def test_a_part_that_takes_too_long_ends_with_all_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -91,6 +101,54 @@ def test_figures_are_written_as_they_come(tmp_path: Path) -> None:
     assert "torch" in written["machine"]["versions"] and "triton" in written["machine"]["versions"]
     report.save(complete=True)
     assert json.loads(path.read_text())["complete"]
+
+
+class Made(Exception):
+    """A model, of this config."""
+
+
+def test_models_have_the_published_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no rehearsal asks for."""
+
+    def make_model(config, dtype, device):  # type: ignore[no-untyped-def]
+        raise Made(config, device)
+
+    monkeypatch.setattr(grafts, "make_model", make_model)
+    monkeypatch.setattr(generating, "check_tokens", lambda *given: None)
+    found = []
+    for part in (decoding.pvm_8b, decoding.mixin_2b, generating.main):
+        with pytest.raises(Made) as raised:
+            part(Setting(dry=False, out=tmp_path), RehearsalTimer(), None)
+        config, device = raised.value.args
+        text = config.get_text_config()
+        layers = config.surgeon["grafts"][0]["layers"]
+        found.append((device, text.hidden_size, text.intermediate_size, text.num_hidden_layers, len(layers)))
+    assert found == [("cuda", 4096, 12288, 36, 3), ("cuda", 2048, 8192, 24, 6), ("cuda", 4096, 12288, 36, 3)]
+
+
+@torch.inference_mode()
+def test_a_model_that_computes_by_plain_definitions_does_not_pass_for_fused(tmp_path: Path) -> None:
+    """As every one does on the CPU."""
+    setting = Setting(dry=True, out=tmp_path)
+    model = grafts.make_model(grafts.qwen3_vl(grafts.SMALL_TEXT, grafts.SMALL_PVM), torch.bfloat16, "cpu")
+    step = decoding.Step(*decoding.parts_of(model), batch=1, context=8, slots=6)
+    report = PartReport("pvm", setting, GPU, {})
+    assert decoding.compare_logits(step, report, "here") == ["here, fused: fused kernels ran {}, not {'pvm': 1}"]
+    inputs, clock = generating.prompt(model, 4, 3), RehearsalTimer()
+    assert len(generating.generate(False, model, inputs, 3, clock, disable_compile=True)[0]) == 3
+    with pytest.raises(AssertionError, match=r"ran \{\}, not \{'pvm': 3, 'pvm_memory': 1\}"):
+        generating.generate(True, model, inputs, 3, clock, disable_compile=True)
+
+
+def test_fused_kernels_are_counted_and_what_they_do_not_take_is_not() -> None:
+    graft = pvm(72, 64, 40, 32, 1)
+    given = [*draw(filling(graft, Size(1, 1, 20, "float32"))[1], "cpu").values()]
+    support.say_once.cache_clear()
+    with counted_chains() as chains:
+        operators.pvm.fused_memory(*given, graft.eps)
+        with pytest.warns(UserWarning, match="no fused kernel for tensors of bfloat16, float32"):
+            operators.pvm.fused_memory(*given[:-1], given[-1].bfloat16(), graft.eps)
+    assert chains == {"pvm_memory": 1}
 
 
 @pytest.mark.parametrize("graft", [pvm(72, 64, 40, 32, 1), mixin(72, 3, 40, 32)], ids=["pvm", "mixin"])

@@ -93,12 +93,13 @@ def test_the_operators_are_registered_soundly(kind: str) -> None:
     torch.library.opcheck(memory, arguments)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("kind", ["pvm", "mixin"])
-def test_compiles_without_a_graph_break(kind: str) -> None:
+def test_compiles_without_a_graph_break(kind: str, backend: str) -> None:
     case = Case(kind)
     want = case.compute()
     case.graft.fused = OnCpu(operators.form_of(kind))
-    compiled = torch.compile(case.compute, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(case.compute, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(), want, atol=1e-6, rtol=1e-5)
 
 
@@ -160,6 +161,13 @@ def test_a_gpu_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = support.reason_against_device(0)
     support.reason_against_device.cache_clear()
     assert reason is not None and "7.5" in reason and "8.0" in reason
+
+
+def test_grafts_stay_plain_where_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SURGEON_KERNELS", "standard")
+    support.reason_against_device.cache_clear()
+    assert support.reason_against_device(0) == "no fused kernels: SURGEON_KERNELS=standard"
+    support.reason_against_device.cache_clear()
 
 
 def test_use_fused_finds_every_graft() -> None:
