@@ -114,7 +114,7 @@ def first_and_last(*described: Any) -> list[Blocks]:
 @torch.inference_mode()
 def main(setting: Setting, clock: Timer, report: PartReport) -> None:
     blocks = {name: real_grafts()[name] for name in PUBLISHED} if not setting.dry else odd_grafts()
-    measured = {}
+    measured: dict[str, Any] = {}
     for batch in setting.pick((1, 8, 32), (1,)):
         for name, graft in blocks.items():
             found = measure_block(name, graft, batch, setting, clock, report)

@@ -124,5 +124,5 @@ def main(setting: Setting, clock: Timer, report: PartReport) -> None:
         begun = clock.now()
         measure(on, **compiled(setting))
         report.figure(f"8B, PVM, compiled, {name}: first call, compilation with it", clock.now() - begun, "s")
-        taken = [measure(on, **compiled(setting))[1] for _ in range(repetitions)]
-        report_speed(f"8B, PVM, compiled, {name}", Spread(tuple(taken)), report)
+        again = tuple(measure(on, **compiled(setting))[1] for _ in range(repetitions))
+        report_speed(f"8B, PVM, compiled, {name}", Spread(again), report)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ def check_reading(graft: Graft, size: Size, device: str, label: str) -> Iterator
     tolerance = TOLERANCES[size.dtype]
     yield from check_steps(chain, given, tolerance, label)
 
-    definition = mixin if isinstance(graft, Mixin) else persistent_visual_memory
+    definition: Any = mixin if isinstance(graft, Mixin) else persistent_visual_memory
     plain = [given.get(name) for name in chain.inputs if name != "onto"]
     floats = [t.float() if t is not None and t.dtype != torch.bool else t for t in plain]
     with sdpa_kernel(SDPBackend.MATH):
@@ -150,7 +151,7 @@ def check_filling(graft: Graft, size: Size, device: str, label: str) -> Iterator
     given = draw(types, device, seed=3)
     tolerance = TOLERANCES[size.dtype]
     yield from check_steps(chain, given, tolerance, label)
-    project = mixin_memory if isinstance(graft, Mixin) else pvm_memory
+    project: Any = mixin_memory if isinstance(graft, Mixin) else pvm_memory
     expected = project(*(given[name].float() for name in chain.inputs), graft.eps)
     with poisoned():
         found = run(chain, given)
@@ -164,7 +165,7 @@ def check(name: str, dtype: str, dry: bool) -> list[Finding]:
     torch.set_float32_matmul_precision("highest")
     graft = (real_grafts() | odd_grafts())[name]
     device = "cpu" if dry else "cuda"
-    findings = []
+    findings: list[Finding] = []
     with torch.inference_mode():
         for size in sizes(dtype, dry, name in odd_grafts()):
             label = f"{name}, {size}"
