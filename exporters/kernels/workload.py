@@ -1,17 +1,17 @@
 """What the chains of a graft are given at one size: types for planning, and random tensors for running."""
 
-from collections.abc import Mapping
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from exporters.kernels import mixin, pvm
 from exporters.kernels.kernel import Chain
-from exporters.kernels.plan import TensorType
+from exporters.kernels.plan import TensorType, plan
 from surgeon.memory.graft import Graft
-from surgeon.memory.mixin import Mixin
-from surgeon.memory.pvm import PersistentVisualMemory
 from surgeon.memory.rotary import Rope
 
 Types = dict[str, TensorType]
@@ -38,52 +38,64 @@ class Size:
 
 def reading(graft: Graft, size: Size) -> tuple[Chain, Types]:
     """The chain that reads the memory, and its inputs. Raises TypeError for a kind of graft that has none."""
-
-    def dense(*shape: int) -> TensorType:
-        return TensorType(shape, size.dtype)
-
-    batch, length, slots = size.batch, size.length, size.slots
-    mask_shape = (batch, length, slots) if size.mask_per_token else (batch, slots)
-    if isinstance(graft, PersistentVisualMemory):
-        chain, heads, width = pvm.chain(graft.eps), graft.num_key_value_heads, graft.text_proj.in_features
-    elif isinstance(graft, Mixin):
-        chain, heads, width = mixin.chain(graft.eps), graft.num_heads, graft.q_proj.in_features
-    else:
-        raise TypeError(f"no fused kernels for grafts of kind {graft.kind!r}")
-    memory = dense(batch, heads, slots, graft.head_dim)
+    chain: Chain = _module(graft).chain(graft.eps)
+    weights = graft.weights()  # type: ignore[operator]  # of a graft that has a chain
+    batch, length = size.batch, size.length
+    stream = TensorType((batch, length, _width(weights)), size.dtype)
+    angles = TensorType((batch, length, _head_dim(graft) // 2), "float32")
+    memory = _memory(graft, size)
     types = {
-        "hidden_states": dense(batch, length, width),
-        "keys": memory,
-        "values": memory,
-        "memory_mask": TensorType(mask_shape, "bool"),
+        "hidden_states": stream,
+        **dict.fromkeys(("keys", "values"), memory),
+        "memory_mask": TensorType((batch, *((length,) * size.mask_per_token), size.slots), "bool"),
+        "visual_token_mask": TensorType((batch, length), "bool"),
+        **dict.fromkeys(("cos", "sin"), angles),
+        "onto": stream,
     }
-    if isinstance(graft, Mixin):
-        angles = TensorType((batch, length, graft.head_dim // 2), "float32")
-        types |= {"cos": angles, "sin": angles}
-    else:
-        types["onto"] = dense(batch, length, width)
-        if size.visual_tokens:
-            types["visual_token_mask"] = TensorType((batch, length), "bool")
-    names = [name for name in chain.inputs if name not in (*types, "visual_token_mask")]
-    types |= {name: dense(*weight.shape) for name, weight in zip(names, graft.weights(), strict=True)}
+    names = [name for name in chain.inputs if name not in types]
+    types |= {name: TensorType(tuple(w.shape), size.dtype) for name, w in zip(names, weights, strict=True)}
+    if not size.visual_tokens:
+        del types["visual_token_mask"]
     return chain, {name: types[name] for name in chain.inputs if name in types}
 
 
 def filling(graft: Graft, size: Size) -> tuple[Chain, Types]:
     """The chain that fills the memory, and its inputs. Raises TypeError for a kind of graft that has none."""
-    if isinstance(graft, PersistentVisualMemory):
-        chain, width = pvm.memory_chain(graft.eps, graft.head_dim), graft.text_proj.in_features
-    elif isinstance(graft, Mixin):
-        chain, width = mixin.memory_chain(graft.eps, graft.head_dim), graft.q_proj.in_features
-    else:
-        raise TypeError(f"no fused kernels for grafts of kind {graft.kind!r}")
-    angles = TensorType((size.batch, size.slots, graft.head_dim // 2), "float32")
-    types = {"visual_embeds": TensorType((size.batch, size.slots, width), size.dtype)}
-    types |= {"cos": angles, "sin": angles} if isinstance(graft, Mixin) else {}
+    chain: Chain = _module(graft).memory_chain(graft.eps, _head_dim(graft))
+    weights = graft.memory_weights()  # type: ignore[operator]
+    angles = TensorType((size.batch, size.slots, _head_dim(graft) // 2), "float32")
+    types = {
+        "visual_embeds": TensorType((size.batch, size.slots, _width(weights)), size.dtype),
+        **dict.fromkeys(("cos", "sin"), angles),
+    }
     names = [name for name in chain.inputs if name not in types]
-    weights = zip(names, graft.memory_weights(), strict=True)
-    types |= {name: TensorType(tuple(weight.shape), size.dtype) for name, weight in weights}
+    types |= {name: TensorType(tuple(w.shape), size.dtype) for name, w in zip(names, weights, strict=True)}
     return chain, {name: types[name] for name in chain.inputs}
+
+
+def _module(graft: Graft) -> Any:
+    """The file here that is named after the kind of graft."""
+    name = f"{__package__}.{graft.kind}"
+    if importlib.util.find_spec(name) is None:
+        raise TypeError(f"no fused kernels for grafts of kind {graft.kind!r}")
+    return importlib.import_module(name)
+
+
+def _head_dim(graft: Graft) -> int:
+    found: int = graft.head_dim  # type: ignore[assignment]
+    return found
+
+
+def _width(weights: Sequence[Tensor]) -> int:
+    """The hidden size: what comes first is a norm of hidden states, or projects them."""
+    return weights[0].shape[-1]
+
+
+def _memory(graft: Graft, size: Size) -> TensorType:
+    """Keys or values, as the chain that fills the memory makes them."""
+    chain, types = filling(graft, size)
+    made = {value: each.outputs[name] for each in plan(chain, types) for name, value in each.step.outputs.items()}
+    return made["keys"]
 
 
 def draw(types: Mapping[str, TensorType], device: torch.device | str, seed: int = 0) -> dict[str, Tensor]:
