@@ -1,80 +1,28 @@
-"""Engines of a bundle, each built in a child process, published together."""
+"""Engines of a bundle, planned, built and published together."""
 
-import json
 import shutil
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 import surgeon
-from exporters.child_process import log_errors, run_child
 from exporters.kernels.graph import NAMESPACE
 from exporters.onnx import manifest as bundles
-from exporters.onnx.manifest import Port
-from exporters.tensorrt import layers
-from exporters.tensorrt.cache import KERNELS, BuildCache, graph_digest, weights_digest
-from exporters.tensorrt.errors import BuildError, EngineError, LayerError
-from exporters.tensorrt.layers import GraphLayers, LayerReport
-from exporters.tensorrt.library import (
-    CHILD,
-    NATIVE,
-    Backend,
-    Library,
-    choose_targets,
-    find,
-    gpu,
-    installed_version,
-    link_libraries,
-)
+from exporters.tensorrt.builder import Builder, Options, Progress, serialized
+from exporters.tensorrt.cache import BuildCache, graph_digest
+from exporters.tensorrt.errors import EngineError, LayerError
+from exporters.tensorrt.layers import LayerReport
+from exporters.tensorrt.library import NATIVE, Library, choose_targets, find, gpu, installed_version
 from exporters.tensorrt.manifest import LAYERS, PROCESSOR, EngineFile, EngineManifest, LibraryUsed, digest
-from exporters.tensorrt.plan import GraphPlan, Kernels, Plan, make_plan
-from exporters.tensorrt.profiles import Limits
-from surgeon.checkpoint import check_target, staged, staged_file
+from exporters.tensorrt.plan import GraphPlan, Plan, make_plan
+from surgeon.checkpoint import check_target, staged
 
 if TYPE_CHECKING:
     from exporters.kernels.tuned import Tuned
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is going on, how much is done and how much there is."""
-
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "BOOL": "bool"}
-_SHOWN = 3
-_ROOT = Path(__file__).parents[2]
-_PLUGINS = {
-    "tensorrt": "exporters.tensorrt.plugins.enterprise",
-    "tensorrt-rtx": "exporters.tensorrt.plugins.rtx",
-}
-"""What makes plugins known to each library, in the child."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How engines are built."""
-
-    backend: Backend = "tensorrt-rtx"
-    target: str = "native"
-    """Compute capabilities, such as "sm80,sm89", or "native"."""
-    dtype: Literal["fp16", "bf16"] | None = None
-    """What the bundle must be of."""
-    limits: Limits = Limits()  # noqa: RUF009 (it is frozen)
-    timing_cache: Path | None = None
-    """Read where it is there, written with what was timed."""
-    cache: Path | None = None
-    """A folder where engines are kept for the next build of the same."""
-    strict: bool = False
-    """Attention that is not fused is an error."""
-    graphs: tuple[str, ...] = ()
-    """Some of the bundle's graphs; all where it is empty."""
-    kernels: Kernels = "standard"
-    blocks: Path | None = None
-    """A file of `exporters.kernels.tuned`: how launches of fused kernels are cut; by default that of the GPU that is
-    here, for a native target, where it was measured."""
+__all__ = ["Built", "Options", "build_engines", "plan_engines"]
 
 
 @dataclass(frozen=True)
@@ -86,13 +34,6 @@ class Built:
     """Bytes that the child process held at most, by graph; 0 for an engine out of the cache."""
     fused: dict[str, dict[str, int]]
     """By graph, how many calls of each graft's function became plugins."""
-
-
-@dataclass(frozen=True)
-class _Made:
-    layers: GraphLayers
-    seconds: float
-    peak_memory: int
 
 
 def build_engines(
@@ -113,7 +54,7 @@ def build_engines(
     cache = None if options.cache is None else BuildCache(options.cache)
     with staged(target, overwrite, protect=[bundle]) as directory:
         with tempfile.TemporaryDirectory(prefix=".work-", dir=directory) as work:
-            builder = _Builder(plan, library, targets, options, cache, Path(work), progress)
+            builder = Builder(plan, library, targets, options, cache, Path(work), progress)
             made = {graph.name: builder.build(graph, directory / graph.engine) for graph in plan.graphs}
             builder.keep_timings()
         found = LayerReport(graphs={name: each.layers for name, each in made.items()})
@@ -204,151 +145,9 @@ def _engine(graph: GraphPlan, path: Path) -> EngineFile:
         file=path.name,
         bytes=path.stat().st_size,
         sha256=digest(path),
-        graph_sha256=graph_digest(_serialized(graph.model)),
+        graph_sha256=graph_digest(serialized(graph.model)),
         rewrites=graph.rewrites,
         profiles=graph.profiles,
         inputs=graph.inputs,
         outputs=graph.outputs,
     )
-
-
-def _serialized(model: ir.Model) -> bytes:
-    data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
-    return data
-
-
-class _Builder:
-    """Builds one graph after the other in a folder of its own."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        library: Library,
-        targets: tuple[str, ...],
-        options: Options,
-        cache: BuildCache | None,
-        work: Path,
-        progress: Progress | None,
-    ) -> None:
-        self.plan, self.library, self.targets, self.options = plan, library, targets, options
-        self.cache, self.work, self.progress = cache, work, progress
-        self.links = link_libraries(library.backend, work / "lib")
-        self.timings = work / "timings"
-        if options.timing_cache is not None and options.timing_cache.is_file():
-            shutil.copyfile(options.timing_cache, self.timings)
-
-    def build(self, graph: GraphPlan, engine: Path) -> _Made:
-        start = time.perf_counter()
-        spec = self._spec(graph, engine, self._compile(graph))
-        key = None if self.cache is None else BuildCache.key(self._made_of(graph, spec))
-        if self.cache is not None and key is not None:
-            kept = self.cache.take(key, engine)
-            if kept is not None:
-                return _Made(GraphLayers.model_validate(kept["layers"]), 0.0, 0)
-        made = self._run(graph, spec, start)
-        if self.cache is not None and key is not None:
-            self.cache.put(key, engine, {"layers": made.layers.model_dump()})
-        return made
-
-    def keep_timings(self) -> None:
-        if self.options.timing_cache is not None and self.timings.is_file():
-            with staged_file(self.options.timing_cache, overwrite=True) as file:
-                shutil.copyfile(self.timings, file)
-
-    def _compile(self, graph: GraphPlan) -> dict[str, Any]:
-        """What the library is told of the graph's plugins, with their kernels for every target."""
-        if not graph.plugins:
-            return {}
-        # needs Triton, which a graph without plugins does not
-        from exporters.kernels.graph.node import compile_nodes
-        from exporters.tensorrt.plugins.reach import capabilities
-
-        here = gpu()
-        targets = self.targets or (() if here is None else (here.capability,))
-        if self.library.backend == "tensorrt" and len(targets) > 1:
-            raise EngineError(
-                f"--kernels fused: tensorrt keeps one kernel of a plugin in an engine, and {', '.join(targets)} need "
-                "one each: name one target, or take --backend tensorrt-rtx"
-            )
-        if self.progress is not None:
-            self.progress(f"{graph.name}: compiling kernels", 0, 1)
-        folder = None if self.cache is None else self.cache.folder / KERNELS
-        return compile_nodes(graph.plugins, capabilities(targets), folder)
-
-    def _spec(self, graph: GraphPlan, engine: Path, plugins: Mapping[str, Any]) -> dict[str, Any]:
-        """What the child is told, JSON."""
-        described = self.work / f"{graph.name}.plugins"
-        described.write_text(json.dumps(plugins, sort_keys=True))
-        timed = self.options.timing_cache is not None
-        return {
-            "module": self.library.module,
-            "graph": str(self.work / f"{graph.name}.onnx"),
-            "beside": str(graph.graph.resolve()),
-            "output": str(engine),
-            "layers": str(self.work / f"{graph.name}.layers"),
-            "report": layers.REPORTED,
-            "targets": list(self.targets),
-            "plugins": {"root": str(_ROOT), "module": _PLUGINS[self.library.backend], "described": str(described)}
-            if plugins
-            else None,
-            "profiles": [profile.shapes(graph.inputs) for profile in graph.profiles],
-            "timing_cache_in": str(self.timings) if timed and self.timings.is_file() else None,
-            "timing_cache_out": str(self.timings) if timed else None,
-        }
-
-    def _made_of(self, graph: GraphPlan, spec: Mapping[str, Any]) -> dict[str, Any]:
-        here = None if self.targets else gpu()
-        return {
-            "graph": graph_digest(_serialized(graph.model)),
-            "weights": weights_digest(graph.model, self.plan.bundle),
-            "library": [self.library.backend, self.library.version],
-            "targets": list(self.targets) or [None if here is None else [here.name, here.capability]],
-            "profiles": spec["profiles"],
-            "plugins": None if spec["plugins"] is None else digest(Path(spec["plugins"]["described"])),
-        }
-
-    def _run(self, graph: GraphPlan, spec: Mapping[str, Any], start: float) -> _Made:
-        Path(spec["graph"]).write_bytes(_serialized(graph.model))
-        told = self.work / f"{graph.name}.json"
-        told.write_text(json.dumps(spec))
-        log = self.work / f"{graph.name}.log"
-
-        def heard(event: dict[str, Any]) -> None:
-            if self.progress is not None and event["event"] == "progress":
-                self.progress(f"{graph.name}: {event['phase'].lower()}", event["done"], event["total"])
-
-        what = f"{self.library.backend} building {graph.engine}"
-        outcome = run_child(["build", str(told)], what, log, CHILD, self.links, heard)
-        seconds = time.perf_counter() - start
-        if failed := outcome.last("failed"):
-            raise BuildError(_told(graph.name, self.library, failed, log))
-        parsed = outcome.last("parsed")
-        assert parsed is not None
-        self._check_ports(graph, parsed["ports"])
-        found = layers.report(graph.model, parsed, Path(spec["layers"]).read_text())
-        return _Made(found, seconds, outcome.peak_memory)
-
-    def _check_ports(self, graph: GraphPlan, ports: Mapping[str, Mapping[str, Any]]) -> None:
-        """An engine with other inputs and outputs than the manifest says would fail only where it runs."""
-        sides: tuple[tuple[str, list[Port]], ...] = (("input", graph.inputs), ("output", graph.outputs))
-        for what, expected in sides:
-            found = {name: _DTYPES.get(dtype, dtype) for name, (dtype, _) in ports[what].items()}
-            if found != {port.name: port.dtype for port in expected}:
-                wrong = next(p for p in expected if found.get(p.name) != p.dtype)
-                raise BuildError(
-                    f"{graph.name}: {self.library.backend} made of {what} {wrong.name} ({wrong.dtype}) "
-                    f"{found.get(wrong.name, 'nothing')}: the bundle and this version of the library do not fit"
-                )
-
-
-def _told(name: str, library: Library, failed: Mapping[str, Any], log: Path) -> str:
-    """The child's reason in one line."""
-    reasons = list(dict.fromkeys(" ".join(str(reason).split()) for reason in failed["reasons"]))
-    shown = " | ".join(reason[:300] for reason in reasons[:_SHOWN]) or log_errors(log)
-    known = f"{library.backend} {library.version}"
-    match failed["stage"]:
-        case "parse":
-            return f"{name}: {known} does not take the graph: {shown}"
-        case "unused":
-            return f"{name}: {known} would leave out part of the graph, and its engine compute something else: {shown}"
-    return f"{name}: {known} built no engine: {shown}"
