@@ -47,7 +47,7 @@ from cli._options import json_option, print_json
     "--blocks",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="How fused kernels are cut, as `python -m exporters.kernels.autotune` measured it on the GPU.  [default: that "
+    help="How fused kernels are cut, as `surgeon autotune` measured it on the GPU.  [default: that "
     "of the GPU that is here, where it was measured]",
 )
 @click.option("--timing-cache", type=click.Path(path_type=Path), help="A file of TensorRT's timings, read and written.")

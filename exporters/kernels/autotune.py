@@ -1,10 +1,12 @@
-"""Launches measured on the GPU that is here: `python -m exporters.kernels.autotune CHECKPOINT`, for the grafts of a
-patched checkpoint. What is found is kept by `tuned`."""
+"""Launches measured on the GPU that is here, for the grafts of a patched checkpoint; `tuned` keeps what is found."""
 
-import argparse
+import importlib.util
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,41 +138,75 @@ def tune_on_gpu(
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure how the fused kernels' launches are best cut on this GPU.")
-    parser.add_argument("checkpoint", help="a patched checkpoint; its config is read, its weights are not")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--length", type=int, nargs="+", default=[1], help="tokens of a row: 1 while decoding")
-    parser.add_argument("--slots", type=int, nargs="+", default=[1024], help="visual tokens in the memory")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    options = parser.parse_args()
+# -- the grafts of a checkpoint --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class TunedGraft:
+    """What reads the memory of one kind of graft, measured at one size."""
+
+    kind: str
+    size: str
+    launches: dict[str, Measured]
+    """By `tuned.key`, which begins with the step's name."""
+
+
+@dataclass(frozen=True)
+class TunedCheckpoint:
+    gpu: str
+    file: Path
+    """Where it is kept."""
+    grafts: list[TunedGraft]
+
+
+def tune_checkpoint(
+    checkpoint: str | Path,
+    *,
+    batches: Sequence[int] = (1,),
+    lengths: Sequence[int] = (1,),
+    slots: Sequence[int] = (1024,),
+    dtype: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> TunedCheckpoint:
+    """Measure what reads the memory in a patched checkpoint, at every size, on the current GPU, and keep it. Only the
+    config is read. `lengths`: tokens of a row, 1 where it decodes; `dtype`: "bfloat16", "float16" or "float32", by
+    default the checkpoint's.
+
+    Raises SurgeonError where there is no CUDA device, no Triton, or no graft, and CheckpointError.
+    """
     if not torch.cuda.is_available():
-        parser.exit(2, f"torch {torch.__version__} finds no CUDA device: blocks are measured on the GPU they are for\n")
+        raise SurgeonError(
+            f"torch {torch.__version__} finds no CUDA device: blocks are measured on the GPU they are for"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise SurgeonError("the kernels need Triton: pip install 'lvlm-surgeon[kernels]'")
+    # these need Triton
     import triton
 
-    from exporters.kernels.workload import Size, draw, reading
+    from exporters.kernels import workload
+
+    grafts = _grafts(checkpoint)
+    dtype = dtype or str(grafts[0].weights()[0].dtype).removeprefix("torch.")
+    gpu = torch.cuda.get_device_name()
+    sizes = [workload.Size(b, n, m, dtype) for b in batches for n in lengths for m in slots]
+    found: list[TunedGraft] = []
+    for graft in grafts:
+        for size in sizes:
+            if progress is not None:
+                progress(f"{graft.kind}: {size}", len(found), len(grafts) * len(sizes))
+            chain, types = workload.reading(graft, size)
+            found.append(TunedGraft(graft.kind, str(size), tune_on_gpu(chain, workload.draw(types, "cuda"))))
+            file = keep(gpu, triton.__version__, found[-1].launches)
+    return TunedCheckpoint(gpu, file, found)
+
+
+def _grafts(checkpoint: str | Path) -> list[Any]:
+    """One of each kind and size, on the meta device."""
     from surgeon.checkpoint.reader import Checkpoint
     from surgeon.memory.graft import Graft
     from surgeon.models import build_meta, read_config
 
-    with Checkpoint.open(options.checkpoint) as checkpoint:
-        model = build_meta(read_config(checkpoint.config))
-    grafts = {module.kind: module for module in model.modules() if isinstance(module, Graft)}
+    with Checkpoint.open(checkpoint, weights="optional") as opened:
+        model = build_meta(read_config(opened.config))
+    grafts: list[Any] = [module for module in model.modules() if isinstance(module, Graft)]
     if not grafts:
-        parser.exit(2, f"{options.checkpoint} has no grafts: patch it first\n")
-    gpu = torch.cuda.get_device_name()
-    for graft in grafts.values():
-        for batch, length, slots in ((b, n, m) for b in options.batch for n in options.length for m in options.slots):
-            size = Size(batch, length, slots, options.dtype)
-            chain, types = reading(graft, size)
-            found = tune_on_gpu(chain, draw(types, "cuda"))
-            print(f"{graft.kind}: {size}")
-            for name, each in found.items():
-                by_rule_us, best_us = each.rule_seconds * 1e6, each.seconds * 1e6
-                print(f"  {name.split()[0]}: {by_rule_us:.2f} us by rule, {best_us:.2f} us with {each.blocks}")
-            path = keep(gpu, triton.__version__, found)
-    print(f"kept in {path}")
-
-
-if __name__ == "__main__":
-    main()
+        raise SurgeonError(f"{checkpoint} has no memory layers: patch it first (surgeon passes)")
+    return list({(graft.kind, *(weight.shape for weight in graft.weights())): graft for graft in grafts}.values())

@@ -112,9 +112,7 @@ def _tuned(options: Options) -> "Tuned | None":
     try:
         return load(options.blocks)
     except (OSError, ValueError) as error:
-        raise EngineError(
-            f"--blocks {options.blocks}: {error}; measure on the GPU with python -m exporters.kernels.autotune"
-        ) from error
+        raise EngineError(f"--blocks {options.blocks}: {error}; measure on the GPU with `surgeon autotune`") from error
 
 
 def _manifest(plan: Plan, library: Library, targets: tuple[str, ...], directory: Path) -> EngineManifest:

@@ -116,7 +116,7 @@ def _show_measured(plan: Plan) -> None:
     if count := sum(graph.measured for graph in plan.graphs):
         print(f"{count} kinds of launches are cut as measured on {plan.tuned_on}")
     elif any(graph.fused for graph in plan.graphs):
-        print("launches are cut by rule (python -m exporters.kernels.autotune measures, on the GPU)")
+        print("launches are cut by rule (`surgeon autotune` measures, on the GPU)")
 
 
 def _fused(report: LayerReport) -> list[tuple[Any, ...]]:

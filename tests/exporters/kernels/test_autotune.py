@@ -1,6 +1,4 @@
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from exporters.kernels.kernel import Blocks
 from exporters.kernels.plan import plan
 from exporters.kernels.workload import Size, draw, filling, reading
 from patching import apply
+from surgeon.errors import SurgeonError
 from surgeon.memory.mixin import Mixin
 from surgeon.memory.pvm import PersistentVisualMemory, persistent_visual_memory
 from surgeon.memory.rotary import Rope
@@ -127,32 +126,45 @@ def test_a_drawn_workload_is_what_the_plain_definition_takes() -> None:
     torch.testing.assert_close(output, onto + expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_command_says_that_it_needs_a_gpu(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    command = [sys.executable, "-m", "exporters.kernels.autotune", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "finds no CUDA device" in done.stderr
-
-
-def test_the_command_measures_for_the_grafts_of_a_checkpoint(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """Up to the GPU: what it is asked for, and what is kept."""
-    tiny_model("qwen3_vl", torch.float32).save_pretrained(tmp_path / "source")
-    apply(tmp_path / "source", tmp_path / "patched", "pvm:layers=1,3,latent=32")
-    asked: list[int] = []
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Up to the GPU: the shapes of the keys that it is asked to measure with."""
+    asked: list[tuple[int, ...]] = []
 
     def tune_on_gpu(chain, given):  # type: ignore[no-untyped-def]
-        asked.append(given["keys"].shape[2])
+        asked.append(tuple(given["keys"].shape))
         return {f"{chain.name}_text {given['keys'].shape[2]}": measured(Blocks(outputs=32))}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
     monkeypatch.setattr(workload, "draw", lambda types, device: draw(types, "cpu"))
     monkeypatch.setattr(autotune, "tune_on_gpu", tune_on_gpu)
-    monkeypatch.setattr(sys, "argv", ["autotune", str(tmp_path / "patched"), "--slots", "64", "96"])
-    autotune.main()
-    assert asked == [64, 96]  # once for both layers
+    return asked
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("autotune") / "source"
+    tiny_model("qwen3_vl", torch.float32).save_pretrained(path)
+    return path
+
+
+def test_the_grafts_of_a_checkpoint_are_measured_and_kept(
+    source: Path, folder: Path, tmp_path: Path, gpu: list[tuple[int, ...]]
+) -> None:
+    apply(source, tmp_path / "patched", "pvm:layers=1,3,latent=32")
+    told: list[str] = []
+    found = autotune.tune_checkpoint(
+        tmp_path / "patched", batches=[2], slots=[64, 96], progress=lambda what, done, total: told.append(what)
+    )
+    assert [(shape[0], shape[2]) for shape in gpu] == [(2, 64), (2, 96)]  # once for both layers
     assert set(tuned.read(GPU)) == {"pvm_text 64", "pvm_text 96"}
-    assert "pvm_text: 2.00 us by rule, 1.00 us with Blocks(" in capsys.readouterr().out
+    assert (found.gpu, found.file) == (GPU, folder / "nvidia-test-9000.json")
+    assert told == [f"pvm: {each.size}" for each in found.grafts]
+    assert told[0] == "pvm: float32, batch 2 x 1, 64 slots"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_checkpoint_without_grafts_is_told(source: Path) -> None:
+    with pytest.raises(SurgeonError, match="has no memory layers: patch it first"):
+        autotune.tune_checkpoint(source)

@@ -1,0 +1,86 @@
+"""`surgeon autotune`."""
+
+import dataclasses
+from typing import Any
+
+import click
+
+from cli._options import json_option, print_json
+
+
+@click.command("autotune")
+@click.argument("checkpoint", metavar="CKPT")
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(1),
+    metavar="ROWS",
+    multiple=True,
+    default=(1,),
+    help="Rows at a time; repeat for more.  [default: 1]",
+)
+@click.option(
+    "--length",
+    "lengths",
+    type=click.IntRange(1),
+    metavar="TOKENS",
+    multiple=True,
+    default=(1,),
+    help="Tokens of a row, 1 while it decodes; repeat for more.  [default: 1]",
+)
+@click.option(
+    "--slots",
+    type=click.IntRange(1),
+    metavar="TOKENS",
+    multiple=True,
+    default=(1024,),
+    help="Visual tokens in the memory; repeat for more.  [default: 1024]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    help="What the model computes in.  [default: the checkpoint's]",
+)
+@json_option
+def autotune(
+    checkpoint: str,
+    batches: tuple[int, ...],
+    lengths: tuple[int, ...],
+    slots: tuple[int, ...],
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Measure how the fused kernels of a patched checkpoint are best cut on this GPU, and keep it for this GPU.
+
+    Without it they are cut by rule. Only the checkpoint's config is read. torch, ONNX Runtime and `surgeon engine` take
+    what was measured by themselves on the same GPU; engines built elsewhere take the file with --blocks.
+
+    \b
+    surgeon autotune OUT --batch 1 --batch 8 --slots 1024
+    """
+    from exporters.kernels.autotune import tune_checkpoint
+    from surgeon import console
+
+    dtypes = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    with console.progress() as progress:
+        found = tune_checkpoint(
+            checkpoint,
+            batches=batches,
+            lengths=lengths,
+            slots=slots,
+            dtype=None if dtype is None else dtypes[dtype],
+            progress=progress,
+        )
+    if as_json:
+        print_json({**dataclasses.asdict(found), "file": str(found.file)})
+        return
+    rows: list[tuple[Any, ...]] = []
+    for graft in found.grafts:
+        for name, each in graft.launches.items():
+            times = [f"{1e6 * seconds:.2f} us" for seconds in (each.rule_seconds, each.seconds)]
+            rows.append((graft.size, name.split()[0], *times, each.tried))
+    console.print_table(("size", "launch", "by rule", "measured best", "ways tried"), rows)
+    click.echo(f"kept for {found.gpu} in {found.file}")
+
+
+COMMAND = autotune
