@@ -70,9 +70,6 @@ def run_steps(steps: Sequence[Step], given: Mapping[str, Tensor], choose: Choose
     from exporters.kernels.launch import launch
 
     values = dict(given)
-    for tensor in values.values():
-        if tensor.dtype == torch.int32:
-            tensor.zero_()  # a counter that an earlier launch left at zero; the same cost for every candidate
     for step in steps:
         outputs = launch(step, {n: values[v] for n, v in step.inputs.items() if v in values}, choose)
         values |= {value: outputs[name] for name, value in step.outputs.items()}

@@ -70,6 +70,8 @@ def inject_kernel(  # type: ignore[no-untyped-def]
             if onto_ptr is not None:
                 y += tl.load(onto_ptr + at, mask=c < N, other=0.0).to(tl.float32)
             tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=c < N)
+        # as it was given: whoever times this launch repeats it
+        tl.store(arrived_ptr + tl.program_id(1) * BLOCK_T, 0)
 
 
 def inject(
@@ -87,7 +89,7 @@ def inject(
     """onto + alpha * rms_norm(x weight^T) for the tokens that get memory; the plain definition of the kernel.
 
     x fp32 [B, S, l], weight [d, l], alpha [1], ml as `attend` gives it, visual_mask bool [B, S], onto [B, S, d], or
-    None for zero; arrived int32 [B, S], zeros, which the kernel counts in. -> fp32 [B, S, d], or of the
+    None for zero; arrived int32 [B, S], zeros, which the kernel counts in and leaves so. -> fp32 [B, S, d], or of the
     weight's dtype if `rounded`, and the rows before their norm, fp32 [B, S, d].
     """
     raw = F.linear(x, weight.float())

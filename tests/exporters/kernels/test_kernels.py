@@ -143,6 +143,7 @@ def test_inject(
 ) -> None:
     draw = Draw(dtype)
     offered = {"visual_mask": draw.mask(*batch), "onto": draw(*batch, width)}
+    arrived = torch.zeros(batch, dtype=torch.int32)
     compare(
         inject.KERNEL,
         blocks,
@@ -152,9 +153,10 @@ def test_inject(
         weight=draw(width, size, scale=0.2),
         alpha=draw(1),
         ml=draw.ml(*batch, 2, blocks.splits),
-        arrived=torch.zeros(batch, dtype=torch.int32),
+        arrived=arrived,
         **{name: offered[name] for name in optional},
     )
+    assert not arrived.any()
 
 
 @settings(max_examples=10)
