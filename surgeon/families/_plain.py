@@ -7,7 +7,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from surgeon.errors import CheckpointError, FamilyError, InputError
-from surgeon.families.base import Family, Grid
+from surgeon.families.base import Family, Grid, check_rows
 
 TEXT_MODELS = ("llama", "qwen2", "qwen3")
 """The text models whose decoder layers read as `pre_norm`."""
@@ -36,13 +36,10 @@ class PlainPositionsFamily(Family):
         grids: Sequence[Sequence[Grid]],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Each row's tokens are numbered from 0. Raises InputError where its image tokens and grids do not match."""
-        if len(grids) != len(input_ids):
-            raise InputError(f"picture grids for {len(grids)} row(s) were given, the batch has {len(input_ids)}")
+        check_rows(attention_mask, grids)
         present = attention_mask.astype(bool)
         images = (input_ids == self.image_token_id(config)) & present
         for row, row_grids in enumerate(grids):
-            if not present[row].any():
-                raise InputError(f"prompt row {row} has no tokens")
             expected = sum(self.image_tokens(config, grid) for grid in row_grids)
             found = int(images[row].sum())
             if found != expected:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from surgeon import ops
 from surgeon.errors import InputError
 from surgeon.families import _qwen_host as host
-from surgeon.families.base import Family, Grid, VisionExport
+from surgeon.families.base import Family, Grid, VisionExport, check_rows
 
 
 class QwenVLFamily(Family):
@@ -30,15 +30,12 @@ class QwenVLFamily(Family):
         grids: Sequence[Sequence[Grid]],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Raises InputError where a row's image tokens and grids do not match, or where it has video tokens."""
-        if len(grids) != len(input_ids):
-            raise InputError(f"picture grids for {len(grids)} row(s) were given, the batch has {len(input_ids)}")
+        check_rows(attention_mask, grids)
         merge = self.vision_config(config).spatial_merge_size
         position_ids = np.zeros((3, *input_ids.shape), dtype=np.int64)
         next_position = np.zeros(len(input_ids), dtype=np.int64)
         for row, ids in enumerate(input_ids):
             present = attention_mask[row].astype(bool)
-            if not present.any():
-                raise InputError(f"prompt row {row} has no tokens")
             if (ids[present] == config.video_token_id).any():
                 raise InputError(f"prompt row {row} has video tokens: video is not supported yet, use pictures")
             positions = host.mrope_row(ids[present] == config.image_token_id, grids[row], merge, row)

@@ -11,6 +11,8 @@ from PIL import Image
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from surgeon.errors import InputError
+
 Grid = tuple[int, int, int]
 """One picture's grid: frames, rows, columns. Of patches before merging; of tiles where the family cuts tiles; where
 neither says enough, of what the family documents."""
@@ -169,3 +171,12 @@ class Family(ABC):
     @abstractmethod
     def vision_inputs(self, config: PretrainedConfig, pixel_values: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
         """The graph inputs of `vision_export` for one picture, computed on the host from its grid, in numpy."""
+
+
+def check_rows(attention_mask: np.ndarray, grids: Sequence[Sequence[Grid]]) -> None:
+    """Raises InputError unless every row of `attention_mask [B, S]` has tokens, and grids of its own."""
+    if len(grids) != len(attention_mask):
+        raise InputError(f"picture grids for {len(grids)} row(s) were given, the batch has {len(attention_mask)}")
+    for row, mask in enumerate(attention_mask):
+        if not mask.any():
+            raise InputError(f"prompt row {row} has no tokens")

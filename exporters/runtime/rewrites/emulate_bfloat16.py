@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
+from exporters.onnx.precision.float32_nodes import MOVES_DATA
 from exporters.onnx.rewrite import Rewrite, is_standard
 from exporters.runtime.rewrites._nodes import int_attribute, take_over
 from surgeon.errors import BundleError
@@ -83,30 +84,10 @@ class EmulateBFloat16(Rewrite):
         self.replaced += 1
 
 
-_MOVES_DATA = frozenset(
-    (
-        "Concat",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "Identity",
-        "Reshape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "TensorScatter",
-        "Transpose",
-        "Unsqueeze",
-        "Where",
-    )
-)
-"""Operators whose results are numbers that were there before: nothing to round."""
-
-
 def _moves_data(node: ir.Node, output: ir.Value) -> bool:
     if node.op_type == "GroupQueryAttention":
         return output is not node.outputs[0]  # the caches
-    return node.op_type in _MOVES_DATA
+    return node.op_type in MOVES_DATA
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
