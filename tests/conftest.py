@@ -1,7 +1,10 @@
 """Settings for all tests."""
 
 import os
+import shutil
+import tempfile
 
+import pytest
 from hypothesis import settings
 
 # Kernels run in Triton's interpreter here, which must be known before the first of them is defined.
@@ -10,3 +13,16 @@ os.environ["TRITON_INTERPRET"] = "1"
 # A busy machine is no failure: property tests are bounded by their examples, not by time.
 settings.register_profile("surgeon", deadline=None)
 settings.load_profile("surgeon")
+
+_KERNELS = "SURGEON_KERNELS_DIR"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What is compiled is kept for this run alone, and by all its processes: the first makes the folder."""
+    if not hasattr(config, "workerinput"):
+        os.environ[_KERNELS] = tempfile.mkdtemp(prefix="surgeon-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(_KERNELS), ignore_errors=True)

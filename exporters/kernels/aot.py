@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from exporters.child_process import ProcessError, run_child
+from exporters.kernels.folder import VARIABLE
 from exporters.kernels.plan import Launch
 from surgeon.checkpoint import staged_file
-from surgeon.errors import SurgeonError
+from surgeon.errors import SurgeonError, TargetError
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Compute capabilities that kernels are compiled for -> the shared memory that one program of them may have."""
@@ -165,9 +167,7 @@ def _compile(jobs: Sequence[Job], cache: Path | None) -> list[dict[str, Any]]:
     for key, found in _compile_all(missing).items():
         made[key] = found
         if cache is not None:
-            cache.mkdir(parents=True, exist_ok=True)
-            with staged_file(cache / f"{key}.json", overwrite=True) as file:
-                file.write_text(json.dumps(found))
+            _keep(cache, key, found)
     return [made[key] for key in keys]
 
 
@@ -220,6 +220,21 @@ def _kept(cache: Path | None, key: str) -> dict[str, Any] | None:
     except (OSError, ValueError):  # not there, or damaged: compiled again
         return None
     return found
+
+
+def _keep(cache: Path, key: str, found: dict[str, Any]) -> None:
+    """A folder that cannot be written to costs the time of the next compilation, and no more."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with staged_file(cache / f"{key}.json", overwrite=True) as file:
+            file.write_text(json.dumps(found))
+    except (OSError, TargetError) as error:
+        _say_once(f"compiled kernels are not kept: {error}; ${VARIABLE} says where")
+
+
+@remembered
+def _say_once(what: str) -> None:
+    warnings.warn(what, stacklevel=2)
 
 
 def _too_large(job: Job, found: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Where what was made for this machine's GPUs is kept."""
+"""Where what was measured and compiled for GPUs is kept, for the next time."""
 
 import os
 from pathlib import Path
@@ -10,3 +10,8 @@ VARIABLE = "SURGEON_KERNELS_DIR"
 def folder() -> Path:
     cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgeon" / "kernels"
     return Path(os.environ.get(VARIABLE) or cached)
+
+
+def compiled() -> Path:
+    """Of kernels compiled ahead of time."""
+    return folder() / "compiled"

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from exporters.child_process import log_errors, run_child
 from exporters.onnx.manifest import Port
 from exporters.tensorrt import layers
-from exporters.tensorrt.cache import KERNELS, BuildCache, graph_digest, weights_digest
+from exporters.tensorrt.cache import BuildCache, graph_digest, weights_digest
 from exporters.tensorrt.errors import BuildError, EngineError
 from exporters.tensorrt.layers import GraphLayers
 from exporters.tensorrt.library import CHILD, Backend, Library, gpu, link_libraries
@@ -114,6 +114,7 @@ class Builder:
         if not graph.plugins:
             return {}
         # needs Triton, which a graph without plugins does not
+        from exporters.kernels.folder import compiled
         from exporters.kernels.graph.node import compile_nodes
         from exporters.tensorrt.plugins.reach import capabilities
 
@@ -126,8 +127,7 @@ class Builder:
             )
         if self.progress is not None:
             self.progress(f"{graph.name}: compiling kernels", 0, 1)
-        folder = None if self.cache is None else self.cache.folder / KERNELS
-        return compile_nodes(graph.plugins, capabilities(targets), folder)
+        return compile_nodes(graph.plugins, capabilities(targets), compiled())
 
     def _spec(self, graph: GraphPlan, engine: Path, plugins: Mapping[str, Any]) -> dict[str, Any]:
         """What the child is told, JSON."""

@@ -17,8 +17,6 @@ from surgeon.checkpoint import share_file, staged
 
 _FORMAT = 1
 """Raised when what an entry holds, or what is built from the same things, changes."""
-KERNELS = "kernels"
-"""The folder in a cache with kernels of plugins; the engines' are named by their digests."""
 _ENGINE, _RESULT = "engine", "result.json"
 _CHUNK = 64 << 20
 

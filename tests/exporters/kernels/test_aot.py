@@ -237,6 +237,15 @@ def test_the_second_time_nothing_is_compiled(tmp_path: Path, compiled_count: lis
     assert compiled_count == [2, 1]
 
 
+def test_a_folder_that_cannot_be_written_to_is_said_once(tmp_path: Path, compiled_count: list[int]) -> None:
+    (tmp_path / "file").touch()
+    aot._say_once.cache_clear()
+    launches = small_pvm("float16", 1)[:2]
+    with pytest.warns(UserWarning, match="compiled kernels are not kept: .*SURGEON_KERNELS_DIR says where") as said:
+        found = compile_launches([Job(launch, 80) for launch in launches], tmp_path / "file" / "kernels")
+    assert len(said) == 1 and all(".entry" in each.ptx for each in found) and compiled_count == [2]
+
+
 def test_whatever_changes_a_kernel_is_another_entry(tmp_path: Path, compiled_count: list[int]) -> None:
     launch = small_pvm("float16", 1)[0]
     compile_launches([Job(launch, 80)], tmp_path)

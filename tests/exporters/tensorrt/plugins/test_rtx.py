@@ -40,14 +40,14 @@ def options(**more: Any) -> Options:
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache, for kernels that several of these tests have."""
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of engines."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
 def engine(
-    export: Callable[..., Pair], kernels: Path, tmp_path_factory: pytest.TempPathFactory
+    export: Callable[..., Pair], cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, Built]]:
     made: dict[Any, tuple[Path, Built]] = {}
 
@@ -55,7 +55,7 @@ def engine(
         if case not in made:
             target = tmp_path_factory.mktemp("fused") / "out"
             bundle = export(*case, head_dim=32).bundle
-            made[case] = target, build_engines(bundle, target, options(cache=kernels))
+            made[case] = target, build_engines(bundle, target, options(cache=cache))
         return made[case]
 
     return get
@@ -94,13 +94,13 @@ def test_an_engine_carries_its_kernels_for_every_target(engine: Callable[..., tu
 
 
 def test_the_build_cache_knows_the_kernels(
-    export: Callable[..., Pair], engine: Callable[..., tuple[Path, Built]], kernels: Path, tmp_path: Path
+    export: Callable[..., Pair], engine: Callable[..., tuple[Path, Built]], cache: Path, tmp_path: Path
 ) -> None:
     engine()  # another test may have built it in another process
     bundle = export(*CASES[0], head_dim=32).bundle
-    again = build_engines(bundle, tmp_path / "again", options(cache=kernels))
+    again = build_engines(bundle, tmp_path / "again", options(cache=cache))
     assert again.seconds == {"decoder": 0.0} and again.manifest.plugins == [f"surgeon::{step}" for step in STEPS["pvm"]]
-    standard = build_engines(bundle, tmp_path / "standard", options(cache=kernels, kernels="standard"))
+    standard = build_engines(bundle, tmp_path / "standard", options(cache=cache, kernels="standard"))
     assert standard.seconds["decoder"] > 0 and standard.manifest.plugins == [] and standard.fused == {}
     assert standard.report.graphs["decoder"].network.get("PLUGIN_V3") is None
 
