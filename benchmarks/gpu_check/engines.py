@@ -14,18 +14,25 @@ from typing import Any
 from benchmarks._measure import ROOT
 from benchmarks.gpu_check.part import PartReport, Setting, Skipped
 from benchmarks.gpu_check.timing import Timer
+from exporters.kernels.support import SWITCH
 
 DEMO = ROOT / "examples" / "demo" / "qwen3-vl-tiny"
 RECIPE = "pvm:layers=2,4,6,latent=64"
+_LEFT_OUT = ("no fused kernel", "standard operators stay")
+"""What is said where they are."""
 
 
-def surgeon(*arguments: str) -> str:
-    """The command line, from the tree -> what it printed. Raises RuntimeError with all of it where it fails."""
+def surgeon(*arguments: str, kernels: str = "fused") -> str:
+    """The command line, from the tree -> what it printed. `kernels`: what torch and ONNX Runtime compute grafts with on
+    a GPU. Raises RuntimeError with all of it where it fails, and where fused kernels were left out."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment[SWITCH] = kernels
     command = [sys.executable, "-m", "cli", *arguments]
     done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         raise RuntimeError(f"surgeon {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}")
+    if kernels == "fused" and any(said in done.stdout for said in _LEFT_OUT):
+        raise RuntimeError(f"surgeon {' '.join(arguments)} left fused kernels out:\n{done.stdout}")
     return done.stdout
 
 
@@ -45,11 +52,13 @@ def provider_missing() -> str | None:
     return f"onnxruntime has no CUDA provider here, only {', '.join(there)}"
 
 
-def verdict(work: Path, bundle_or_engine: str, *options: str, steps: int = 16) -> dict[str, Any]:
+def verdict(
+    work: Path, bundle_or_engine: str, *options: str, steps: int = 16, kernels: str = "fused"
+) -> dict[str, Any]:
     """`surgeon validate` against the patched checkpoint."""
     report = work / "verdict.json"
     surgeon("validate", str(work / "patched"), str(work / bundle_or_engine), "--steps", str(steps), "--overwrite",
-            "--report", str(report), *options)  # fmt: skip
+            "--report", str(report), *options, kernels=kernels)  # fmt: skip
     found: dict[str, Any] = json.loads(report.read_text())
     return found
 
@@ -68,11 +77,14 @@ def rtx(work: Path, target: str, kernels: str, setting: Setting, clock: Timer, r
     report.note(f"{label}: speed", surgeon("bench", str(work / "bundle"), str(engines), "--json"))
 
 
-def cuda_verdict(work: Path, setting: Setting, report: PartReport) -> None:
+def cuda(work: Path, kernels: str, setting: Setting, report: PartReport) -> None:
+    """The bundle on ONNX Runtime's CUDA provider, held against the checkpoint."""
     if setting.dry:
-        verdict(work, "bundle", "--backend", "ort-cpu", "--prompt", "A red square.", steps=2)
+        verdict(work, "bundle", "--backend", "ort-cpu", "--prompt", "A red square.", steps=2, kernels=kernels)
         return
-    report.note("ONNX Runtime, CUDA: verdict", verdict(work, "bundle", "--backend", "ort-cuda"))
+    label, bundle = f"ONNX Runtime, CUDA, {kernels} kernels", str(work / "bundle")
+    report.note(f"{label}: verdict", verdict(work, "bundle", "--backend", "ort-cuda", kernels=kernels))
+    report.note(f"{label}: speed", surgeon("bench", bundle, "--backend", "ort-cuda", "--json", kernels=kernels))
 
 
 def main(setting: Setting, clock: Timer, report: PartReport) -> None:
@@ -89,7 +101,9 @@ def main(setting: Setting, clock: Timer, report: PartReport) -> None:
         for kernels in ("standard", "fused")
         if not setting.dry or (target, kernels) in (("sm80", "standard"), ("sm89", "fused"))
     }
-    jobs["ONNX Runtime, CUDA"] = (provider_missing(), partial(cuda_verdict, setting=setting, report=report))
+    for kernels in ("standard", "fused"):
+        run = partial(cuda, kernels=kernels, setting=setting, report=report)
+        jobs[f"ONNX Runtime, CUDA, {kernels} kernels"] = (provider_missing(), run)
     failures = []
     with tempfile.TemporaryDirectory(prefix="surgeon-gpu-check-") as name:
         work = Path(name)
