@@ -19,26 +19,32 @@ from exporters.kernels.plan import TensorType
 _SOURCE = """
 typedef int (*Launched)(const void *ptx, const char *entry, const unsigned *grid, unsigned threads, unsigned shared,
                         void **arguments);
-typedef struct { const void *ptx; const char *entry; } Function;
+typedef struct { const void *ptx; const char *entry; unsigned shared; } Function;
 static Launched launched;
 static Function functions[256];
-static int count, modules, context;
+static int count, modules, contexts[2], current;
 void stand_in(Launched function) { launched = function; }
 int loaded(void) { return modules; }
-int cuCtxGetCurrent(void **found) { *found = &context; return 0; }
+void enter(int context) { current = context; }
+int cuCtxGetCurrent(void **found) { *found = &contexts[current]; return 0; }
 int cuModuleLoadData(void **module, const void *ptx) { *module = (void *)ptx; modules++; return 0; }
 int cuModuleUnload(void *module) { modules--; return 0; }
 int cuModuleGetFunction(void **function, void *module, const char *entry) {
-    functions[count] = (Function){module, entry};
+    functions[count] = (Function){module, entry, 48 << 10};
     *function = &functions[count++];
     return 0;
 }
-int cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
+int cuFuncSetAttribute(void *function, int attribute, int value) {
+    if (attribute == 8) ((Function *)function)->shared = value;
+    return 0;
+}
 int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned b, unsigned c,
                    unsigned shared, void *stream, void **arguments, void **extra) {
     Function *f = function;
     unsigned grid[3] = {x, y, z};
-    return b == 1 && c == 1 ? launched(f->ptx, f->entry, grid, threads, shared, arguments) : 1;
+    /* the CPU's provider has no stream */
+    if (b != 1 || c != 1 || x == 0 || y == 0 || z == 0 || stream || extra || shared > f->shared) return 1;
+    return launched(f->ptx, f->entry, grid, threads, shared, arguments);
 }
 """
 _LAUNCHED = ctypes.CFUNCTYPE(
@@ -57,8 +63,8 @@ class StandIn:
     """A driver's library, as a file."""
 
     path: Path
-    kernels: dict[bytes, tuple[KernelNode, Form]] = field(default_factory=dict, repr=False)
-    """By PTX."""
+    kernels: dict[bytes, tuple[KernelNode, Form, int]] = field(default_factory=dict, repr=False)
+    """By PTX: also the shared memory that it takes."""
     launches: list[str] = field(default_factory=list)
     """The steps that were launched, with how many tokens a program took."""
     fails: int = 0
@@ -67,7 +73,8 @@ class StandIn:
     def know(self, nodes: Mapping[str, KernelNode], operators: Any) -> None:
         for place, node in enumerate(nodes.values()):
             for number, form in enumerate(node.forms):
-                self.kernels[operators[place].forms[number].ptx] = node, form
+                compiled = operators[place].forms[number]
+                self.kernels[compiled.ptx] = node, form, compiled.shared
 
     @property
     def loaded(self) -> int:
@@ -75,12 +82,17 @@ class StandIn:
         found: int = ctypes.CDLL(str(self.path)).loaded()
         return found
 
+    def enter(self, context: int) -> None:
+        """Make one of two contexts current."""
+        ctypes.CDLL(str(self.path)).enter(context)
+
     def launched(self, ptx: bytes, entry: bytes, grid: Any, threads: int, shared: int, arguments: Any) -> int:
-        node, form = self.kernels[ptx]
+        node, form, wanted = self.kernels[ptx]
         launch, kernel = form.launch, node.step.kernel
         if self.fails:
             return self.fails
-        assert entry.decode() == kernel.function.fn.__name__ and threads == 32 * launch.blocks.num_warps
+        if (entry.decode(), threads, shared) != (kernel.function.fn.__name__, 32 * launch.blocks.num_warps, wanted):
+            return 1
         self.launches.append(f"{node.step.name}:{launch.blocks.tokens}")
         values = iter(arguments[n] for n in range(len(launch.inputs) + len(launch.sizes) + len(launch.outputs)))
         inputs = {name: _tensor(next(values), tensor) for name, tensor in launch.inputs.items()}

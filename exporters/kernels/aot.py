@@ -23,6 +23,10 @@ from surgeon.errors import SurgeonError, TargetError
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Compute capabilities that kernels are compiled for -> the shared memory that one program of them may have."""
+_PTX_VERSIONS = {100: 86, 120: 87}
+_PTX_VERSION = 80
+"""86 for 8.6: the first that knows a capability, or 8.0 (CUDA 12.0). A driver refuses PTX of a version later than its
+own, and Triton would write that of the ptxas that comes with it."""
 _LAST_PORTABLE = 89
 """PTX for compute capabilities up to this one runs on all later ones."""
 _FORMAT = 1
@@ -134,6 +138,7 @@ def _describe(job: Job) -> dict[str, Any]:
         "constants": constants,
         "aligned": [place for place, kind in enumerate(signature.values()) if kind[0] == "*" and job.aligned],
         "capability": job.capability,
+        "ptx_version": _PTX_VERSIONS.get(job.capability, _PTX_VERSION),
         "num_warps": launch.blocks.num_warps,
         "num_stages": launch.blocks.num_stages,
     }

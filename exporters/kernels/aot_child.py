@@ -39,7 +39,7 @@ def compile_kernel(job: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(f"it takes {', '.join(function.arg_names)}, not {', '.join(job['signature'])}")
     attributes = {(place,): [["tt.divisibility", 16]] for place in job["aligned"]}
     source = ASTSource(fn=function, signature=job["signature"], constexprs=job["constants"], attrs=attributes)
-    options = {"num_warps": job["num_warps"], "num_stages": job["num_stages"]}
+    options = {name: job[name] for name in ("num_warps", "num_stages", "ptx_version")}
     compiled = triton.compile(source, target=GPUTarget("cuda", job["capability"], 32), options=options)
     about = compiled.metadata
     return {

@@ -87,11 +87,13 @@ def plan_nodes(
 
     All forms split the memory alike: attention chooses its form by a row's tokens, what reads its splits by all rows'.
     """
-    cut = [_blocks(chain, given, form.sizes, choose) for form in forms]
-    for name in cut[0]:
-        splits = _splits(chain, given, most, name, cut[0][name].splits, choose)
-        for blocks in cut:
-            blocks[name] = dataclasses.replace(blocks[name], splits=splits)
+    wanted = _blocks(chain, given, forms[0].sizes, choose)
+    splits = {name: _splits(chain, given, most, name, wanted[name].splits, choose) for name in wanted}
+
+    def alike(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
+        return dataclasses.replace(choose(step, inputs), splits=splits[step.name])
+
+    cut = [_blocks(chain, given, form.sizes, alike) for form in forms]
     values, found = dict(given), []
     for step in chain.steps:
         there = {name: values[step.inputs[name]] for name in step.kernel.inputs if step.inputs.get(name) in values}

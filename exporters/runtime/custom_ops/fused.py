@@ -12,7 +12,7 @@ import torch
 from exporters.kernels import tuned
 from exporters.kernels.aot import capability_for
 from exporters.kernels.blocks import DECODE_TOKENS, FEW_TOKENS
-from exporters.kernels.folder import folder
+from exporters.kernels.folder import compiled
 from exporters.kernels.graph.fused_kernels import FusedKernels
 from exporters.kernels.graph.node import KernelNode, Reach, compile_nodes
 from exporters.kernels.plan import ChooseBlocks, by_rule
@@ -23,6 +23,8 @@ from exporters.runtime.custom_ops.tables import Table, table
 _FORMS = ((DECODE_TOKENS, 1), (FEW_TOKENS, FEW_TOKENS), (None, 1024))
 """Up to how many tokens a form is taken, and how many it is cut for: nothing says how long prompts will be."""
 _SLOTS = 1024
+_GPU = 0
+"""ONNX Runtime's, where a session does not say."""
 _MOST = {"S": 4096, "M": 4096}
 """Up to here what attention leaves behind is kept small; larger requests take more in proportion."""
 
@@ -33,8 +35,7 @@ class Device:
 
     capability: int
     """What they are compiled for: 89 for 8.9."""
-    provider: str | None = "CUDAExecutionProvider"
-    """None: the CPU provider's, with what stands in for a driver."""
+    provider: str = "CUDAExecutionProvider"
     driver: str = "libcuda.so.1"
     alignment: int = 16
     """Bytes of which every address is a multiple: those that ONNX Runtime and torch allocate on a GPU are."""
@@ -58,8 +59,9 @@ class Fused:
 
 @cache
 def cuda_device() -> Device | None:
-    """The current GPU, with blocks as they were measured on it. None where kernels cannot run, which is said once."""
-    reason = reason_against_device(None)
+    """The GPU that ONNX Runtime takes, with blocks as they were measured on it. None where kernels cannot run, which is
+    said once."""
+    reason = reason_against_device(_GPU)
     if reason is None:
         try:
             native.build()
@@ -68,7 +70,7 @@ def cuda_device() -> Device | None:
     if reason is not None:
         warnings.warn(f"{reason}; standard operators stay", stacklevel=2)
         return None
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(_GPU)
     capability = capability_for(10 * major + minor)
     assert capability is not None
     return Device(capability, choose=tuned.choose)
@@ -85,5 +87,5 @@ def fuse(model: ir.Model, device: Device) -> Fused | None:
     if not rewrite.replaced:
         return None
     aligned = device.alignment >= 16
-    described = compile_nodes(rewrite.nodes, [device.capability], folder() / "compiled", aligned=aligned)
+    described = compile_nodes(rewrite.nodes, [device.capability], compiled(), aligned=aligned)
     return Fused(rewrite.functions, rewrite.nodes, table(described, device.provider, device.driver, device.alignment))

@@ -37,10 +37,10 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    int32_t num_inputs, num_outputs, num_sizes, num_forms;
+    int32_t num_inputs, num_outputs, num_sizes;
     const int32_t *input_types, *output_types, *output_ranks;
     const Formula *sizes, *output_dims; /* the latter of all outputs, one after another */
-    const Form *forms;
+    const Form *forms; /* the last takes any number of tokens */
 } Operator;
 
 typedef struct {
@@ -246,7 +246,7 @@ static Status *compute(void *kernel, Context *context) {
     }
 
     const Form *form = what->forms;
-    while (form->tokens >= 0 && form->tokens < sizes[0]) form++; /* the last one takes any */
+    while (form->tokens >= 0 && form->tokens < sizes[0]) form++;
     const Formula *dim = what->output_dims;
     for (int n = 0; n < what->num_outputs; n++) {
         int64_t shape[MOST_RANK];
@@ -266,7 +266,7 @@ static Status *compute(void *kernel, Context *context) {
     for (int axis = 0; axis < 3; axis++)
         if ((grid[axis] = (unsigned)evaluate(form->grid[axis], dims)) == 0) return NULL;
     void *function = NULL, *stream = NULL;
-    if (self->table->provider && (status = ((ContextStream)self->api[CONTEXT_STREAM])(context, &stream))) return status;
+    if ((status = ((ContextStream)self->api[CONTEXT_STREAM])(context, &stream))) return status;
     if ((status = find(self, form, &function))) return status;
     int code = self->driver.launch(function, grid[0], grid[1], grid[2], form->threads, 1, 1, form->shared, stream,
                                    arguments, NULL);

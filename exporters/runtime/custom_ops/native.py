@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from exporters.kernels.folder import folder
+from exporters.kernels.folder import VARIABLE, folder
 from exporters.runtime.custom_ops.tables import Table
 from surgeon.errors import SurgeonError
 
@@ -27,17 +27,35 @@ _lock = threading.Lock()
 
 
 class CompilerError(SurgeonError):
-    """There is no C compiler, or it does not compile the library."""
+    """The library cannot be made here: no C compiler, one that fails, or no folder to keep and load the result."""
 
 
 @cache
 def build() -> Path:
-    """The compiled library, kept with the kernels. Raises CompilerError."""
+    """The compiled library, kept with the kernels; it loads. Raises CompilerError."""
     compiler = _compiler()
     made_of = "\n".join([_SOURCE.read_text(encoding="utf-8"), *compiler, *_FLAGS, platform.machine()])
     path = folder() / f"onnxruntime-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
-    if path.is_file():
-        return path
+    try:
+        if not _loads(path):  # not there, damaged, or made on another machine, whose C library is newer
+            _compile(compiler, path)
+            ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CompilerError(
+            f"the library of custom operators cannot be kept or loaded: {error}; ${VARIABLE} says where"
+        ) from error
+    return path
+
+
+def _loads(path: Path) -> bool:
+    try:
+        ctypes.CDLL(str(path))
+    except OSError:
+        return False
+    return True
+
+
+def _compile(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
         made = Path(work) / path.name
@@ -50,7 +68,6 @@ def build() -> Path:
             told = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:300])
             raise CompilerError(f"the C compiler {shlex.join(compiler)} fails: {told}")
         os.replace(made, path)
-    return path
 
 
 def register(options: ort.SessionOptions, table: Table) -> None:

@@ -32,7 +32,7 @@ class _Form(ctypes.Structure):
 class _Operator(ctypes.Structure):
     _fields_ = (
         ("name", ctypes.c_char_p),
-        *((name, ctypes.c_int32) for name in ("num_inputs", "num_outputs", "num_sizes", "num_forms")),
+        *((name, ctypes.c_int32) for name in ("num_inputs", "num_outputs", "num_sizes")),
         *((name, ctypes.POINTER(ctypes.c_int32)) for name in ("input_types", "output_types", "output_ranks")),
         *((name, ctypes.POINTER(_Formula)) for name in ("sizes", "output_dims")),
         ("forms", ctypes.POINTER(_Form)),
@@ -52,14 +52,14 @@ class Table(ctypes.Structure):
     )
 
 
-def table(described: Mapping[str, dict[str, Any]], provider: str | None, driver: str, alignment: int) -> Table:
+def table(described: Mapping[str, dict[str, Any]], provider: str, driver: str, alignment: int) -> Table:
     """`described`: what `compile_nodes` says of each operator for one compute capability; `provider`: the execution
-    provider that the operators belong to, None for that of the CPU, which has no stream; `driver`: the file of CUDA's
-    driver; `alignment`: bytes of which every address must be a multiple."""
+    provider that the operators belong to; `driver`: the file of CUDA's driver; `alignment`: bytes of which every
+    address must be a multiple."""
     operators = [_operator(name, each) for name, each in described.items()]
     return Table(
         NAMESPACE.encode(),
-        None if provider is None else provider.encode(),
+        provider.encode(),
         driver.encode(),
         alignment,
         len(operators),
@@ -76,7 +76,6 @@ def _operator(name: str, described: dict[str, Any]) -> _Operator:
         len(inputs),
         len(outputs),
         len(sizes),
-        len(described["forms"]),
         _array(ctypes.c_int32, [_TYPES[dtype] for dtype in inputs]),
         _array(ctypes.c_int32, [_TYPES[output["dtype"]] for output in outputs]),
         _array(ctypes.c_int32, [len(output["shape"]) for output in outputs]),

@@ -96,6 +96,9 @@ def test_real_sizes_compile_for_every_target(launches: Callable[..., list[Launch
         assert kernel.capability == job.capability and kernel.num_warps == launch.blocks.num_warps
         assert kernel.shared <= SHARED_KIB[job.capability] * 1024
         assert f".entry {kernel.entry}(" in kernel.ptx and "/exporters/" not in kernel.ptx
+        # no later than the drivers that a GPU of this capability may have
+        (version,) = re.findall(r"^\.version (\d+\.\d+)$", kernel.ptx, re.MULTILINE)
+        assert version == {100: "8.6", 120: "8.7"}.get(job.capability, "8.0")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

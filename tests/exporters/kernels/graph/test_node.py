@@ -1,10 +1,13 @@
 """Chains planned as plugins: forms, splits, shapes, and what their kernels were compiled to."""
 
+from collections.abc import Mapping
+
 import pytest
 
 from exporters.kernels import pvm
 from exporters.kernels.graph.node import KernelNode, compile_nodes, plan_nodes
-from exporters.kernels.plan import TensorType
+from exporters.kernels.kernel import Blocks, Step
+from exporters.kernels.plan import TensorType, by_rule
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.plugins.launch import prepare
 from exporters.tensorrt.plugins.reach import capabilities, largest, reaches
@@ -21,20 +24,23 @@ def profiles(batch: int = 8, length: int = 4096, slots: int = 1024) -> list[Prof
     ]
 
 
-def planned(found: list[Profile]) -> dict[str, KernelNode]:
-    def of(*shape: int | str) -> TensorType:
-        return TensorType(shape, "bfloat16")
+def of(*shape: int | str) -> TensorType:
+    return TensorType(shape, "bfloat16")
 
-    memory, square = of("B", 1, "M", HEAD_DIM), of(LATENT, LATENT)
-    given = {
-        "hidden_states": of("B", "S", WIDTH), "keys": memory, "values": memory,
-        "memory_mask": TensorType(("B", "M"), "bool"), "visual_token_mask": TensorType(("B", "S"), "bool"),
-        "text_proj": of(LATENT, WIDTH), "input_norm": of(LATENT), "q_proj": square, "q_norm": of(HEAD_DIM),
-        "o_proj": square, "post_attention_norm": of(LATENT), "gate_proj": of(40, LATENT), "up_proj": of(40, LATENT),
-        "down_proj": of(LATENT, 40), "output_proj": of(WIDTH, LATENT), "alpha": of(1),
-    }  # fmt: skip
-    plugins = plan_nodes(pvm.chain(1e-6), given, reaches(found), largest(found))
-    return {plugin.step.name: plugin for plugin in plugins}
+
+MEMORY, SQUARE = of("B", 1, "M", HEAD_DIM), of(LATENT, LATENT)
+GIVEN = {
+    "hidden_states": of("B", "S", WIDTH), "keys": MEMORY, "values": MEMORY,
+    "memory_mask": TensorType(("B", "M"), "bool"), "visual_token_mask": TensorType(("B", "S"), "bool"),
+    "text_proj": of(LATENT, WIDTH), "input_norm": of(LATENT), "q_proj": SQUARE, "q_norm": of(HEAD_DIM),
+    "o_proj": SQUARE, "post_attention_norm": of(LATENT), "gate_proj": of(40, LATENT), "up_proj": of(40, LATENT),
+    "down_proj": of(LATENT, 40), "output_proj": of(WIDTH, LATENT), "alpha": of(1),
+}  # fmt: skip
+
+
+def planned(found: list[Profile]) -> dict[str, KernelNode]:
+    nodes = plan_nodes(pvm.chain(1e-6), GIVEN, reaches(found), largest(found))
+    return {node.step.name: node for node in nodes}
 
 
 def test_forms_are_those_that_the_profiles_reach() -> None:
@@ -60,6 +66,20 @@ def test_every_form_has_the_number_of_splits_that_decoding_asks_for() -> None:
     assert splits == 16 and attend["outputs"][0]["shape"] == [("dim", 0, 0), ("dim", 0, 1), 2, splits, HEAD_DIM]
     for reader in ("pvm_retrieve", "pvm_inject"):
         assert {form["constants"]["SPLITS"] for form in plugins[reader].described["forms"]} == {splits}
+
+
+def test_what_puts_splits_together_is_cut_for_as_many() -> None:
+    seen: dict[int, set[int]] = {}
+
+    def choose(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
+        if step.name == "pvm_retrieve":
+            seen.setdefault(inputs["acc"].shape[1], set()).add(inputs["acc"].shape[3])
+        return by_rule(step, inputs)
+
+    found = profiles(batch=1, length=64)
+    plan_nodes(pvm.chain(1e-6), GIVEN, reaches(found), largest(found), choose)
+    # by a decoding step's tokens and a prompt's; with one split only while the splits themselves are being chosen
+    assert {length: max(splits) for length, splits in seen.items()} == {1: 16, 64: 16}
 
 
 def test_splits_are_fewer_where_prefill_would_need_too_much_memory() -> None:

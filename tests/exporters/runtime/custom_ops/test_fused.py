@@ -5,6 +5,7 @@ import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +15,8 @@ import torch
 
 from cuda_stand_in import StandIn
 from exporters.kernels.aot import CompileError
-from exporters.runtime import BundleRuntime
+from exporters.kernels.graph import fused_kernels
+from exporters.runtime import BundleRuntime, bundle_runtime
 from exporters.runtime.custom_ops import Device, Fused, cuda_device, fuse, fused, native
 from graft_graphs import inputs_of, model_of
 from pairs import Pair, picture
@@ -25,7 +27,7 @@ CAPABILITY = 80
 
 def device(driver: StandIn, alignment: int = 1) -> Device:
     """The CPU's memory is not placed as a GPU's is."""
-    return Device(CAPABILITY, None, str(driver.path), alignment)
+    return Device(CAPABILITY, "CPUExecutionProvider", str(driver.path), alignment)
 
 
 def session(model: ir.Model, kernels: Fused | None = None) -> ort.InferenceSession:
@@ -66,6 +68,21 @@ def test_a_graft_computes_what_its_function_does(driver: StandIn, kind: str) -> 
     assert {f"{steps[0]}:{tokens}" for tokens in (1, 16, 64)} <= forms
 
 
+@pytest.mark.parametrize("kind", ["pvm", "mixin"])
+def test_no_memory_adds_nothing_and_no_tokens_are_not_launched(driver: StandIn, kind: str) -> None:
+    model = model_of(kind)
+    kernels = replaced(model, driver)
+    made = session(model, kernels)
+    feeds = inputs_of(kind, 5)
+    keys, values, mask = feeds["keys"][:, :, :0], feeds["values"][:, :, :0], feeds["memory_mask"][:, :0]
+    given = feeds | {"keys": keys, "values": values, "memory_mask": mask}
+    (got,) = made.run(None, {value.name: np.ascontiguousarray(given[value.name]) for value in made.get_inputs()})
+    want = feeds["hidden_states"] if kind == "mixin" else np.zeros_like(feeds["hidden_states"])
+    np.testing.assert_array_equal(got, want)
+    driver.launches.clear()
+    assert evaluate(made, kind, 0).shape[1] == 0 and not driver.launches
+
+
 def test_several_graphs_have_their_operators_and_unload_them(driver: StandIn) -> None:
     graphs = {kind: model_of(kind) for kind in ("pvm", "mixin")}
     kernels = {kind: replaced(model, driver) for kind, model in graphs.items()}
@@ -79,6 +96,22 @@ def test_several_graphs_have_their_operators_and_unload_them(driver: StandIn) ->
         del sessions[kind]
         gc.collect()
         assert driver.loaded == left
+
+
+def test_each_context_has_its_kernels(driver: StandIn) -> None:
+    model = model_of("mixin")
+    kernels = replaced(model, driver)
+    made = session(model, kernels)
+    for loaded, context in ((5, 0), (10, 1), (10, 0)):
+        driver.enter(context)
+        assert np.isfinite(evaluate(made, "mixin", 1)).all() and driver.loaded == loaded
+
+
+def test_operators_are_those_of_the_provider_that_is_named(driver: StandIn) -> None:
+    model = model_of("pvm")
+    kernels = fuse(model, replace(device(driver), provider="CUDAExecutionProvider"))
+    with pytest.raises(Exception, match=r"pvm_text"):  # this session has the CPU's alone
+        session(model, kernels)
 
 
 def test_what_the_driver_says_is_told(driver: StandIn) -> None:
@@ -126,6 +159,33 @@ def test_a_bundle_answers_the_same(export: Callable[..., Pair], driver: StandIn)
     assert runtime.vision.fused is None and plain.decoder.fused is None
 
 
+def test_what_kernels_do_not_take_stays_beside_them(
+    export: Callable[..., Pair], driver: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Functions and operators of one domain in a graph; what grafts add, and what they add it to, as outputs."""
+    given = fused_kernels.reason_against
+    monkeypatch.setattr(
+        fused_kernels, "reason_against", lambda kind, *rest: "not this one" if kind == "mixin" else given(kind, *rest)
+    )
+    pair = export("qwen3_vl", ("pvm:layers=1,latent=64", "mixin:layers=2,num_heads=2,intermediate=48"), head_dim=32)
+    names = ("persistent_visual_memory.1", "hidden_states.1", "mixin.2")
+    plain, runtime = (BundleRuntime(pair.bundle, provider="cpu", threads=1, extra_outputs=names) for _ in range(2))
+    runtime.options = replace(runtime.options, fused=device(driver))
+    with pytest.warns(UserWarning, match="not this one; standard operators stay"):
+        kernels = runtime.decoder.fused
+    assert kernels is not None and kernels.functions == {"PersistentVisualMemory": 1}
+    driver.know(kernels.nodes, kernels.table.operators)
+    found, expected = (
+        each.start(each.prepare([Prompt("What is it?", (picture(64, 96),))])) for each in (runtime, plain)
+    )
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-4, rtol=0)
+    for name in names:
+        want = expected[0].extra[name]
+        assert np.abs(want).max() > 0
+        np.testing.assert_allclose(found[0].extra[name], want, atol=1e-4, rtol=0, err_msg=name)
+    assert driver.launches
+
+
 def test_kernels_that_do_not_compile_leave_the_graph_as_it_was(
     export: Callable[..., Pair], driver: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +205,7 @@ def test_kernels_that_do_not_compile_leave_the_graph_as_it_was(
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "reason_against_device", lambda index: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 3))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (10, 3))
     cuda_device.cache_clear()
 
 
@@ -156,6 +216,18 @@ def test_a_gpu_gets_kernels_that_run_there() -> None:
         found = cuda_device()
     assert found is not None and found.capability == 89 and found.provider == "CUDAExecutionProvider"
     cuda_device.cache_clear()
+
+
+def test_bundles_take_them_on_cuda_alone(export: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_runtime, "choose_provider", lambda provider: provider)
+    monkeypatch.setattr(bundle_runtime, "cuda_device", lambda: Device(CAPABILITY))
+    grafted = export("qwen3_vl", ("pvm:layers=1,2,latent=64",), head_dim=32)
+
+    def taken(provider: Literal["cpu", "cuda", "tensorrt-rtx"], fused_kernels: bool = True) -> Device | None:
+        return BundleRuntime(grafted.bundle, provider=provider, fused_kernels=fused_kernels).options.fused
+
+    assert taken("cuda") == Device(CAPABILITY)
+    assert taken("cuda", fused_kernels=False) is taken("cpu") is taken("tensorrt-rtx") is None
 
 
 @pytest.mark.usefixtures("gpu")

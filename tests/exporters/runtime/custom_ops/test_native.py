@@ -8,6 +8,7 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 
+from exporters.kernels.folder import VARIABLE
 from exporters.runtime.custom_ops import native
 
 
@@ -28,6 +29,24 @@ def test_it_is_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, folder: P
 
     monkeypatch.setattr(subprocess, "run", refuse)
     assert native.build() == first
+
+
+def test_one_that_does_not_load_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    sound = native.build()
+    native.build.cache_clear()
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "elsewhere"))
+    other = tmp_path / "elsewhere" / sound.name
+    other.parent.mkdir()
+    other.write_bytes(b"of another machine")
+    assert native.build() == other and other.read_bytes() == sound.read_bytes()
+
+
+def test_a_folder_that_cannot_be_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "file" / "kernels"))
+    with pytest.raises(native.CompilerError, match=r"cannot be kept or loaded: .*Not a directory.*SURGEON_KERNELS_DIR"):
+        native.build()
 
 
 def test_its_source_has_no_warnings(tmp_path: Path) -> None:
