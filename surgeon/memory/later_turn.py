@@ -43,7 +43,10 @@ def drop_cached_pictures(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) 
                 "pictures of the whole conversation, earlier turns included"
             )
         if kwargs.get("position_ids") is None:
-            known = {**kwargs, "input_ids": input_ids}
+            # without the cache: beside one, transformers may go on from the offset left by the model's last pass, which
+            # knows no new picture and may be another conversation's
+            known = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+            known["input_ids"] = input_ids
             kwargs["position_ids"] = model._prepare_position_ids_for_generation(input_ids, known)
         kwargs["image_grid_thw"] = grids[new.to(grids.device)] if bool(new.any()) else None
     parts = pixel_values.split([rows * length // tokens for _, length in runs])

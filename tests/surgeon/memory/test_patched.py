@@ -209,6 +209,20 @@ def test_later_turn_with_the_same_cache(pair: PAIR, second_picture: bool) -> Non
     assert int(two.logits[0, -1].argmax()) == int(tokens[0, 0])
 
 
+def test_a_later_turn_after_another_conversation(pair: PAIR) -> None:
+    """transformers keeps the last conversation's position offset on the model; each must go on with its own."""
+    source, patched = pair
+    open_gates(patched, 0.0)
+    first, other = batch(patched, [[5, *picture(SMALL), 7]], [SMALL]), batch(patched, [[5, *picture(WIDE), 7]], [WIDE])
+    with torch.no_grad():
+        turn = patched.generate(**first, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        greedy(patched, other)
+        later = batch(patched, [[*turn.sequences[0].tolist(), 8, 9]], [SMALL])
+        tokens = greedy(patched, later, past_key_values=turn.past_key_values)
+    assert torch.equal(tokens, greedy(source, later))
+    open_gates(patched)
+
+
 def test_later_turn_without_the_earlier_pictures_is_refused(patched: PreTrainedModel) -> None:
     first = batch(patched, [[5, *picture(SMALL), 7]], [SMALL])
     with torch.no_grad():
