@@ -1,5 +1,6 @@
 """A sentencepiece BPE model as a `tokenizers` tokenizer that encodes alike."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def convert(file: Path, added: Mapping[int, AddedToken]) -> Tokenizer:
 
     Added tokens keep their ids; one whose id the model already has takes that piece's place, as in InternLM2, whose
     chat tokens stand where the model has unused ones. Raises CheckpointError where the file is damaged, is no BPE
-    model, or where its encodings cannot be had exactly (checked on `SAMPLES`).
+    model, or where its encodings cannot be had exactly (checked on `SAMPLES`). A table by which text is normalised,
+    such as sentencepiece's NFKC, is followed but for characters that a joiner or a combining mark stands behind: the
+    tokenizers library looks those up together. That is warned of.
     """
     proto = sentencepiece_model_pb2.ModelProto()
     try:
@@ -73,6 +76,12 @@ def convert(file: Path, added: Mapping[int, AddedToken]) -> Tokenizer:
         if piece.type in (_CONTROL, _USER_DEFINED)
     }
     tokenizer.add_tokens([token for _, token in sorted({**own, **added}.items())])
+    if normaliser.precompiled_charsmap:
+        warnings.warn(
+            f"{file} normalises text by a table: characters with joiners or combining marks behind them may encode "
+            "otherwise than by sentencepiece",
+            stacklevel=2,
+        )
     _check(file, tokenizer)
     return tokenizer
 
