@@ -378,24 +378,26 @@ PROCESSORS = {
 
 def make_processor(checkpoint, inputs, monkeypatch, stand_in):
     """The checkpoint's processor: whole where torchvision is there, or with a stand-in for its video processor."""
-    if not stand_in:
-        pytest.importorskip("torchvision")
-        return AutoProcessor.from_pretrained(checkpoint)
-    monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
     processor_class = PROCESSORS[inputs.family.model_type]
     options = {
-        "video_processor": NoVideoProcessor(),
         "image_seq_length": 9,
         "num_image_tokens": 36,
         "vision_feature_select_strategy": "full",
         "vision_aspect_ratio": getattr(inputs.config, "vision_aspect_ratio", None),
     }
     taken = inspect.signature(processor_class).parameters
+    options = {name: value for name, value in options.items() if name in taken}
+    if not stand_in:
+        pytest.importorskip("torchvision")
+        return AutoProcessor.from_pretrained(checkpoint, **options)
+    monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
+    if "video_processor" in taken:
+        options["video_processor"] = NoVideoProcessor()
     return processor_class(
         AutoImageProcessor.from_pretrained(checkpoint),
         inputs.tokenizer,
         chat_template=inputs.tokenizer.chat_template,
-        **{name: value for name, value in options.items() if name in taken},
+        **options,
     )
 
 
