@@ -59,16 +59,16 @@ def autotune(
     surgeon autotune OUT --batch 1 --batch 8 --slots 1024
     """
     from exporters.kernels.autotune import tune_checkpoint
+    from exporters.onnx.bundle import DTYPES
     from surgeon import console
 
-    dtypes = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     with console.progress() as progress:
         found = tune_checkpoint(
             checkpoint,
             batches=batches,
             lengths=lengths,
             slots=slots,
-            dtype=None if dtype is None else dtypes[dtype],
+            dtype=None if dtype is None else str(DTYPES[dtype]).removeprefix("torch."),
             progress=progress,
         )
     if as_json:

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any, Literal
 from exporters.child_process import ProcessError, run_child
 from exporters.kernels.folder import VARIABLE
 from exporters.kernels.plan import Launch
+from exporters.kernels.support import say_once
 from surgeon.checkpoint import staged_file
 from surgeon.errors import SurgeonError, TargetError
 
@@ -234,12 +234,7 @@ def _keep(cache: Path, key: str, found: dict[str, Any]) -> None:
         with staged_file(cache / f"{key}.json", overwrite=True) as file:
             file.write_text(json.dumps(found))
     except (OSError, TargetError) as error:
-        _say_once(f"compiled kernels are not kept: {error}; ${VARIABLE} says where")
-
-
-@remembered
-def _say_once(what: str) -> None:
-    warnings.warn(what, stacklevel=2)
+        say_once(f"compiled kernels are not kept: {error}; ${VARIABLE} says where")
 
 
 def _too_large(job: Job, found: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
-"""What a kernel is to those that launch it, compile it ahead of time, or make a TensorRT plugin of it.
+"""What a kernel is to those that launch it, compile it ahead of time, or make a node of a graph of it.
 
-Sizes may be numbers, or anything with `+`, `*` and `//` (a plugin's symbolic dimensions).
+Sizes may be numbers, or anything with `+`, `*` and `//` (a node's symbolic dimensions).
 """
 
 from collections.abc import Callable, Mapping

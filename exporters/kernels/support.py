@@ -41,8 +41,8 @@ def reason_against_device(index: int | None) -> str | None:
 
 
 @cache
-def say_once(reason: str) -> None:
-    warnings.warn(f"{reason}; computed by its plain definition", stacklevel=3)
+def say_once(what: str) -> None:
+    warnings.warn(what, stacklevel=3)
 
 
 def fits(kind: str, head_dim: int, tensors: Iterable[Tensor | None]) -> bool:
@@ -54,5 +54,5 @@ def fits(kind: str, head_dim: int, tensors: Iterable[Tensor | None]) -> bool:
     if reason is None and given[0].is_cuda:
         reason = reason_against_device(given[0].device.index)
     if reason is not None:
-        say_once(reason)
+        say_once(f"{reason}; computed by its plain definition")
     return reason is None

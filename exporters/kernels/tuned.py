@@ -2,9 +2,7 @@
 sizes that are not in it, blocks follow the rule of `blocks.py`."""
 
 import json
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +15,7 @@ import torch
 from exporters.kernels.folder import folder
 from exporters.kernels.kernel import Blocks, Step, power_of_two
 from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule
+from surgeon.checkpoint import staged_file
 
 _FORMAT = 1
 Kept = dict[str, Blocks]
@@ -137,15 +136,13 @@ def _sound(values: Mapping[str, Any]) -> Blocks:
 
 
 def keep(gpu: str, triton_version: str, found: Mapping[str, "Measured"]) -> Path:
-    """Add measurements to a GPU's file -> the file."""
+    """Add measurements to a GPU's file -> the file. Raises TargetError where it cannot be written."""
     path = path_of(gpu)
     launches = {name: {"blocks": asdict(blocks)} for name, blocks in read(gpu).items()}
     launches |= {name: asdict(each) for name, each in found.items()}
     content = {"format": _FORMAT, "gpu": gpu, "triton": triton_version, "launches": dict(sorted(launches.items()))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-    os.replace(file.name, path)
+    with staged_file(path, overwrite=True) as file:
+        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     from exporters.kernels.launch import forget
 
     read.cache_clear()

@@ -1,7 +1,5 @@
 """What the chains of a graft are given at one size: types for planning, and random tensors for running."""
 
-import importlib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor
 
 from exporters.kernels.kernel import Chain
+from exporters.kernels.of_kind import module_of
 from exporters.kernels.plan import TensorType, plan
 from surgeon.memory.graft import Graft
 from surgeon.memory.rotary import Rope
@@ -74,11 +73,10 @@ def filling(graft: Graft, size: Size) -> tuple[Chain, Types]:
 
 
 def _module(graft: Graft) -> Any:
-    """The file here that is named after the kind of graft."""
-    name = f"{__package__}.{graft.kind}"
-    if importlib.util.find_spec(name) is None:
+    found = module_of(__package__, graft.kind)
+    if found is None:
         raise TypeError(f"no fused kernels for grafts of kind {graft.kind!r}")
-    return importlib.import_module(name)
+    return found
 
 
 def _head_dim(graft: Graft) -> int:

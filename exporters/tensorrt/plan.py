@@ -106,7 +106,7 @@ def make_plan(
         ],
         cache_bytes=cache_bytes(manifest, profiles, ("past_",)),
         memory_bytes=cache_bytes(manifest, profiles, ("memory_keys.", "memory_values.")),
-        tuned_on=None if tuned is None or kernels == "standard" else tuned.gpu,
+        tuned_on=None if tuned is None else tuned.gpu,
     )
 
 
@@ -161,8 +161,8 @@ def _fusion(profiles: list[Profile], tuned: "Tuned | None", measured: set[str]) 
     from exporters.kernels.graph import NAMESPACE, VERSION
     from exporters.kernels.graph.fused_kernels import FusedKernels
     from exporters.kernels.tuned import chooser
-    from exporters.tensorrt.plugins.reach import largest, reaches
+    from exporters.tensorrt.plugins.reach import largest, reaches_of
 
     attributes = {"plugin_version": VERSION, "plugin_namespace": NAMESPACE}
     choose = chooser({} if tuned is None else tuned.blocks, measured)
-    return FusedKernels(reaches(profiles), largest(profiles), choose, attributes)
+    return FusedKernels(reaches_of(profiles), largest(profiles), choose, attributes)

@@ -1,4 +1,4 @@
-"""Sizes that depend on a plugin's inputs, as data: a number, ["dim", input, axis], or ["+" | "*" | "//", a, b]."""
+"""Sizes that depend on a node's inputs, as data: a number, ["dim", input, axis], or ["+" | "*" | "//", a, b]."""
 
 import operator
 from collections.abc import Callable

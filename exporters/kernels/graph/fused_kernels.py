@@ -1,7 +1,5 @@
 """The grafts' functions as chains of nodes, one for each launch of their fused kernels."""
 
-import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -13,6 +11,7 @@ from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 from exporters.kernels.graph import NAMESPACE, VERSION
 from exporters.kernels.graph.node import KernelNode, Reach, plan_nodes
 from exporters.kernels.kernel import Chain
+from exporters.kernels.of_kind import module_of
 from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule
 from exporters.kernels.support import reason_against
 from exporters.onnx.functions import DOMAIN, registry
@@ -34,9 +33,8 @@ _ONTO = "onto"
 def chains() -> dict[str, Callable[[float], Chain]]:
     """By the name of a graft's function, which takes what its chain does in the same order: that of the file in
     `exporters/kernels` that is named after the kind of graft."""
-    modules = {each.function.name: f"exporters.kernels.{kind}" for kind, each in registry().items()}
-    there = {name: module for name, module in modules.items() if importlib.util.find_spec(module) is not None}
-    return {name: importlib.import_module(module).chain for name, module in there.items()}
+    found = {each.function.name: module_of("exporters.kernels", kind) for kind, each in registry().items()}
+    return {name: module.chain for name, module in found.items() if module is not None}
 
 
 class FusedKernels(Rewrite):

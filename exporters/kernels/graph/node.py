@@ -4,12 +4,13 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from exporters.kernels.aot import Job, compile_launches
+from exporters.kernels.blocks import DECODE_TOKENS, FEW_TOKENS
 from exporters.kernels.graph import FORMAT
 from exporters.kernels.graph.formula import Size, formula
 from exporters.kernels.kernel import Blocks, Chain, Step
@@ -27,6 +28,22 @@ class Reach:
     tokens: int | None
     """None: for all that is left."""
     sizes: Mapping[str, int]
+
+
+def reaches(symbols: Iterable[str], tokens: int, slots: int) -> list[Reach]:
+    """The forms for requests of up to so many tokens, or about so many where nothing says: for one token or few, some,
+    many. `symbols`: the graph's; `slots`: the visual tokens that a memory usually holds.
+
+    The limits are those at which `default_blocks` changes its mind.
+    """
+    found = []
+    for limit, length in ((DECODE_TOKENS, 1), (FEW_TOKENS, min(FEW_TOKENS, tokens)), (None, tokens)):
+        last = limit is None or tokens <= limit
+        sizes = {**dict.fromkeys(symbols, 1), "B": 1, "S": length, "M": slots}
+        found.append(Reach(None if last else limit, sizes))
+        if last:
+            break
+    return found
 
 
 @dataclass(frozen=True)

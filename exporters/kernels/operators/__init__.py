@@ -4,22 +4,17 @@ A model takes them where this project is installed and its tensors are on a GPU:
 the entry points of the group `surgeon.kernels`. `use_fused` says so by hand.
 """
 
-import importlib
-import importlib.util
-
 from torch import nn
 
+from exporters.kernels.of_kind import module_of
 from surgeon.memory.fused import FusedForm
 from surgeon.memory.graft import Graft
 
 
 def form_of(kind: str) -> FusedForm | None:
     """Of the file that is named after a kind of graft; None where there is none."""
-    name = f"{__name__}.{kind}"
-    if importlib.util.find_spec(name) is None:
-        return None
-    form: FusedForm = importlib.import_module(name).FORM
-    return form
+    found = module_of(__name__, kind)
+    return None if found is None else found.FORM
 
 
 def use_fused(model: nn.Module, on: bool) -> int:

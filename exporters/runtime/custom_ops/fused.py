@@ -11,18 +11,16 @@ import torch
 
 from exporters.kernels import tuned
 from exporters.kernels.aot import capability_for
-from exporters.kernels.blocks import DECODE_TOKENS, FEW_TOKENS
 from exporters.kernels.folder import compiled
 from exporters.kernels.graph.fused_kernels import FusedKernels
-from exporters.kernels.graph.node import KernelNode, Reach, compile_nodes
+from exporters.kernels.graph.node import KernelNode, compile_nodes, reaches
 from exporters.kernels.plan import ChooseBlocks, by_rule
 from exporters.kernels.support import reason_against_device
 from exporters.runtime.custom_ops import native
 from exporters.runtime.custom_ops.tables import Table, table
 
-_FORMS = ((DECODE_TOKENS, 1), (FEW_TOKENS, FEW_TOKENS), (None, 1024))
-"""Up to how many tokens a form is taken, and how many it is cut for: nothing says how long prompts will be."""
-_SLOTS = 1024
+_TOKENS, _SLOTS = 1024, 1024
+"""What launches are cut for: nothing says how long prompts and memories will be."""
 _GPU = 0
 """ONNX Runtime's, where a session does not say."""
 _MOST = {"S": 4096, "M": 4096}
@@ -80,9 +78,7 @@ def fuse(model: ir.Model, device: Device) -> Fused | None:
     """Replace the functions of grafts in `model` by kernel nodes; None where it has none. What the kernels do not take
     stays, and is said. Raises CompileError, and leaves half a model then."""
     symbols = {str(size) for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
-    common = dict.fromkeys(symbols, 1)
-    forms = [Reach(tokens, common | {"S": length, "M": _SLOTS}) for tokens, length in _FORMS]
-    rewrite = FusedKernels(forms, common | _MOST, device.choose)
+    rewrite = FusedKernels(reaches(symbols, _TOKENS, _SLOTS), dict.fromkeys(symbols, 1) | _MOST, device.choose)
     rewrite(model)
     if not rewrite.replaced:
         return None

@@ -7,7 +7,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 import threading
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,8 @@ import onnxruntime as ort
 
 from exporters.kernels.folder import VARIABLE, folder
 from exporters.runtime.custom_ops.tables import Table
-from surgeon.errors import SurgeonError
+from surgeon.checkpoint import staged_file
+from surgeon.errors import SurgeonError, TargetError
 
 _SOURCE = Path(__file__).with_name("library.c")
 _FLAGS = ("-std=c11", "-O2", "-shared", "-fPIC")
@@ -40,7 +40,7 @@ def build() -> Path:
         if not _loads(path):  # not there, damaged, or made on another machine, whose C library is newer
             _compile(compiler, path)
             ctypes.CDLL(str(path))
-    except OSError as error:
+    except (OSError, TargetError) as error:
         raise CompilerError(
             f"the library of custom operators cannot be kept or loaded: {error}; ${VARIABLE} says where"
         ) from error
@@ -57,8 +57,7 @@ def _loads(path: Path) -> bool:
 
 def _compile(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as work:
-        made = Path(work) / path.name
+    with staged_file(path, overwrite=True) as made:
         command = [*compiler, *_FLAGS, "-o", str(made), str(_SOURCE), *_LIBRARIES]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
@@ -67,7 +66,6 @@ def _compile(compiler: list[str], path: Path) -> None:
         if done.returncode:
             told = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:300])
             raise CompilerError(f"the C compiler {shlex.join(compiler)} fails: {told}")
-        os.replace(made, path)
 
 
 def register(options: ort.SessionOptions, table: Table) -> None:

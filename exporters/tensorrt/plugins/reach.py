@@ -3,28 +3,16 @@
 from collections.abc import Iterable, Sequence
 
 from exporters.kernels.aot import capability_for
-from exporters.kernels.blocks import DECODE_TOKENS, FEW_TOKENS
-from exporters.kernels.graph.node import Reach
+from exporters.kernels.graph.node import Reach, reaches
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.profiles import Profile
 
 
-def reaches(profiles: Sequence[Profile]) -> list[Reach]:
-    """The forms that the profiles of a decoder ask for: one token or few, some, many.
-
-    The limits are those at which `default_blocks` changes its mind.
-    """
+def reaches_of(profiles: Sequence[Profile]) -> list[Reach]:
+    """The forms that the profiles of a graph ask for."""
     most = largest(profiles)
     memory = max((profile.sizes["M"].opt for profile in profiles if "M" in profile.sizes), default=1)
-    tokens = most.get("B", 1) * most.get("S", 1)
-    steps = ((DECODE_TOKENS, 1), (FEW_TOKENS, min(FEW_TOKENS, tokens)), (None, tokens))
-    found = []
-    for limit, length in steps:
-        last = limit is None or tokens <= limit
-        found.append(Reach(None if last else limit, {**dict.fromkeys(most, 1), "B": 1, "S": length, "M": memory}))
-        if last:
-            break
-    return found
+    return reaches(most, most.get("B", 1) * most.get("S", 1), memory)
 
 
 def largest(profiles: Iterable[Profile]) -> dict[str, int]:

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
 from checkpoints import has_tokenizer, tiny_checkpoint
-from cli import cli
+from command import run
 from exporters.bench import Workload, draw, measure
 from exporters.bench.runners import open_runner
 from exporters.onnx.bundle import export_bundle
@@ -30,7 +29,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_side_by_side(forms: list[Path], tmp_path: Path) -> None:
     arguments = ["--prompt", "Hello.", "--tokens", 5, "--rounds", 2, "--threads", 1, "--batch", 2]
-    done = CliRunner().invoke(cli, ["bench", *map(str, [*forms, *arguments, "--out", tmp_path / "out.png"]), "--json"])
+    done = run("bench", *forms, *arguments, "--out", tmp_path / "out.png", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert [each["stage"] for each in found] == ["checkpoint", "bundle"]

@@ -17,6 +17,7 @@ from exporters.kernels import aot, mixin, pvm
 from exporters.kernels.aot import SHARED_KIB, CompiledKernel, CompileError, Job, compile_launches, strip_scratch
 from exporters.kernels.kernel import Blocks
 from exporters.kernels.plan import Launch, TensorType, plan, plan_step
+from exporters.kernels.support import say_once
 
 CAPABILITIES = list(SHARED_KIB)
 
@@ -242,7 +243,7 @@ def test_the_second_time_nothing_is_compiled(tmp_path: Path, compiled_count: lis
 
 def test_a_folder_that_cannot_be_written_to_is_said_once(tmp_path: Path, compiled_count: list[int]) -> None:
     (tmp_path / "file").touch()
-    aot._say_once.cache_clear()
+    say_once.cache_clear()
     launches = small_pvm("float16", 1)[:2]
     with pytest.warns(UserWarning, match="compiled kernels are not kept: .*SURGEON_KERNELS_DIR says where") as said:
         found = compile_launches([Job(launch, 80) for launch in launches], tmp_path / "file" / "kernels")

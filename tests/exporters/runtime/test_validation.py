@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import surgeon
 from checkpoints import MODEL_TYPES, tiny_checkpoint
-from cli import cli
+from command import run
 from exporters.onnx.bundle import export_bundle
 from exporters.runtime.validation import validate_pair
 from pairs import MIXIN, PVM, Pair
@@ -22,10 +21,6 @@ from surgeon.errors import SurgeonError, TooLongError
 Export = Callable[..., Pair]
 STEPS = 6
 CHART = Path(surgeon.__file__).parent / "parity" / "data" / "chart.png"
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, list(map(str, arguments)))
 
 
 def damaged(checkpoint: Path, target: Path, key: str) -> Path:

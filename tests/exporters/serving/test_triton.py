@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from google.protobuf import text_format
 
 from checkpoints import has_tokenizer
-from cli import cli
+from command import run
 from exporters.runtime import BundleRuntime, generate
 from exporters.serving import triton
 from exporters.tensorrt import runtime as runtimes
@@ -106,9 +105,9 @@ def test_the_command(export: Callable[..., Pair], tmp_path: Path, schema: Any, m
     monkeypatch.setattr(build, "build_engines", built)
     monkeypatch.setattr(show, "built_json", lambda built: {"built": True})
     arguments = ["engine", str(pair.bundle), str(tmp_path / "demo"), "--serve-layout", "triton", "--target", "sm89"]
-    refused = CliRunner().invoke(cli, [*arguments, "--graph", "embed"])
+    refused = run(*arguments, "--graph", "embed")
     assert refused.exit_code == 2 and "a server needs the engines of all graphs" in refused.stderr
-    done = CliRunner().invoke(cli, [*arguments, "--json"])
+    done = run(*arguments, "--json")
     assert (done.exit_code, json.loads(done.stdout)) == (0, {"built": True})
     version = tmp_path / "demo" / "demo" / "1"
     text_format.Parse((version.parent / "config.pbtxt").read_text(), schema.ModelConfig())

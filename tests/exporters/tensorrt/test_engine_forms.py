@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
 from checkpoints import has_tokenizer
-from cli import cli
+from command import run
 from exporters.bench.runners import open_runner
 from exporters.forms import form_of
 from exporters.runtime.subject import EngineSubject, open_pair
@@ -48,10 +47,6 @@ def image(tmp_path: Path) -> Path:
 def rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "check_runnable", lambda path, manifest: None)
     monkeypatch.setattr(runtimes, "CudaDevice", lambda backend: CpuDevice())
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def test_forms(pair: Pair, path: Path) -> None:

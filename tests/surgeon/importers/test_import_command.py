@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
+import command
 import surgeon.importers._tensors
-from cli import cli
 from published import golden_checkpoint
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, ["import", *map(str, arguments)])
+    return command.run("import", *arguments)
 
 
 def test_says_what_it_made_and_warns_on_stderr(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Chains planned as plugins: forms, splits, shapes, and what their kernels were compiled to."""
+"""Chains planned as nodes: forms, splits, shapes, and what their kernels were compiled to."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from exporters.kernels.kernel import Blocks, Step
 from exporters.kernels.plan import TensorType, by_rule
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.plugins.launch import prepare
-from exporters.tensorrt.plugins.reach import capabilities, largest, reaches
+from exporters.tensorrt.plugins.reach import capabilities, largest, reaches_of
 from exporters.tensorrt.profiles import Profile, Range
 
 WIDTH, LATENT, HEAD_DIM = 96, 64, 32
@@ -39,15 +39,15 @@ GIVEN = {
 
 
 def planned(found: list[Profile]) -> dict[str, KernelNode]:
-    nodes = plan_nodes(pvm.chain(1e-6), GIVEN, reaches(found), largest(found))
+    nodes = plan_nodes(pvm.chain(1e-6), GIVEN, reaches_of(found), largest(found))
     return {node.step.name: node for node in nodes}
 
 
 def test_forms_are_those_that_the_profiles_reach() -> None:
-    assert [each.tokens for each in reaches(profiles())] == [4, 64, None]
-    assert [each.tokens for each in reaches(profiles(batch=2, length=20))] == [4, None]
-    assert [each.tokens for each in reaches(profiles(batch=1, length=4))] == [None]
-    assert [dict(each.sizes)["S"] for each in reaches(profiles(length=100))] == [1, 64, 800]
+    assert [each.tokens for each in reaches_of(profiles())] == [4, 64, None]
+    assert [each.tokens for each in reaches_of(profiles(batch=2, length=20))] == [4, None]
+    assert [each.tokens for each in reaches_of(profiles(batch=1, length=4))] == [None]
+    assert [dict(each.sizes)["S"] for each in reaches_of(profiles(length=100))] == [1, 64, 800]
 
 
 def test_a_decoding_step_of_a_large_batch_is_cut_for_that() -> None:
@@ -77,7 +77,7 @@ def test_what_puts_splits_together_is_cut_for_as_many() -> None:
         return by_rule(step, inputs)
 
     found = profiles(batch=1, length=64)
-    plan_nodes(pvm.chain(1e-6), GIVEN, reaches(found), largest(found), choose)
+    plan_nodes(pvm.chain(1e-6), GIVEN, reaches_of(found), largest(found), choose)
     # by a decoding step's tokens and a prompt's; with one split only while the splits themselves are being chosen
     assert {length: max(splits) for length, splits in seen.items()} == {1: 16, 64: 16}
 

@@ -8,11 +8,10 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from checkpoints import has_tokenizer, tiny_checkpoint
-from cli import cli
+from command import run
 from exporters.onnx.bundle import export_bundle
 from exporters.onnx.manifest import Manifest
 from exporters.onnx.precision import measure as measuring
@@ -171,12 +170,12 @@ def test_the_command_says_which_and_why(
 ) -> None:
     checkpoint = make("vision").checkpoint
     arguments = ["export", str(checkpoint), str(tmp_path / "bundle"), "--dtype", "fp16", "--max-length", "256"]
-    result = CliRunner().invoke(cli, arguments)
+    result = run(*arguments)
     assert result.exit_code == 0, result.output
     assert "fp32, because 4 times the value is beyond fp16" in result.stdout
     assert "Mul after mlp.up_proj" in result.stdout
     monkeypatch.setattr(measuring, "_free_memory", lambda: 1000)
-    without = CliRunner().invoke(cli, [*arguments, "--overwrite"])
+    without = run(*arguments, "--overwrite")
     assert without.exit_code == 0 and "was not measured: it takes about" in without.stderr
 
 

@@ -19,9 +19,10 @@ def again() -> Iterator[None]:
     native.build.cache_clear()
 
 
-def test_it_is_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_it_is_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
     first = native.build()
-    assert first.parent == folder and first.is_file()
+    assert first.parent == tmp_path and first.is_file()
     native.build.cache_clear()
 
     def refuse(*arguments: Any, **options: Any) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from cli import cli
+from command import run
 from exporters.kernels import tuned
 from exporters.kernels.folder import VARIABLE
 from exporters.kernels.plan import plan as launches
@@ -27,7 +27,7 @@ RECIPE = ("pvm:layers=1,2,latent=64",)
 
 
 def plan(pair: Pair, *arguments: str) -> Result:
-    return CliRunner().invoke(cli, ["engine", str(pair.bundle), "--target", "native", "--dry-run", *arguments])
+    return run("engine", pair.bundle, "--target", "native", "--dry-run", *arguments)
 
 
 @pytest.fixture
