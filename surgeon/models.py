@@ -97,6 +97,6 @@ def load(
         directory = checkpoint.directory
     chosen: Any = model_class(family(config.model_type), config)
     if is_patched(config):
-        chosen = with_remote_code(chosen)
+        chosen = with_remote_code(*chosen.made_by)
     model = chosen.from_pretrained(directory, config=config, dtype=dtype, **kwargs)
     return model.to(device).eval()
