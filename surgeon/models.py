@@ -87,7 +87,8 @@ def load(
 ) -> Any:
     """A checkpoint with its weights, plain or patched, ready for `generate`.
 
-    No code in the checkpoint is run: the classes are this installation's. Further keywords go to `from_pretrained`.
+    No code in the checkpoint is run: the classes are this installation's. Further keywords go to `from_pretrained`; a
+    `device_map` among them says where the weights go, and `device` nothing then.
     Raises CheckpointError, FamilyError.
     """
     from surgeon.remote_code import with_remote_code
@@ -99,4 +100,4 @@ def load(
     if is_patched(config):
         chosen = with_remote_code(*chosen.made_by)
     model = chosen.from_pretrained(directory, config=config, dtype=dtype, **kwargs)
-    return model.to(device).eval()
+    return model.eval() if "device_map" in kwargs else model.to(device).eval()

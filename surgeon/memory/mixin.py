@@ -109,9 +109,7 @@ def project(
     visual_embeds: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, k_proj: Tensor, v_proj: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`memorise` over weights alone, [out, in]."""
-    return memorise(
-        visual_embeds, cos, sin, partial(rms_norm, weight=norm, eps=eps), matrix(k_proj), matrix(v_proj)
-    )
+    return memorise(visual_embeds, cos, sin, partial(rms_norm, weight=norm, eps=eps), matrix(k_proj), matrix(v_proj))
 
 
 class Mixin(Graft):

@@ -42,7 +42,9 @@ def run(block: Mixin, hidden_states: Tensor, visual: Tensor, mask: Tensor, first
     """Text positions follow `first`; the visual tokens have 0, 1, ..."""
     slots, tokens = torch.arange(visual.shape[1]), first + torch.arange(hidden_states.shape[1])
     keys, values = block.project(visual, block.rope(slots.expand(1, len(visual), -1)))
-    found: Tensor = block.read(hidden_states, keys, values, mask, None, block.rope(tokens.expand(1, len(hidden_states), -1)))
+    found: Tensor = block.read(
+        hidden_states, keys, values, mask, None, block.rope(tokens.expand(1, len(hidden_states), -1))
+    )
     return found
 
 
