@@ -101,7 +101,7 @@ def stored_weights(
                 f"config.json and tensors disagree: {key} is {list(shape)}, "
                 f"the config asks for {list(expected[name].shape)}"
             )
-        _check_dtype(key, info.torch_dtype, expected[name].dtype)
+        check_dtype(key, info.torch_dtype, expected[name].dtype)
         before = plan.get(name)
         if isinstance(before, Stored):
             raise CheckpointError(f"tensors {before.key} and {key} are both {name}: remove one of them")
@@ -130,7 +130,7 @@ def _refuse_quantised(model: PreTrainedModel) -> None:
         )
 
 
-def _check_dtype(key: str, stored: torch.dtype, expected: torch.dtype) -> None:
+def check_dtype(key: str, stored: torch.dtype, expected: torch.dtype) -> None:
     """Raises CheckpointError for values that a cast would not make the model's: quantised ones without their scales,
     integers where the model computes with real numbers."""
     real = expected.is_floating_point and stored.is_floating_point and stored.itemsize > 1

@@ -16,6 +16,7 @@ from surgeon.importers._registry import importer_of
 from surgeon.importers._tensors import Converted, equal, plan_tensors, write_tensors
 from surgeon.models import build_meta, read_config, read_model
 from surgeon.remote_code import patched_config, write_remote_code
+from surgeon.weights import check_dtype
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how much is done and how much there is, in bytes."""
@@ -102,13 +103,16 @@ def _plan(source: Checkpoint, layout: Layout, config: dict[str, Any]) -> list[Co
     except (ValueError, KeyError, TypeError) as error:  # sizes that do not divide, an activation that is not there
         reason = " ".join(str(error).split())
         raise CheckpointError(f"no model can be made of config.json: {type(error).__name__}: {reason}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     tied: dict[str, str] = model.all_tied_weights_keys
     stored = {rule_target for info in source.tensors for rule_target in _names(layout, info)}
     absent = {name for name, other in tied.items() if name not in stored and other in stored}
     planned = plan_tensors(
         source.tensors, layout.rules, {name: shape for name, shape in expected.items() if name not in absent}
     )
+    for each in planned:
+        check_dtype(each.source.name, each.source.torch_dtype, state[each.name].dtype)
     by_name = {each.name: each.source.name for each in planned}
     doubled = {name for name, other in tied.items() if name in by_name and other in by_name}
     for name in sorted(doubled):

@@ -1,4 +1,4 @@
-"""Checkpoints whose config and weights are not of one model: no command, and no `surgeon.load`, takes them for right."""
+"""Checkpoints whose config and weights are not of one model: neither a command nor `surgeon.load` takes them."""
 
 import json
 import shutil
