@@ -137,8 +137,8 @@ def check_dtype(key: str, stored: torch.dtype, expected: torch.dtype) -> None:
     if not real and stored != expected:
         dtypes = [str(dtype).removeprefix("torch.") for dtype in (stored, expected)]
         raise CheckpointError(
-            f"config.json and tensors disagree: {key} is {dtypes[0]}, where the model has {dtypes[1]}; quantised "
-            "weights are not supported yet"
+            f"config.json and tensors disagree: {key} is {dtypes[0]}, where the model has {dtypes[1]}; of "
+            "quantised weights, use the checkpoint before quantisation"
         )
 
 
