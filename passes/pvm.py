@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from passes._layers import LayerChoice, resolve_layers
+from passes._visibility import Visibility, resolve_visibility, visibility_field
 from surgeon.pipeline import Pass, PassOptions, PassResult, PostconditionError, PreconditionError
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ KIND = "pvm"
 class PvmOptions(PassOptions):
     layers: LayerChoice = Field(description="zero-based decoder layers: a list, every:N, or strided:N (N spread out)")
     latent: int = Field(default=512, gt=0, description="width of the branch; a multiple of the backbone's head_dim")
+    visibility: Visibility | None = visibility_field()
 
 
 class PvmPass(Pass):
@@ -43,18 +45,21 @@ class PvmPass(Pass):
                 f"pass pvm is already applied, at layers {', '.join(map(str, grafted[0]))}; "
                 "patch the unpatched checkpoint"
             )
+        resolve_visibility(self.options.visibility, graph, self.name)
 
     def resolved(self, graph: "LvlmGraph") -> dict[str, Any]:
         layers = resolve_layers(self.options.layers, graph.num_hidden_layers, self.name)
-        return {"layers": layers, "latent": self.options.latent}
+        visibility = resolve_visibility(self.options.visibility, graph, self.name)
+        return {"layers": layers, "latent": self.options.latent, "visibility": visibility}
 
     def rewrite(self, graph: "LvlmGraph") -> PassResult:
         options = self.resolved(graph)
-        touched = graph.graft(KIND, options["layers"], {"latent": options["latent"]})
+        touched = graph.graft(KIND, options.pop("layers"), options)
         return PassResult(modified=True, touched=touched)
 
     def ensures(self, graph: "LvlmGraph", result: PassResult) -> None:
-        expected = [f"{graph.family.text_model}.layers.{i}.{KIND}" for i in self.resolved(graph)["layers"]]
+        layers = resolve_layers(self.options.layers, graph.num_hidden_layers, self.name)
+        expected = [f"{graph.family.text_model}.layers.{i}.{KIND}" for i in layers]
         if sorted(result.touched) != sorted(expected):
             raise PostconditionError(f"pass pvm was to add {expected} and added {result.touched}")
 

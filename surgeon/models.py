@@ -125,7 +125,7 @@ def load(
             stored_weights(build_meta(config, checkpoint.dtype), checkpoint, key_mapping)
     chosen: Any = model_class(family(config.model_type), config)
     if is_patched(config):
-        chosen = with_remote_code(chosen)
+        chosen = with_remote_code(*chosen.made_by)
     model, loading = chosen.from_pretrained(
         directory, config=config, dtype=dtype, key_mapping=key_mapping, output_loading_info=True, **kwargs
     )

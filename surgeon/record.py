@@ -18,6 +18,7 @@ class _Part(BaseModel):
 class _Graft(_Part):
     kind: str
     layers: list[NonNegativeInt] = Field(min_length=1)
+    visibility: Literal["causal", "all"] = "all"
 
 
 class _Layout(_Part):
@@ -65,6 +66,11 @@ def check_record(config: dict[str, Any]) -> None:
         raise CheckpointError(
             f"config.json: the record {RECORD!r} has neither grafts nor tile positions, so the model is not patched; "
             "copy config.json again from where the checkpoint was written"
+        )
+    if len({graft.visibility for graft in record.grafts}) > 1:
+        raise CheckpointError(
+            f"config.json: {RECORD}.grafts have different visibilities, and grafts of one model read one memory; copy "
+            "config.json again from where the checkpoint was written"
         )
     _check_layers(record.grafts, config)
 

@@ -143,6 +143,14 @@ FAULTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "record of nothing": (record({"grafts": [], "passes": []}), ["neither grafts nor tile positions"]),
     "graft past the end": (record({"grafts": [{"kind": "pvm", "layers": [1, 4]}]}), ["layer 4", "4 layers"]),
     "graft twice": (record({"grafts": [{"kind": "pvm", "layers": [1, 1]}]}), ["two grafts pvm at layer 1"]),
+    "unknown visibility": (
+        record({"grafts": [{"kind": "pvm", "layers": [1, 3], "latent": 32, "visibility": "Causal"}]}),
+        ["surgeon.grafts.0.visibility: ", "'Causal'"],
+    ),
+    "two visibilities": (
+        record({"grafts": [{"kind": "pvm", "layers": [n], "visibility": v} for n, v in ((1, "all"), (3, "causal"))]}),
+        ["different visibilities"],
+    ),
     "weights named in the config": (other_weights_named, ["transformers_weights", "other.safetensors"]),
     "adapter": (adapter, ["adapter_config.json", "merge", "remove"]),
 }

@@ -44,7 +44,7 @@ def test_defaults_are_the_backbones(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", "internvl")
     graph, _ = planned(source, "mixin")
     sizes = {"num_heads": 4, "head_dim": 16, "intermediate": 128, "rope_theta": 1e6, "eps": 1e-6}
-    assert graph.record["grafts"] == [{"kind": "mixin", "layers": [3], **sizes}]
+    assert graph.record["grafts"] == [{"kind": "mixin", "layers": [3], **sizes, "visibility": "causal"}]
     assert "layout" not in graph.record
 
 

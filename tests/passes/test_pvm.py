@@ -74,7 +74,7 @@ def test_ways_to_name_layers(source: Path, layers: str, expected: list[int]) -> 
         graph, _ = plan(
             checkpoint, Recipe.from_arguments([f"pvm:layers={layers},latent=32"]).make_passes(passes.registry())
         )
-    assert graph.record["grafts"] == [{"kind": "pvm", "layers": expected, "latent": 32}]
+    assert graph.record["grafts"] == [{"kind": "pvm", "layers": expected, "latent": 32, "visibility": "causal"}]
     grafted = [i for i, layer in enumerate(graph.decoder.layers) if hasattr(layer, "pvm")]
     assert grafted == expected
 
@@ -110,7 +110,11 @@ def test_the_written_recipe_reproduces_the_output(source: Path, tmp_path: Path) 
     first, second, other = tmp_path / "first", tmp_path / "second", tmp_path / "other"
     apply(source, first, "pvm:layers=strided:2,latent=32", seed=7)
     recipe = Recipe.read(first / FILE_NAME)
-    assert recipe.seed == 7 and recipe.passes[0]["pvm"] == {"layers": [1, 2], "latent": 32}
+    assert recipe.seed == 7 and recipe.passes[0]["pvm"] == {
+        "layers": [1, 2],
+        "latent": 32,
+        "visibility": "causal",
+    }
     from surgeon.patch import patch
 
     threads = torch.get_num_threads()

@@ -52,7 +52,7 @@ def test_it_equals_the_definition_where_rows_differ(dtype: torch.dtype, toleranc
         hidden_states = torch.randn(4, length, 48, dtype=dtype)
         visual = torch.zeros(4, length, dtype=torch.bool)
         visual[3] = True
-        want = graft(hidden_states, keys, values, mask, visual).detach().float().numpy()
+        want = graft.read(hidden_states, keys, values, mask, visual).detach().float().numpy()
         got = run(model, hidden_states, keys, values, mask, visual)
         assert got.dtype == np.float16 if dtype == torch.float16 else np.float32
         assert np.abs(got - want).max() < tolerance
