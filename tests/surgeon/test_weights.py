@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import FineGrainedFP8Config
 
 from checkpoints import tiny_model
 from surgeon.checkpoint import Checkpoint
@@ -117,17 +118,7 @@ def test_keywords_of_transformers_reach_it(tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager"
 
 
-def test_quantisation_while_loading(tmp_path: Path) -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    from transformers import TorchAoConfig
-
-    directory = checkpoint(tmp_path / "plain", "qwen3_vl")
-    model = load(directory, quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2)))
-    weight = model.model.language_model.layers[0].mlp.up_proj.weight
-    assert type(weight) is not torch.nn.Parameter and type(weight.data) is not torch.Tensor
-
-
-def fp8(directory: Path) -> Path:
+def fp8(directory: Path, **settings: Any) -> Path:
     """A checkpoint whose decoder is stored as Qwen's own FP8 ones are, blocks of 16 x 16, every scale 1."""
 
     def change(tensors: Tensors) -> None:
@@ -139,14 +130,14 @@ def fp8(directory: Path) -> Path:
     checkpoint(directory, "qwen3_vl", change, dtype=torch.bfloat16)
     config = json.loads((directory / "config.json").read_text())
     skipped = ["lm_head", "model.visual"]
-    settings = {"quant_method": "fp8", "weight_block_size": [16, 16], "modules_to_not_convert": skipped}
-    config["quantization_config"] = {**settings, "activation_scheme": "dynamic", "dequantize": True}
+    settings = {"weight_block_size": [16, 16], "modules_to_not_convert": skipped, **settings}
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic", **settings}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 
 def test_quantised_checkpoints_are_loaded_and_not_rewritten(tmp_path: Path) -> None:
-    directory = fp8(tmp_path / "fp8")
+    directory = fp8(tmp_path / "fp8", dequantize=True)
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     stored = load_file(directory / "model.safetensors")
     assert torch.equal(load(directory).get_parameter(name), stored[name].bfloat16())
@@ -157,3 +148,10 @@ def test_quantised_checkpoints_are_loaded_and_not_rewritten(tmp_path: Path) -> N
     save_file(stored, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"found no values for {name}"):
         load(directory)
+
+
+def test_a_quantiser_that_the_caller_names(tmp_path: Path) -> None:
+    directory = fp8(tmp_path / "fp8")
+    model = load(directory, quantization_config=FineGrainedFP8Config(dequantize=True))
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(model.get_parameter(name), load_file(directory / "model.safetensors")[name].bfloat16())
