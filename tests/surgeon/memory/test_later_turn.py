@@ -1,6 +1,5 @@
 """A later turn of `generate`: of the conversation's pictures, those that the cache does not hold enter."""
 
-
 import pytest
 import torch
 from transformers import PreTrainedModel
