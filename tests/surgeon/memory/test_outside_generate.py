@@ -192,3 +192,30 @@ def test_tiles_in_the_memory_alone_leave_the_thumbnail_in_the_sequence(model_typ
     randomise_grafts(patched)
     changed = (patched(**kwargs).logits - expected).abs().amax((1, 2))
     assert changed[0] > 0.1 and changed[1] == 0 and changed[2] > 0.1
+
+
+@torch.no_grad()
+def test_dynamic_ntk_counts_ids_not_tokens(tmp_path: Path) -> None:
+    """A prompt of more tokens than the pretraining's positions, and fewer ids, keeps the pretraining's frequencies."""
+    found = []
+    for rope_type in ("dynamic", "default"):
+        rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 8.0}
+        source = tiny_checkpoint(
+            tmp_path / rope_type / "source",
+            "internvl",
+            text_type="llama",
+            rope_parameters=rope,
+            max_position_embeddings=64,
+        )
+        apply(source, tmp_path / rope_type / "patched", "rope-dhr")
+        model = models.load(tmp_path / rope_type / "patched")
+        inputs = Inputs.from_directory(tmp_path / rope_type / "patched")
+        kwargs = inputs.prepare([MIXED]).model_kwargs()
+        ids = position_ids(
+            kwargs["input_ids"] == model.config.image_token_id, None, kwargs["tile_grids"], side=3, thumbnail="last"
+        )
+        assert ids.max() < 64 < kwargs["input_ids"].shape[1]
+        found.append([model(**{**kwargs, "positions": positions}).logits for positions in ("dhr", "plain")])
+    (dynamic, dynamic_plain), (default, default_plain) = found
+    assert torch.equal(dynamic, default)
+    assert (dynamic_plain - default_plain).abs().max() > 0.01
