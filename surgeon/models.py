@@ -113,7 +113,8 @@ def load(
 ) -> Any:
     """A checkpoint with its weights, plain or patched, ready for `generate`.
 
-    No code in the checkpoint is run: the classes are this installation's. Further keywords go to `from_pretrained`.
+    No code in the checkpoint is run: the classes are this installation's. Further keywords go to `from_pretrained`; a
+    `device_map` among them says where the weights go, and `device` nothing then.
     Raises CheckpointError, also where a weight would be missing, left over or of another shape, FamilyError.
     """
     from surgeon.remote_code import with_remote_code
@@ -130,7 +131,7 @@ def load(
         directory, config=config, dtype=dtype, key_mapping=key_mapping, output_loading_info=True, **kwargs
     )
     _check_loaded(directory, loading)
-    return model.to(device).eval()
+    return model.eval() if "device_map" in kwargs else model.to(device).eval()
 
 
 def _check_loaded(directory: Path, loading: dict[str, Any]) -> None:

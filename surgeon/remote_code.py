@@ -51,37 +51,49 @@ def travelling_files(described: Family, kinds: list[str]) -> dict[str, str]:
     classes = {kind: graft_class(kind).__name__ for kind in kinds}
     within_base_model = described.text_model.split(".", 1)[1]
 
-    def patched_class(name: str, maker: str, base: str, text_model: str) -> list[str]:
+    def made(maker: str, base: str, text_model: str) -> list[str]:
         arguments = [base, repr(text_model), repr(described.layer_shape), repr(described.visual_token_keys)]
-        return [f"{name} = {maker}(", *(f"    {argument}," for argument in [*arguments, *classes.values()]), ")"]
+        return [f"{maker}(", *(f"    {argument}," for argument in [*arguments, *classes.values()]), ")"]
 
+    first, *model = made("patched_model_class", described.model_class, described.text_model)
+    base_model = made("patched_base_model_class", described.base_model_class, within_base_model)
     lines = [
         '"""Loads this checkpoint in transformers, grafts included. Written by surgeon; see surgeon-recipe.yaml."""',
         "",
         f"from transformers import {described.config_class}, {described.base_model_class}, {described.model_class}",
         "",
-        f"from .{_flat_name('memory.patched')} import patched_base_model_class, patched_config_class, patched_model_class",
+        f"from .{_flat_name('memory.patched')} import (",
+        *(f"    {name}," for name in ("patched_base_model_class", "patched_config_class", "patched_model_class")),
+        ")",
         *(f"from .{_flat_name('memory.' + kind)} import {name}" for kind, name in classes.items()),
         "",
         f"SurgeonConfig = patched_config_class({described.config_class})",
-        *patched_class("SurgeonModel", "patched_model_class", described.model_class, described.text_model),
-        *patched_class("SurgeonBaseModel", "patched_base_model_class", described.base_model_class, within_base_model),
+        f"SurgeonModel = {first}",
+        *model,
         "# transformers looks a class up, and finds its source file, by these.",
-        "for _class in (SurgeonConfig, SurgeonModel, SurgeonBaseModel):",
-        "    _class.__module__ = __name__",
         'SurgeonConfig.__name__, SurgeonModel.__name__ = "SurgeonConfig", "SurgeonModel"',
-        'SurgeonBaseModel.__name__ = "SurgeonBaseModel"',
+        "SurgeonConfig.__module__ = SurgeonModel.__module__ = __name__",
+        "",
+        "",
+        f"class {_base_model_name(described)}(",
+        *(f"    {line}" for line in base_model),
+        "):",
+        '    """The model without its head, which `AutoModel` gives."""',
         "",
     ]
     found[ENTRY] = "\n".join(lines)
     return {f"{name}.py": text for name, text in found.items()}
 
 
-def auto_map() -> dict[str, str]:
+def _base_model_name(described: Family) -> str:
+    return f"Surgeon{described.base_model_class}"
+
+
+def auto_map(described: Family) -> dict[str, str]:
     """What config.json needs for `from_pretrained(..., trust_remote_code=True)`."""
     classes = {
         "AutoConfig": "SurgeonConfig",
-        "AutoModel": "SurgeonBaseModel",
+        "AutoModel": _base_model_name(described),
         "AutoModelForImageTextToText": "SurgeonModel",
     }
     return {auto_class: f"{ENTRY}.{name}" for auto_class, name in classes.items()}
@@ -92,7 +104,7 @@ def patched_config(config: dict[str, Any], model_type: str, record: dict[str, An
     return {
         **config,
         "architectures": ["SurgeonModel"],
-        "auto_map": {**config.get("auto_map", {}), **auto_map()},
+        "auto_map": {**config.get("auto_map", {}), **auto_map(family(model_type))},
         "model_type": patched.MODEL_TYPE_PREFIX + model_type,
         patched.RECORD: record,
     }
@@ -115,7 +127,7 @@ def with_remote_code(maker: Callable[..., type], arguments: tuple[Any, ...]) -> 
         made_by = (with_remote_code, (maker, arguments))
 
         def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-            self.config.auto_map = auto_map()
+            self.config.auto_map = auto_map(family(self.config.model_type))
             super().save_pretrained(save_directory, *args, **kwargs)
             write_remote_code(Path(save_directory), self.config)
 

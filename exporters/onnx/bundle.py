@@ -25,6 +25,7 @@ from exporters.onnx.weights import Progress, bind
 from surgeon.checkpoint import Checkpoint, staged
 from surgeon.errors import OptionError
 from surgeon.families import Family, family
+from surgeon.memory.visibility import visibility_of
 from surgeon.models import StoredModel, grafts_of, read_model
 from surgeon.positions import record_of
 
@@ -150,6 +151,7 @@ def _write(
         layout=record.get("layout"),
         positions=record.get("positions"),
         allocation=record.get("allocation", "both"),
+        visibility=visibility_of(record),
         memory=[
             Memory(layer=e.layer, kind=e.kind, num_key_value_heads=e.num_key_value_heads, head_dim=e.head_dim)
             for e in entries

@@ -140,7 +140,7 @@ class Graft(nn.Module, ABC):
         return {name: value for name, value in self.__dict__.items() if name != "fused"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.fused = fused_form(self.kind)
 
     def fused_on(self, tensor: Tensor) -> FusedForm | None:

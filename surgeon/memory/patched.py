@@ -24,8 +24,8 @@ from surgeon.memory.visibility import visibility_of
 from surgeon.memory.visual_memory import VisualMemory
 
 RECORD = "surgeon"
-"""The config key that holds the record: `{"grafts": [{"kind", "layers", "visibility", ...options}], ...}`, and for tiled
-pictures `layout` (`side`, `thumbnail`), `positions` (`scheme`, `tile_order`) and `allocation`; see `tiled` and
+"""The config key that holds the record: `{"grafts": [{"kind", "layers", "visibility", ...options}], ...}`, and for
+tiled pictures `layout` (`side`, `thumbnail`), `positions` (`scheme`, `tile_order`) and `allocation`; see `tiled` and
 `rope_dhr`."""
 MODEL_TYPE_PREFIX = "surgeon_"
 
@@ -137,7 +137,7 @@ def patched_base_model_class(
             placeholders = self.get_input_embeddings()(ids.to(inputs_embeds.device))
             return (inputs_embeds[:, :, None] == placeholders).all(-1).any(-1)
 
-    _register_key_conversions(base, base.__name__)
+    _register_key_conversion((base.__name__,), f"Surgeon{base.__name__}")  # as a checkpoint's own code names it
     return named_after(base, PatchedBaseModel)
 
 
@@ -184,18 +184,19 @@ def patched_model_class(
 
 def _register_key_conversions(base: Any, name: str) -> None:
     """Checkpoints with an older layout of keys load into the patched class as they do into the plain one: transformers
-    knows the layouts by the name of a class, or by a model_type."""
-    plain_config: Any = base.config_class
-    _register_key_conversion(base.__name__, name)
-    _register_key_conversion(plain_config.model_type, MODEL_TYPE_PREFIX + plain_config.model_type)
+    knows the layouts by the name of a class, or by a model_type. `name`: the patched class's."""
+    model_type = base.config_class.model_type
+    _register_key_conversion((base.__name__,), name)
+    # a class of another name, as a checkpoint's own code has, is known by its model_type alone
+    _register_key_conversion((model_type, base.__name__), MODEL_TYPE_PREFIX + model_type)
 
 
 @cache
-def _register_key_conversion(base: str, patched: str) -> None:
-    """Checkpoints with an older layout of keys load into the patched class as they do into the plain one: transformers
-    knows the layouts by the name of a class, or by a model_type."""
+def _register_key_conversion(plain: tuple[str, ...], patched: str) -> None:
+    """The first conversion that one of the plain names has becomes the patched one's too."""
     from transformers import conversion_mapping
 
-    mapping = conversion_mapping.get_checkpoint_conversion_mapping(base)
+    mappings = map(conversion_mapping.get_checkpoint_conversion_mapping, plain)
+    mapping = next((mapping for mapping in mappings if mapping is not None), None)
     if mapping is not None:
         conversion_mapping.register_checkpoint_conversion_mapping(patched, mapping, overwrite=True)

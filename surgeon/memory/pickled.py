@@ -12,11 +12,13 @@ class Rebuilt:
 
     made_by: ClassVar[tuple[Callable[..., type], tuple[Any, ...]]]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if "made_by" not in vars(type(self)):  # a subclass that somebody wrote has a name
+            return super().__reduce_ex__(protocol)
         return _bare, self.made_by, self.__getstate__()
 
 
-def _bare(maker: Callable[..., type], arguments: tuple[Any, ...]) -> Any:
+def _bare(maker: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """An instance without its state."""
     rebuilt = maker(*arguments)
     return rebuilt.__new__(rebuilt)

@@ -59,7 +59,7 @@ class Reading:
 
         return replace(
             self,
-            mask=moved(self.mask),
+            mask=self.mask.to(device, non_blocking=non_blocking),
             visual_token_mask=moved(self.visual_token_mask),
             rotary=angles(self.rotary),
             entering=moved(self.entering),

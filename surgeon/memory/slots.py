@@ -76,6 +76,15 @@ class Entering:
         samples = None if sample_ids is None else gather_rows(sample_ids, entering)
         return cls(gather_rows(inputs_embeds, entering), positions, Slots(filled(entering), places, samples))
 
+    @classmethod
+    def nothing(cls, inputs_embeds: Tensor) -> "Entering":
+        """A slot that no row uses, for training without pictures: grafts add exactly nothing then, and have gradients
+        of zero, so that a backbone that is frozen and processes with other data need not be special."""
+        batch_size, _, width = inputs_embeds.shape
+        places = torch.zeros((batch_size, 1), dtype=torch.int64, device=inputs_embeds.device)
+        embeds = inputs_embeds.new_zeros((batch_size, 1, width))
+        return cls(embeds, places[None], Slots(torch.zeros_like(places, dtype=torch.bool), places))
+
 
 def token_places_if(visibility: Visibility, token_places: Tensor, entering: Entering | None) -> Tensor | None:
     """What `Slots.seen_by` takes: the tokens' places where it makes a difference. Whatever was in the memory before

@@ -46,8 +46,8 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
         ) -> Any:
             """As the base's, and: has_pictures, which embeddings need; visual_token_mask bool [B, S]; memory_token_mask
             bool [B, S], which of them enter the memory, by default all; or memory_embeds [B, M, d] with mask, positions
-            and places (counted from this call's first token) [B, M], which enter in their place; sample_ids int64 [B, S]:
-            which of a row's packed samples each token belongs to.
+            and places (counted from this call's first token) [B, M], which enter in their place; sample_ids int64
+            [B, S]: which of a row's packed samples each token belongs to.
 
             Raises ValueError where embeddings come from elsewhere than the patched base model, so that nobody knows
             whether pictures are among them.
@@ -56,8 +56,9 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
                 inputs_embeds = self.embed_tokens(input_ids)
             elif has_pictures is None:
                 raise ValueError(
-                    "embeddings reached the decoder past the patched base model, so pictures among them could not enter the "
-                    "memory: call the model, or model.base_model; where a library replaced their forward, turn that off"
+                    "embeddings reached the decoder past the patched base model, so pictures among them could not "
+                    "enter the memory: call the model, or model.base_model; where a library replaced their forward, "
+                    "turn that off"
                 )
             use_cache = self.config.use_cache if use_cache is None else use_cache
             if use_cache and past_key_values is None:
@@ -75,14 +76,17 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
             entering = None
             if memory_embeds is not None:
                 assert memory_position_ids is not None and memory_embeds_mask is not None and memory_places is not None
-                slots = Slots(memory_embeds_mask, memory_places + past_length)
-                entering = Entering(memory_embeds, memory_position_ids[None], slots)
+                standing = Slots(memory_embeds_mask, memory_places + past_length)
+                entering = Entering(memory_embeds, memory_position_ids[None], standing)
             elif visual_token_mask is not None:
                 enters = visual_token_mask if memory_token_mask is None else memory_token_mask[:, -positions.shape[2] :]
                 if bool(enters.any()):
                     entering = Entering.from_sequence(inputs_embeds, positions, places, enters, sample_ids)
 
+            changes = entering is not None
             slots = memory.slots
+            if slots is None and entering is None and self.training and torch.is_grad_enabled():
+                entering = Entering.nothing(inputs_embeds)
             if entering is not None:
                 slots = entering.slots if slots is None else slots.followed_by(entering.slots)
             reading = None
@@ -105,7 +109,7 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
                 **kwargs,
             )
             memory.length = past_length + inputs_embeds.shape[1]
-            if entering is not None and slots is not None:
+            if changes and slots is not None and reading is not None:
                 memory.keep(dict(reading.joined), slots)
             if kwargs.get("compressed_positions") and position_ids is not None:
                 memory.continue_positions(position_ids, past_length)

@@ -1,4 +1,4 @@
-"""Who sees a picture in the memory: with `causal` a cache, a prefix and one pass agree; with `all` it is as published."""
+"""Who sees a picture in the memory: with `causal` a cache, a prefix and one pass agree; `all` is as published."""
 
 from collections.abc import Callable
 from pathlib import Path
