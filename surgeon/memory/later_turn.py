@@ -15,6 +15,8 @@ def drop_cached_pictures(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) 
     Raises ValueError where pictures and their placeholders do not match.
     """
     past_length = kwargs["past_key_values"].get_seq_length()
+    if past_length and kwargs.get("pixel_values_videos") is not None:
+        raise ValueError("a later turn with a video is not supported; pass no past_key_values")
     pixel_values = kwargs.get("pixel_values")
     if past_length == 0 or pixel_values is None:
         return kwargs

@@ -101,6 +101,8 @@ def patched_base_model_class(
         @functools.wraps(base.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             kwargs |= dict(zip(parameters, args, strict=False))
+            if kwargs.get("pixel_values_videos") is not None and "video_token_id" not in visual_token_keys:
+                raise ValueError("this family takes no pixel_values_videos: pass a video's frames as pictures")
             pictures = has_pictures(kwargs)
             input_ids, inputs_embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
             if pictures and kwargs.get("visual_token_mask") is None:

@@ -44,17 +44,17 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
             sample_ids: Tensor | None = None,
             **kwargs: Any,
         ) -> Any:
-            """As the base's, and: has_pictures, which embeddings need; visual_token_mask bool [B, S]; memory_token_mask
-            bool [B, S], which of them enter the memory, by default all; or memory_embeds [B, M, d] with mask, positions
-            and places (counted from this call's first token) [B, M], which enter in their place; sample_ids int64
-            [B, S]: which of a row's packed samples each token belongs to.
+            """As the base's, and: visual_token_mask bool [B, S], or has_pictures=False with embeddings that are text
+            alone; memory_token_mask bool [B, S], which visual tokens enter the memory, by default all; or memory_embeds
+            [B, M, d] with mask, positions and places (counted from this call's first token) [B, M], which enter in
+            their place; sample_ids int64 [B, S]: which of a row's packed samples each token belongs to.
 
             Raises ValueError where embeddings come from elsewhere than the patched base model, so that nobody knows
             whether pictures are among them.
             """
             if inputs_embeds is None:
                 inputs_embeds = self.embed_tokens(input_ids)
-            elif has_pictures is None:
+            elif has_pictures is None and visual_token_mask is None:
                 raise ValueError(
                     "embeddings reached the decoder past the patched base model, so pictures among them could not "
                     "enter the memory: call the model, or model.base_model; where a library replaced their forward, "

@@ -1,5 +1,7 @@
 """Videos that a caller hands to a patched model: it takes them as its base does, and they enter the memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -102,3 +104,21 @@ def test_rows_with_videos_and_pictures_are_as_each_alone(pair: PAIR) -> None:
     for row, (ids, own) in enumerate(zip(rows, alone, strict=True)):
         expected = patched(**told(patched, [ids], **own)).logits[0]
         torch.testing.assert_close(logits[row, -len(ids) :], expected, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_later_turn_with_a_video_is_refused(pair: PAIR) -> None:
+    _, patched = pair
+    kwargs = one_video(patched)
+    cache = patched(**kwargs, use_cache=True).past_key_values
+    longer = {**kwargs, **told(patched, [[*kwargs["input_ids"][0].tolist(), 9]])}
+    with pytest.raises(ValueError, match="a later turn with a video is not supported; pass no past_key_values"):
+        patched.generate(**longer, past_key_values=cache, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("model_type", ["internvl", "ovis2"])
+def test_a_family_without_videos_says_so(model_type: str, tmp_path: Path) -> None:
+    patched = patched_pair(tmp_path, model_type)[1]
+    ids = torch.tensor([[5, *[IMAGE] * 9, 6]])
+    with pytest.raises(ValueError, match="takes no pixel_values_videos"):
+        patched(input_ids=ids, pixel_values_videos=torch.zeros(1, 1, 3, 42, 42))
