@@ -77,6 +77,16 @@ def test_the_decoder_has_one_for_decoding_and_one_for_prefill(bundle_of: BundleO
     assert found["embed"][0].sizes["S"].max == 128
 
 
+def test_a_mask_of_each_token_is_as_long_as_they_are(bundle_of: BundleOf) -> None:
+    found = profiles(bundle_of, QWEN3, prefill="1..128", batch="1..8", visual_tokens="1..200")
+    inputs = Manifest.load(bundle_of(QWEN3).bundle).graphs["decoder"].inputs
+    (mask,) = [port for port in inputs if port.name == "memory_mask"]
+    decode, prefill = (profile.shapes([mask])["memory_mask"] for profile in found["decoder"])
+    assert QWEN3.visibility == "causal"
+    assert decode == ([1, 1, 1], [1, 1, 200], [8, 1, 200])
+    assert prefill == ([1, 1, 1], [1, 128, 200], [8, 128, 200])
+
+
 def test_pictures_of_patches_windows_and_tiles(bundle_of: BundleOf) -> None:
     (qwen3,) = profiles(bundle_of, QWEN3, picture_tokens="4..100")["vision"]
     assert qwen3.sizes == {"M": Range(min=4, opt=100, max=100)}
