@@ -43,9 +43,7 @@ class Branch(nn.Module):
         return functions.call(self.graft, hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
 
 
-def exported(
-    graft: Graft, width: int, heads: int, head_dim: int, visibility: Visibility = "all"
-) -> onnx.ModelProto:
+def exported(graft: Graft, width: int, heads: int, head_dim: int, visibility: Visibility = "all") -> onnx.ModelProto:
     """`graft`, of this hidden size and these heads of keys and values, as a model, whose mask over the memory is of
     each token where visibility is causal."""
     dtype = next(graft.parameters()).dtype

@@ -27,8 +27,14 @@ def of(dtype: str, **shapes: tuple[int, ...]) -> dict[str, TensorType]:
 
 
 def pvm_launches(
-    dtype: str, length: int, d: int = 4096, latent: int = 512, inner: int = 1536, head_dim: int = 128,
-    slots: int = 1024, per_token: bool = True,
+    dtype: str,
+    length: int,
+    d: int = 4096,
+    latent: int = 512,
+    inner: int = 1536,
+    head_dim: int = 128,
+    slots: int = 1024,
+    per_token: bool = True,
 ) -> list[Launch]:
     """Of Qwen3-VL-8B where nothing else is said; `per_token`: whose mask over the memory is of each token."""
     memory, square = (1, 1, slots, head_dim), (latent, latent)
@@ -43,8 +49,14 @@ def pvm_launches(
 
 
 def mixin_launches(
-    dtype: str, length: int, d: int = 2048, heads: int = 16, inner: int = 8192, head_dim: int = 128,
-    slots: int = 1792, per_token: bool = True,
+    dtype: str,
+    length: int,
+    d: int = 2048,
+    heads: int = 16,
+    inner: int = 8192,
+    head_dim: int = 128,
+    slots: int = 1792,
+    per_token: bool = True,
 ) -> list[Launch]:
     """Of CoMemo 2B where nothing else is said; `per_token` as above."""
     memory, angles, width = (1, heads, slots, head_dim), (1, length, head_dim // 2), heads * head_dim

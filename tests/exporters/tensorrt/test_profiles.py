@@ -112,7 +112,8 @@ def test_by_default_tiles_are_those_that_the_processor_cuts(bundle_of: BundleOf)
         ({"picture_tokens": "4..300"}, r"--picture-tokens 4..300: .* hold 256 tokens.* --max-length 300"),
         ({"visual_tokens": "1..32"}, r"--visual-tokens 1..32: one picture has up to 256 visual tokens"),
         ({"visual_tokens": "2..256"}, r"--visual-tokens 2..256: a row without pictures has one slot"),
-        ({"batch": "1..1000000"}, r"embed: .* elements, TensorRT takes 2,147,483,647; lower --batch"),
+        ({"batch": "1..1000000"}, r"embed: .* elements, TensorRT takes 2,147,483,647; lower --batch or --prefill, or"),
+        ({"batch": "1..40000"}, r"decoder: memory_mask would have up to \[40000, 256, 256\] .*, --visual-tokens, or"),
     ],
 )
 def test_limits_that_do_not_fit(bundle_of: BundleOf, limits: dict[str, str], expected: str) -> None:
