@@ -28,6 +28,8 @@ from surgeon.positions import Positions, choose_positions, record_of
 MAX_LENGTH = 256
 PLAIN: tuple[str, ...] = ()
 PVM = ("pvm:layers=1,2,latent=32",)
+TORCH_SEES: tuple[Visibility, ...] = ("all",)
+"""Of grafts whose bundles are compared with torch."""
 MIXIN = ("mixin:layers=0,2,num_heads=3,intermediate=48,rope_theta=5000",)  # turns unlike the backbone
 Row = list[str | Image.Image]
 
@@ -129,13 +131,12 @@ class DecoderRun:
         `memory_places` [B, M] where tokens see what stands at or before their place. -> logits [B, T, V]."""
         length = feeds["inputs_embeds"].shape[1]
         places = feeds.pop("memory_places", None)
-        if "memory_mask" in feeds and len(self.inputs["memory_mask"].shape) == 3:
-            assert places is not None
-            tokens = feeds["write_indices"][:, None] + np.arange(length)
-            feeds["memory_mask"] = feeds["memory_mask"][:, None] & (places[:, None] <= tokens[..., None])
         for name in self.inputs:
             if name not in feeds and name not in self.caches:
                 feeds[name] = self.zeros(name, S=length, M=1)
+        if places is not None and len(self.inputs["memory_mask"].shape) == 3:
+            tokens = feeds["write_indices"][:, None] + np.arange(length)
+            feeds["memory_mask"] = feeds["memory_mask"][:, None] & (places[:, None] <= tokens[..., None])
         names = ["logits", *(name.replace("past_", "present_") for name in self.caches)]
         logits, *present = self.session.run(names, feeds | self.caches)
         self.caches = dict(zip(self.caches, present, strict=True))

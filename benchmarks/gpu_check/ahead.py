@@ -8,7 +8,7 @@ from exporters.kernels.plan import plan
 from exporters.kernels.workload import Size, filling, reading
 
 CAPABILITIES = (90,)
-SIZES = (Size(1, 1, 1024), Size(1, 512, 1024, visual_tokens=True))
+SIZES = (Size(1, 1, 1024, mask_per_token=True), Size(1, 512, 1024, mask_per_token=True, visual_tokens=True))
 
 
 def main(setting: Setting, clock: Timer, report: PartReport) -> None:

@@ -24,6 +24,7 @@ from surgeon.memory.mixin import Mixin, mixin
 from surgeon.memory.mixin import project as mixin_memory
 from surgeon.memory.pvm import persistent_visual_memory
 from surgeon.memory.pvm import project as pvm_memory
+from surgeon.memory.visibility import causally
 
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 """Of the norm of what is wrong to the norm of what is right."""
@@ -43,7 +44,11 @@ class Finding:
 def sizes(dtype: str, dry: bool, odd: bool) -> list[Size]:
     """Decoding, prefill, ragged pictures, a mask per token, a picture's own tokens."""
     if dry:
-        shapes = [Size(1, 1, 40), Size(2, 19, 33, mask_per_token=True, visual_tokens=True)]
+        shapes = [
+            Size(1, 1, 40),
+            Size(2, 1, 24, mask_per_token=True),
+            Size(2, 19, 33, mask_per_token=True, visual_tokens=True),
+        ]
     else:
         shapes = [
             Size(1, 1, 1024),
@@ -54,6 +59,8 @@ def sizes(dtype: str, dry: bool, odd: bool) -> list[Size]:
             Size(1, 512, 1024, visual_tokens=True),
             Size(2, 333, 700),
             Size(3, 37, 257, mask_per_token=True),
+            Size(3, 1, 700, mask_per_token=True),
+            Size(1, 512, 1024, mask_per_token=True, visual_tokens=True),
         ]
         if odd:
             shapes += [Size(5, 1, 1), Size(1, 4, 3), Size(2, 100, 65, mask_per_token=True, visual_tokens=True)]
@@ -89,14 +96,18 @@ def settled(acc: Tensor, ml: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ragged(given: dict[str, Tensor], size: Size) -> Tensor:
-    """Pictures of different lengths, none for the last row of several, holes -> which tokens see a slot, [B, S]."""
+    """Pictures of different lengths, none for the last row of several, holes; a mask per token is causal, and some
+    tokens see nothing -> which tokens see a slot, [B, S]."""
     generator = torch.Generator(given["memory_mask"].device).manual_seed(1)
     mask = given["memory_mask"]
     mask &= torch.rand(mask.shape, generator=generator, device=mask.device) < 0.9
     if size.batch > 1:
         mask[-1] = False
         mask[0, ..., size.slots // 2 :] = False
-    if size.mask_per_token:
+    if size.mask_per_token and size.length > 1:  # a token that is generated sees all that was before
+        tokens = torch.arange(size.length, device=mask.device)
+        places = torch.arange(size.slots, device=mask.device) * size.length // size.slots
+        mask &= causally(mask, places.expand(size.batch, -1), tokens)
         mask[:, :: max(2, size.length // 4)] = False
     if "visual_token_mask" in given:
         given["visual_token_mask"][:, 1 : size.length // 2] = True

@@ -177,9 +177,10 @@ def _check_volumes(name: str, graph: GraphFile, profile: Profile) -> None:
     for port in (*graph.inputs, *graph.outputs):
         volume = math.prod(profile.largest(port))
         if volume > _LARGEST_VOLUME:
+            memory = ", --visual-tokens" if port.name.startswith("memory_") else ""
             raise EngineError(
                 f"{name}: {port.name} would have up to {profile.largest(port)} = {volume:,} elements, TensorRT takes "
-                f"{_LARGEST_VOLUME:,}; lower --batch or --prefill, or export with a smaller --max-length"
+                f"{_LARGEST_VOLUME:,}; lower --batch or --prefill{memory}, or export with a smaller --max-length"
             )
 
 

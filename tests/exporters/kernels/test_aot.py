@@ -27,12 +27,20 @@ def of(dtype: str, **shapes: tuple[int, ...]) -> dict[str, TensorType]:
 
 
 def pvm_launches(
-    dtype: str, length: int, d: int = 4096, latent: int = 512, inner: int = 1536, head_dim: int = 128, slots: int = 1024
+    dtype: str,
+    length: int,
+    d: int = 4096,
+    latent: int = 512,
+    inner: int = 1536,
+    head_dim: int = 128,
+    slots: int = 1024,
+    per_token: bool = True,
 ) -> list[Launch]:
-    """Of Qwen3-VL-8B where nothing else is said."""
+    """Of Qwen3-VL-8B where nothing else is said; `per_token`: whose mask over the memory is of each token."""
     memory, square = (1, 1, slots, head_dim), (latent, latent)
     given = of(
-        dtype, hidden_states=(1, length, d), keys=memory, values=memory, memory_mask=(1, slots),
+        dtype, hidden_states=(1, length, d), keys=memory, values=memory,
+        memory_mask=(1, *[length] * per_token, slots),
         visual_token_mask=(1, length), text_proj=(latent, d), input_norm=(latent,), q_proj=square, q_norm=(head_dim,),
         o_proj=square, post_attention_norm=(latent,), gate_proj=(inner, latent), up_proj=(inner, latent),
         down_proj=(latent, inner), output_proj=(d, latent), alpha=(1,), onto=(1, length, d),
@@ -41,12 +49,20 @@ def pvm_launches(
 
 
 def mixin_launches(
-    dtype: str, length: int, d: int = 2048, heads: int = 16, inner: int = 8192, head_dim: int = 128, slots: int = 1792
+    dtype: str,
+    length: int,
+    d: int = 2048,
+    heads: int = 16,
+    inner: int = 8192,
+    head_dim: int = 128,
+    slots: int = 1792,
+    per_token: bool = True,
 ) -> list[Launch]:
-    """Of CoMemo 2B where nothing else is said."""
+    """Of CoMemo 2B where nothing else is said; `per_token` as above."""
     memory, angles, width = (1, heads, slots, head_dim), (1, length, head_dim // 2), heads * head_dim
     given = of(
-        dtype, hidden_states=(1, length, d), keys=memory, values=memory, memory_mask=(1, slots), cos=angles, sin=angles,
+        dtype, hidden_states=(1, length, d), keys=memory, values=memory,
+        memory_mask=(1, *[length] * per_token, slots), cos=angles, sin=angles,
         norm=(d,), q_proj=(width, d), o_proj=(d, width), attn_gate=(1,), ffn_norm=(d,), gate_proj=(inner, d),
         up_proj=(inner, d), down_proj=(d, inner), ff_gate=(1,),
     )  # fmt: skip
@@ -85,8 +101,10 @@ def parameters(kernel: CompiledKernel) -> list[str]:
 
 @pytest.mark.parametrize("launches", [pvm_launches, mixin_launches])
 def test_real_sizes_compile_for_every_target(launches: Callable[..., list[Launch]], tmp_path: Path) -> None:
-    jobs = [Job(launch, each, aligned=True) for length in (1, 512) for launch in launches("bfloat16", length)
-            for each in CAPABILITIES]  # fmt: skip
+    planned = [launch for length in (1, 512) for launch in launches("bfloat16", length)]
+    alike = [launch for length in (1, 512) for launch in launches("bfloat16", length, per_token=False)]
+    planned += [launch for launch in alike if "mask" in launch.inputs]  # the rest is the same
+    jobs = [Job(launch, each, aligned=True) for launch in planned for each in CAPABILITIES]
     compiled = compile_launches(jobs)
     assert assembled(compiled, tmp_path) == {""}
     for job, kernel in zip(jobs, compiled, strict=True):

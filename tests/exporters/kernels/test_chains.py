@@ -94,7 +94,7 @@ def test_mixin(dtype: torch.dtype, rows: int, length: int) -> None:
     assert torch.equal(got[2], hidden_states[2])
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @drawn(
     st.sampled_from(["pvm", "mixin"]),
     st.sampled_from(list(TOLERANCE)),
@@ -136,8 +136,8 @@ def test_tokens_see_what_stands_before_them(
         graft.to(dtype)
         close(got, want, dtype)
     if length > 1:
-        keys[:, :, places[0] > max(begins) + length - 2] = float("inf")  # what the last token alone may see
-        values[:, :, places[0] > max(begins) + length - 2] = 1e4
+        last = places[0] > max(begins) + length - 2  # what the last token alone may see
+        keys[:, :, last], values[:, :, last] = 10.0, 1e4
         torch.testing.assert_close(run(mask)[:, :-1], got[:, :-1], atol=0, rtol=0)
 
 

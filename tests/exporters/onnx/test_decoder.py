@@ -12,10 +12,11 @@ from transformers import DynamicCache
 from checkpoints import tiny_checkpoint, tiny_config
 from exporters.onnx.bundle import export_bundle
 from exporters.onnx.decoder import decoder_graph
-from pairs import MIXIN, PLAIN, PVM, DecoderRun, Pair
+from pairs import MIXIN, PLAIN, PVM, TORCH_SEES, DecoderRun, Pair
 from surgeon import models
 from surgeon.errors import BundleError, OptionError
 from surgeon.families import family
+from surgeon.memory.visibility import Visibility
 
 Export = Callable[..., Pair]
 
@@ -40,14 +41,15 @@ class Reference:
         return self.model.lm_head(out.last_hidden_state)[0].numpy()
 
 
+@pytest.mark.parametrize("visibility", TORCH_SEES)
 @pytest.mark.parametrize(
     ("model_type", "recipe"),
     [("qwen3_vl", PVM), ("qwen2_5_vl", PVM), ("qwen3_vl", MIXIN), ("qwen2_5_vl", MIXIN + PVM), ("qwen3_vl", PLAIN)],
 )
 def test_prefill_and_decoding_give_the_logits_of_transformers(
-    export: Export, model_type: str, recipe: tuple[str, ...]
+    export: Export, model_type: str, recipe: tuple[str, ...], visibility: Visibility
 ) -> None:
-    exported = export(model_type, recipe)
+    exported = export(model_type, recipe, visibility=visibility)
     model = models.load(exported.checkpoint)
     width, deepstack = exported.manifest.sizes.hidden_size, exported.manifest.sizes.deepstack
     generator = torch.Generator().manual_seed(0)
@@ -108,21 +110,23 @@ def test_prefill_and_decoding_give_the_logits_of_transformers(
 def remember(
     exported: Pair, rows: list[torch.Tensor], visual: list[torch.Tensor], positions: list[torch.Tensor]
 ) -> dict[str, np.ndarray]:
-    """memory.onnx over the rows' visual embeddings, padded to the longest, at their positions [A, S]."""
+    """memory.onnx over the rows' visual embeddings, padded to the longest, at their positions [A, S]; the mask of the
+    rows' slots, and where in the sequence they stand."""
     slots = max(int(v.sum()) for v in visual)
     embeds = np.zeros((len(rows), slots, rows[0].shape[1]), np.float32)
     media = np.zeros((len(positions[0]), len(rows), slots), np.int64)
-    mask = np.zeros((len(rows), slots), bool)
+    mask, places = np.zeros((len(rows), slots), bool), np.zeros((len(rows), slots), np.int64)
     for b, (row, where) in enumerate(zip(rows, visual, strict=True)):
         count = int(where.sum())
         embeds[b, :count] = row[: len(where)][where].numpy()
         media[:, b, :count] = positions[b][:, : len(where)][:, where].numpy()
-        mask[b, :count] = True
+        mask[b, :count], places[b, :count] = True, where.nonzero().flatten()
     session = exported.session("memory")
     feeds = {"visual_embeds": embeds, "media_position_ids": media}
     feeds = {value.name: feeds[value.name] for value in session.get_inputs()}
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True)) | {"memory_mask": mask}
+    keys_and_values = dict(zip(names, session.run(names, feeds), strict=True))
+    return keys_and_values | {"memory_mask": mask, "memory_places": places}
 
 
 @pytest.mark.parametrize("recipe", [PVM, MIXIN], ids=["pvm", "mixin"])

@@ -43,6 +43,7 @@ def weights(bundle: Path) -> Path:
         (lambda b: edit(b / "bundle.json", format=99), "format 99"),
         (lambda b: edit(b / "bundle.json", surprise=1), "surprise"),
         (lambda b: edit(b / "bundle.json", max_length="long"), "max_length"),
+        (lambda b: edit(b / "bundle.json", visibility="some"), "visibility: .*'causal' or 'all'"),
         (lambda b: (b / "bundle.json").write_text("{"), "JSON"),
         (lambda b: (b / "decoder.onnx").unlink(), "decoder.onnx is missing"),
         (lambda b: flip(b / "decoder.onnx", 100), "decoder.onnx is not the file"),
@@ -56,6 +57,13 @@ def test_a_damaged_bundle_is_told(bundle: Path, damage: Callable[[Path], object]
     with pytest.raises(BundleError, match=said) as error:
         Manifest.load(bundle)
     assert "\n" not in str(error.value)
+
+
+def test_a_bundle_from_before_there_was_a_choice_shows_its_memory_to_all(bundle: Path) -> None:
+    described = json.loads((bundle / "bundle.json").read_text())
+    del described["visibility"]
+    (bundle / "bundle.json").write_text(json.dumps(described | {"format": 2}))
+    assert Manifest.load(bundle).visibility == "all"
 
 
 def test_a_checkpoint_is_not_a_bundle(export: Callable[..., Pair]) -> None:

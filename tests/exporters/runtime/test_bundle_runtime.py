@@ -11,9 +11,10 @@ import torch
 
 from checkpoints import MODEL_TYPES
 from exporters.runtime import BundleRuntime
-from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, Pair, Row, picture
+from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, TORCH_SEES, Pair, Row, picture
 from surgeon.errors import BundleError
 from surgeon.inputs import ModelInputs, Prompt
+from surgeon.memory.visibility import Visibility
 
 Export = Callable[..., Pair]
 STEPS = 64
@@ -60,10 +61,13 @@ def runtime(pair: Pair) -> BundleRuntime:
 
 
 # -- equality with torch -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("visibility", TORCH_SEES)
 @pytest.mark.parametrize("recipe", [PVM, PLAIN, MIXIN + PVM], ids=["pvm", "plain", "mixin and pvm"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_logits_and_greedy_tokens_are_those_of_torch(export: Export, model_type: str, recipe: tuple[str, ...]) -> None:
-    pair = export(model_type, recipe)
+def test_logits_and_greedy_tokens_are_those_of_torch(
+    export: Export, model_type: str, recipe: tuple[str, ...], visibility: Visibility
+) -> None:
+    pair = export(model_type, recipe, visibility=visibility)
     runtime = BundleRuntime(pair.bundle, threads=1)
     for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[2:]):
         tokens, logits = decode(runtime, runtime.prepare(prompts), STEPS)
@@ -244,9 +248,12 @@ def test_requests_do_not_disturb_each_other(pair: Pair, runtime: BundleRuntime) 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("recipe", [PVM, PLAIN, MIXIN], ids=["pvm", "plain", "mixin"])
-def test_a_later_turn_with_new_pictures(export: Export, model_type: str, recipe: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("visibility", TORCH_SEES)
+def test_a_later_turn_with_new_pictures(
+    export: Export, model_type: str, recipe: tuple[str, ...], visibility: Visibility
+) -> None:
     """Turn by turn through transformers' own cache, row by row: positions continue, the memory grows."""
-    pair = export(model_type, recipe)
+    pair = export(model_type, recipe, visibility=visibility)
     runtime = BundleRuntime(pair.bundle, threads=1)
     state, logits = runtime.start(pair.raw(FIRST_TURN))
     answer = logits.argmax(-1)

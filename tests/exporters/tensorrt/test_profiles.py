@@ -77,6 +77,16 @@ def test_the_decoder_has_one_for_decoding_and_one_for_prefill(bundle_of: BundleO
     assert found["embed"][0].sizes["S"].max == 128
 
 
+def test_a_mask_of_each_token_is_as_long_as_they_are(bundle_of: BundleOf) -> None:
+    found = profiles(bundle_of, QWEN3, prefill="1..128", batch="1..8", visual_tokens="1..200")
+    inputs = Manifest.load(bundle_of(QWEN3).bundle).graphs["decoder"].inputs
+    (mask,) = [port for port in inputs if port.name == "memory_mask"]
+    decode, prefill = (profile.shapes([mask])["memory_mask"] for profile in found["decoder"])
+    assert QWEN3.visibility == "causal"
+    assert decode == ([1, 1, 1], [1, 1, 200], [8, 1, 200])
+    assert prefill == ([1, 1, 1], [1, 128, 200], [8, 128, 200])
+
+
 def test_pictures_of_patches_windows_and_tiles(bundle_of: BundleOf) -> None:
     (qwen3,) = profiles(bundle_of, QWEN3, picture_tokens="4..100")["vision"]
     assert qwen3.sizes == {"M": Range(min=4, opt=100, max=100)}
@@ -120,7 +130,8 @@ def test_by_default_tiles_are_those_that_the_processor_cuts(bundle_of: BundleOf)
         ({"picture_tokens": "4..300"}, r"--picture-tokens 4..300: .* hold 256 tokens.* --max-length 300"),
         ({"visual_tokens": "1..32"}, r"--visual-tokens 1..32: one picture has up to 256 visual tokens"),
         ({"visual_tokens": "2..256"}, r"--visual-tokens 2..256: a row without pictures has one slot"),
-        ({"batch": "1..1000000"}, r"embed: .* elements, TensorRT takes 2,147,483,647; lower --batch"),
+        ({"batch": "1..1000000"}, r"embed: .* elements, TensorRT takes 2,147,483,647; lower --batch or --prefill, or"),
+        ({"batch": "1..40000"}, r"decoder: memory_mask would have up to \[40000, 256, 256\] .*, --visual-tokens, or"),
     ],
 )
 def test_limits_that_do_not_fit(bundle_of: BundleOf, limits: dict[str, str], expected: str) -> None:

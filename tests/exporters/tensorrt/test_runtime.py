@@ -6,6 +6,7 @@ The device is rehearsed (tests/rehearsal.py): what lies behind it, TensorRT on a
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from exporters.tensorrt.runtime import EngineRuntime
 from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, Pair, picture
 from rehearsal import CpuDevice, make_engines
 from surgeon.inputs import ModelInputs, Prompt
+from surgeon.memory.visibility import Visibility
 from surgeon.positions import Positions
 
 pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint is not there")
@@ -77,20 +79,34 @@ def compare(
 
 
 @pytest.mark.parametrize(
-    ("model_type", "recipe"),
-    [("qwen3_vl", MIXIN + PVM), ("qwen2_5_vl", PLAIN), ("llava_onevision", MIXIN)],
-    ids=["qwen3_vl mixin pvm", "qwen2_5_vl", "llava_onevision mixin"],
+    ("model_type", "recipe", "visibility"),
+    [("qwen3_vl", MIXIN + PVM, "causal"), ("qwen2_5_vl", PLAIN, None), ("llava_onevision", MIXIN, "all")],
+    ids=["qwen3_vl mixin pvm causal", "qwen2_5_vl", "llava_onevision mixin all"],
 )
 def test_logits_and_greedy_tokens_are_those_of_the_bundle(
-    export: Export, make: Make, model_type: str, recipe: tuple[str, ...]
+    export: Export, make: Make, model_type: str, recipe: tuple[str, ...], visibility: Visibility | None
 ) -> None:
-    pair = export(model_type, recipe)
+    pair = export(model_type, recipe, visibility=visibility)
     runtime = make(pair)
     many = model_type == "llava_onevision"  # one picture has most of the cache's tokens there
     prompts = [Prompt("What is it?", (picture(60, 60),)), *PROMPTS[1:2] * 2] if many else PROMPTS
     compare(runtime, BundleRuntime(pair.bundle, threads=1), prompts=prompts)
     lengths = device(runtime).lengths()
     assert max(lengths) == 16 and 1 in lengths and lengths.count(16) > 2  # prompts went in pieces
+
+
+def test_pieces_of_a_prompt_see_what_stands_before_them(export: Export, make: Make) -> None:
+    """A prompt in pieces, in one pass, and cut in front of its second picture: each token sees the same."""
+    pair = export("qwen3_vl", MIXIN + PVM, visibility="causal")
+    runtime = make(pair)
+    row: list[Any] = ["some words", picture(64, 96, 1), "between the pictures", picture(96, 64, 2), "end"]
+    whole, prefix = pair.raw([row]), pair.raw([row[:3]])
+    _, found = runtime.start(whole, logits="all")
+    assert max(device(runtime).lengths()) == 16 < whole.lengths[0]
+    _, expected = BundleRuntime(pair.bundle, threads=1).start(whole, logits="all")
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    _, before = runtime.start(prefix, logits="all")
+    np.testing.assert_allclose(found[:, : prefix.lengths[0]], before, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("positions", ["dhr", "plain"])
