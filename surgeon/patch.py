@@ -11,11 +11,13 @@ from surgeon import __version__
 from surgeon.checkpoint.publish import staged
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.checkpoint.share import share_file
+from surgeon.checkpoint.unchanged import SourceFiles
 from surgeon.checkpoint.writer import PlannedTensor, write_safetensors
 from surgeon.errors import CheckpointError
 from surgeon.graph import LvlmGraph
 from surgeon.memory.patched import RECORD
 from surgeon.pipeline import Pass, run_passes
+from surgeon.published import TensorShapes, check_staged
 from surgeon.recipe import FILE_NAME, Recipe
 from surgeon.remote_code import ENTRY, patched_config, write_remote_code
 
@@ -72,10 +74,22 @@ def patch(
     their own. Raises SurgeonError kinds; nothing is left behind then.
     """
     with Checkpoint.open(source) as checkpoint:
+        files = SourceFiles.of_checkpoint(checkpoint)
         graph, report = plan(checkpoint, passes, seed)
-        with staged(Path(target), overwrite=overwrite, protect=[checkpoint.directory]) as directory:
+
+        def verify(directory: Path) -> None:
+            files.check()
+            check_staged(directory, _planned(graph))
+
+        with staged(Path(target), overwrite, [checkpoint.directory], verify=verify) as directory:
             _write(graph, checkpoint, directory, passes, weights, report, progress)
     return report
+
+
+def _planned(graph: LvlmGraph) -> TensorShapes:
+    """Every tensor of the output: the source's as they are, and the new ones."""
+    stored = {key: (info.torch_dtype, info.shape) for key, info in graph.source.tensors.items()}
+    return stored | {name: (plan.dtype, plan.shape) for name, plan in graph.new_parameters().items()}
 
 
 def _write(

@@ -11,6 +11,7 @@ from surgeon import __version__
 from surgeon.checkpoint.publish import check_target, staged
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.checkpoint.share import share_file
+from surgeon.checkpoint.unchanged import SourceFiles
 from surgeon.errors import CheckpointError, OptionError
 from surgeon.importers._layout import Layout
 from surgeon.importers._registry import importer
@@ -18,6 +19,7 @@ from surgeon.importers._templates import IMAGE_TOKEN, Conversation, conversation
 from surgeon.importers._tensors import Converted, equal, plan_tensors, write_tensors
 from surgeon.importers._tokenizer import SourceTokenizer
 from surgeon.models import build_meta, read_config
+from surgeon.published import check_staged
 from surgeon.remote_code import patched_config, write_remote_code
 
 Progress = Callable[[str, int, int], None]
@@ -61,6 +63,7 @@ def import_checkpoint(
     OptionError for a token id that cannot be, TargetError; nothing is left behind then.
     """
     with Checkpoint.open(source) as checkpoint:
+        files = SourceFiles.of_checkpoint(checkpoint)
         check_target(Path(target), overwrite, [checkpoint.directory])
         read = importer(checkpoint.config["model_type"])
         tokenizer = SourceTokenizer.read(checkpoint.directory)
@@ -81,7 +84,12 @@ def import_checkpoint(
             warnings=[*warnings, *layout.warnings],
         )
         needed = sum(each.nbytes for each in planned)
-        with staged(Path(target), overwrite=overwrite, protect=[checkpoint.directory], needed=needed) as directory:
+
+        def verify(directory: Path) -> None:
+            files.check()
+            check_staged(directory, {each.name: (each.source.torch_dtype, each.shape) for each in planned})
+
+        with staged(Path(target), overwrite, [checkpoint.directory], needed, verify) as directory:
             # What may fail goes before what takes long.
             _write_files(directory, checkpoint, layout, config, tokenizer, report)
             report.bytes_written = sum(path.stat().st_size for path in directory.iterdir())
