@@ -13,6 +13,7 @@ from surgeon.checkpoint.reader import Checkpoint
 from surgeon.checkpoint.share import share_file
 from surgeon.checkpoint.unchanged import SourceFiles
 from surgeon.errors import CheckpointError, OptionError
+from surgeon.families import family
 from surgeon.importers._layout import Layout
 from surgeon.importers._registry import importer
 from surgeon.importers._templates import IMAGE_TOKEN, Conversation, conversation
@@ -21,6 +22,7 @@ from surgeon.importers._tokenizer import SourceTokenizer
 from surgeon.models import build_meta, read_config
 from surgeon.published import check_staged
 from surgeon.remote_code import patched_config, write_remote_code
+from surgeon.side_files import name_classes
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how much is done and how much there is, in bytes."""
@@ -202,6 +204,7 @@ def _write_files(
     for file in source.side_files:
         if file.name.upper().startswith(_KEPT_FILES):
             share_file(file, directory / file.name, "copy")
+    name_classes(directory, family(config["model_type"]))
 
 
 def _generation_config(
