@@ -21,8 +21,12 @@ class MixinOptions(PassOptions):
     num_heads: int | None = Field(default=None, gt=0, description="attention heads; by default the backbone's")
     head_dim: int | None = Field(default=None, gt=0, description="width of a head; by default the backbone's")
     intermediate: int | None = Field(default=None, gt=0, description="feed-forward width; by default the backbone's")
-    rope_theta: float | None = Field(default=None, gt=0, description="rotary base; by default the backbone's")
-    eps: float | None = Field(default=None, gt=0, description="of its norms; by default the backbone's")
+    rope_theta: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="rotary base; by default the backbone's"
+    )
+    eps: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="of its norms; by default the backbone's"
+    )
     tiles: Literal["both", "context", "memory"] = Field(
         default="both", description="where high-resolution tiles go beside the thumbnail: both, context, or memory"
     )
@@ -52,8 +56,8 @@ class MixinPass(Pass):
                 "patch the unpatched checkpoint"
             )
         own, backbone = self.options.head_dim, graph.family.head_dim(graph.config)
-        if own is not None and own % 2:
-            raise PreconditionError(f"pass mixin: head_dim={own} is odd; rotary positions need an even one")
+        if (own or backbone) % 2:
+            raise PreconditionError(f"pass mixin: head_dim={own or backbone} is odd; rotary positions need an even one")
         if own not in (None, backbone) and self._axes(graph) is not None:
             raise PreconditionError(
                 f"pass mixin: head_dim={own}, but {graph.family.model_type} turns heads of {backbone} with several "

@@ -89,7 +89,7 @@ def patch(
             check_staged(directory, _planned(graph))
 
         with staged(Path(target), overwrite, [checkpoint.directory], verify=verify) as directory:
-            _write(graph, checkpoint, directory, passes, weights, trust_remote_code, report, progress)
+            _write(graph, checkpoint, directory, weights, trust_remote_code, report, progress)
     return report
 
 
@@ -103,7 +103,6 @@ def _write(
     graph: LvlmGraph,
     source: Checkpoint,
     directory: Path,
-    passes: Sequence[Pass],
     weights: WeightsMode,
     trust_remote_code: bool,
     report: PatchReport,
@@ -120,7 +119,8 @@ def _write(
     }
     weight_map = _share_weights(source, directory, weights, report, progress)
     if graph.new_parameters():
-        new_file = _unused(f"model-{'-'.join(dict.fromkeys(p.name for p in passes))}", weight_map)
+        applied = dict.fromkeys(name for entry in _applied_now(graph) for name in entry)
+        new_file = _unused(f"model-{'-'.join(applied)}", weight_map)
         weight_map |= _write_new(graph, directory / new_file, report, progress)
 
     setattr(graph.config, RECORD, record)
@@ -128,7 +128,7 @@ def _write(
     _write_side_files(graph, source, directory, trust_remote_code, report)
     total = sum(info.nbytes for info in source.tensors.values())
     total += sum(prod(plan.shape) * plan.dtype.itemsize for plan in graph.new_parameters().values())
-    recipe = Recipe(seed=graph.seed, passes=[dict(entry) for entry in _applied_now(graph, passes)])
+    recipe = Recipe(seed=graph.seed, passes=[dict(entry) for entry in _applied_now(graph)])
     texts = {
         "config.json": json.dumps(config, indent=2) + "\n",
         "model.safetensors.index.json": json.dumps(
@@ -162,9 +162,11 @@ def _write_side_files(
     report.bytes_written += write_remote_code(directory, graph.config)
 
 
-def _applied_now(graph: LvlmGraph, passes: Sequence[Pass]) -> list[dict[str, Any]]:
+def _applied_now(graph: LvlmGraph) -> list[dict[str, Any]]:
+    """The recorded passes that the source does not have already."""
+    before = (graph.source.config.get(RECORD) or {}).get("passes", [])
     applied: list[dict[str, Any]] = graph.record["passes"]
-    return applied[len(applied) - len(passes) :] if passes else []
+    return applied[len(before) :]
 
 
 def _share_weights(
