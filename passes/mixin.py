@@ -56,8 +56,8 @@ class MixinPass(Pass):
                 "patch the unpatched checkpoint"
             )
         own, backbone = self.options.head_dim, graph.family.head_dim(graph.config)
-        if (own or backbone) % 2:
-            raise PreconditionError(f"pass mixin: head_dim={own or backbone} is odd; rotary positions need an even one")
+        if own is not None and own % 2:
+            raise PreconditionError(f"pass mixin: head_dim={own} is odd; rotary positions need an even one")
         if own not in (None, backbone) and self._axes(graph) is not None:
             raise PreconditionError(
                 f"pass mixin: head_dim={own}, but {graph.family.model_type} turns heads of {backbone} with several "

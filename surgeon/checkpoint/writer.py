@@ -42,7 +42,8 @@ def write_safetensors(
 
     Never more than one tensor is in memory. `progress(n)` is called after each n bytes of data. Raises ValueError for
     two tensors of one name, a dtype that safetensors has not, or a tensor that is not made as planned; CheckpointError
-    for one out of a file that was cut short; OSError where the file exists or cannot be written. After an error the file is incomplete: write into a staging directory.
+    for one out of a file that was cut short; OSError where the file exists or cannot be written. After an error the
+    file is incomplete: write into a staging directory.
     """
     plan = list(tensors)
     header = _header(plan, metadata)

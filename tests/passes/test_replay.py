@@ -167,14 +167,6 @@ def test_what_the_backbone_has_can_be_given_back(tmp_path: Path, key: str, value
     assert graph.record["passes"][0]["mixin"]["eps"] == value
 
 
-def test_heads_of_the_backbone_that_cannot_be_given_back_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config("internvl", head_dim=15).to_dict()))
-    with Checkpoint.open(tmp_path, weights="optional") as source:
-        for argument in ("mixin", "mixin:head_dim=15"):
-            with pytest.raises(PreconditionError, match="head_dim=15 is odd"):
-                plan(source, Recipe.from_arguments([argument]).make_passes(passes.registry()))
-
-
 @pytest.mark.parametrize("option", ["rope_theta=inf", "eps=nan", "eps=inf"])
 def test_numbers_that_json_has_not_are_refused(sources: Any, tmp_path: Path, option: str) -> None:
     done = run("patch", sources("internvl"), tmp_path / "out", "--pass", f"mixin:{option}")

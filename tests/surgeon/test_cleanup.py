@@ -1,10 +1,13 @@
 """What fails while cleaning up never hides the first error."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from checkpoints import tiny_checkpoint
+from command import assert_refused, run
 from surgeon.cleanup import cleaning_up, temporary_directory
 
 
@@ -35,3 +38,15 @@ def test_a_temporary_directory_that_cannot_be_removed(tmp_path: Path, monkeypatc
         monkeypatch.setattr(os, "rmdir", broken)
         raise ZeroDivisionError("the first")
     assert "broken disk" in raised.value.__notes__[0]
+
+
+def test_the_command_line_says_both_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl")
+    (source / "tokenizer_config.json").write_text("{")
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise OSError("broken disk")
+
+    monkeypatch.setattr(shutil, "rmtree", broken)
+    done = run("patch", source, tmp_path / "out", "--pass", "pvm:layers=1,latent=32")
+    assert_refused(done, "tokenizer_config.json", "not readable JSON", "(could not remove", "broken disk)")
