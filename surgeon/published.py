@@ -7,7 +7,7 @@ import torch
 
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import CheckpointError
-from surgeon.graph import LvlmGraph
+from surgeon.models import read_model
 
 TensorShapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -19,7 +19,7 @@ def check_staged(directory: Path, planned: TensorShapes) -> None:
     Raises CheckpointError for the first thing that is not so.
     """
     with Checkpoint.open(directory) as staged:
-        LvlmGraph.read(staged)
+        read_model(staged)
         written = {name: (info.torch_dtype, info.shape) for name, info in staged.tensors.items()}
     for name in sorted(written.keys() | planned.keys()):
         if written.get(name) != planned.get(name):

@@ -9,6 +9,8 @@ from PIL import Image
 from checkpoints import DEMO, has_tokenizer
 from command import assert_refused, process, run
 from surgeon import models
+from surgeon.generation import Sampling
+from surgeon.inputs import Prompt
 from surgeon.torch_generate import answer
 
 
@@ -22,7 +24,7 @@ def test_generate_streams_the_answer_of_the_model(tmp_path: Path) -> None:
     assert streamed.stdout == found["text"] + "\n" and streamed.stderr == ""
 
     # the same by transformers' own greedy search
-    from surgeon.inputs import Inputs, Prompt
+    from surgeon.inputs import Inputs
 
     prepared = Inputs.from_directory(DEMO).prepare([Prompt("Describe the picture.", (picture,))])
     model = models.load(DEMO)
@@ -32,6 +34,28 @@ def test_generate_streams_the_answer_of_the_model(tmp_path: Path) -> None:
     drawn = [json.loads(run(*arguments, "--json", "--temperature", 5, "--seed", seed).stdout) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert answer(DEMO, Prompt("Describe the picture.", (picture,)), 3).token_ids == found["token_ids"][:3]
+
+
+@pytest.mark.skipif(not has_tokenizer(), reason="needs the demo checkpoint's tokenizer")
+def test_each_option_reaches_the_model(source: Path) -> None:
+    def tokens(*options: object) -> list[int]:
+        asked = ("generate", source, "--prompt", "Describe the picture.", "--max-new-tokens", 8, "--json")
+        found: list[int] = json.loads(run(*asked, *options).stdout)["token_ids"]
+        return found
+
+    greedy = tokens()
+    prompt = Prompt("Describe the picture.", system="Answer in French.")
+    assert tokens("--system", "Answer in French.") == answer(source, prompt, 8).token_ids != greedy
+    # at a temperature that makes all tokens alike, what is left of them decides
+    drawn = ("--temperature", 1000, "--seed", 3)
+    assert tokens(*drawn) != greedy
+    assert tokens(*drawn, "--top-k", 1) == tokens(*drawn, "--top-p", 1e-9) == greedy
+    for options, sampling in (
+        (("--top-k", 5), Sampling(1000, top_k=5, seed=3)),
+        (("--top-p", 0.2), Sampling(1000, top_p=0.2, seed=3)),
+    ):
+        expected = answer(source, Prompt("Describe the picture."), 8, sampling).token_ids
+        assert tokens(*drawn, *options) == expected != tokens(*drawn)
 
 
 @pytest.mark.skipif(not has_tokenizer(), reason="needs the demo checkpoint's tokenizer")

@@ -1,5 +1,6 @@
 """A patched checkpoint in a Python where this tool cannot be imported."""
 
+import json
 import os
 import subprocess
 import sys
@@ -75,3 +76,17 @@ def test_both_key_layouts_load_into_the_patched_class(layout: str, tmp_path: Pat
     patched = models.load(tmp_path / "patched")
     assert all(torch.equal(patched.get_parameter(name), p) for name, p in original.named_parameters())
     assert float(patched.model.language_model.layers[1].pvm.q_proj.weight.abs().sum()) > 0
+
+
+def test_the_sources_own_classes_do_not_load_a_patched_checkpoint(tmp_path: Path) -> None:
+    """A source with code of its own names its classes for the Auto classes: without the grafts, they are not these."""
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl")
+    config = json.loads((source / "config.json").read_text())
+    theirs = {"AutoConfig": "theirs.Config", "AutoModelForImageTextToText": "theirs.Model"}
+    (source / "config.json").write_text(json.dumps({**config, "auto_map": theirs}))
+    apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
+    found = json.loads((tmp_path / "patched" / "config.json").read_text())["auto_map"]
+    assert {name: found[name] for name in theirs} == {
+        "AutoConfig": "modeling_surgeon.SurgeonConfig",
+        "AutoModelForImageTextToText": "modeling_surgeon.SurgeonModel",
+    }

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -11,6 +14,7 @@ from surgeon.memory.graft import Graft
 from surgeon.memory.mixin import Mixin
 from surgeon.memory.pvm import PersistentVisualMemory
 from surgeon.memory.rotary import Rope
+from surgeon.memory.visibility import causally
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Relative, against fp32."""
@@ -88,6 +92,53 @@ def test_mixin(dtype: torch.dtype, rows: int, length: int) -> None:
     (got,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, *text, *graft.weights()))
     close(got, want, dtype)
     assert torch.equal(got[2], hidden_states[2])
+
+
+@settings(max_examples=12)
+@drawn(
+    st.sampled_from(["pvm", "mixin"]),
+    st.sampled_from(list(TOLERANCE)),
+    st.lists(st.integers(0, 30), min_size=1, max_size=3),
+    st.sampled_from([1, 2, 5, 21, 70]),
+    st.integers(1, 45),
+)
+def test_tokens_see_what_stands_before_them(
+    kind: str, dtype: torch.dtype, begins: list[int], length: int, slots: int
+) -> None:
+    """Prefill, a later turn and decoding: row b's first token has the place begins[b]. Some tokens see nothing, others
+    of their row do; what comes after a token changes nothing of it."""
+    rows, rope = len(begins), Rope(32, 1e4)
+    graft: Graft
+    if kind == "pvm":
+        graft = randomised(PersistentVisualMemory(96, 64, 40, head_dim=32, num_key_value_heads=1, eps=1e-6), dtype)
+    else:
+        graft = randomised(Mixin(96, num_heads=3, intermediate_size=72, rope=rope, eps=1e-5), dtype)
+    places = (torch.arange(slots) // 3 * 7).expand(rows, -1)  # pictures with text between them
+    mask = causally(torch.rand(rows, slots) < 0.9, places, torch.tensor(begins)[:, None] + torch.arange(length))
+    hidden_states = torch.randn(rows, length, 96).to(dtype)
+    keys, values = (torch.randn(rows, 1 if kind == "pvm" else 3, slots, 32).to(dtype) for _ in range(2))
+    angles = rope(torch.arange(length).expand(1, rows, -1)) if kind == "mixin" else None
+    chain = (pvm if kind == "pvm" else mixin).chain(graft.eps)
+
+    def run(mask: Tensor) -> Tensor:
+        middle = (None,) if angles is None else angles
+        tail = (None,) if kind == "pvm" else ()
+        weights = graft.weights()  # type: ignore[operator]
+        (output,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, *middle, *weights, *tail))
+        return output
+
+    got = run(mask)
+    sees = mask.any(-1)
+    nothing = torch.zeros_like(got) if kind == "pvm" else hidden_states
+    assert torch.equal(got[~sees], nothing[~sees])
+    if sees.any():
+        want = graft.float()(hidden_states.float(), keys.float(), values.float(), mask, None, angles)
+        graft.to(dtype)
+        close(got, want, dtype)
+    if length > 1:
+        keys[:, :, places[0] > max(begins) + length - 2] = float("inf")  # what the last token alone may see
+        values[:, :, places[0] > max(begins) + length - 2] = 1e4
+        torch.testing.assert_close(run(mask)[:, :-1], got[:, :-1], atol=0, rtol=0)
 
 
 def test_pvm_equals_its_authors() -> None:

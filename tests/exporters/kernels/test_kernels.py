@@ -12,6 +12,7 @@ from torch import Tensor
 from exporters.kernels import attend, inject, linear, remember, retrieve, swiglu
 from exporters.kernels.kernel import Blocks, Kernel, Step
 from exporters.kernels.launch import launch
+from surgeon.memory.visibility import causally
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Relative to the largest value: fp32 sums in another order; in the others products of several tokens round their
@@ -41,6 +42,11 @@ class Draw:
 
     def mask(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator) > 0.4
+
+    def places(self, batch: int, slots: int, end: int) -> Tensor:
+        """Where slots stand in a sequence, one behind the other: before `end`, the length of what is computed, and
+        behind it, so that nothing sees them."""
+        return torch.randint(0, end + 1, (batch, slots), generator=self.generator).sort().values
 
     def ml(self, batch: int, length: int, heads: int, splits: int) -> Tensor:
         """As attend gives it: every third token has seen nothing."""
@@ -93,7 +99,7 @@ def test_swiglu(batch: tuple[int, int], size: int, width: int, blocks: Blocks, d
     st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
     st.sampled_from([32, 64]),
     st.sampled_from(["queries", "latent", "rotated"]),
-    st.booleans(),
+    st.sampled_from(["rows", "tokens", "causal"]),
     blocks,
     dtypes,
 )
@@ -103,16 +109,19 @@ def test_attend_and_retrieve(
     heads: tuple[int, int],
     head_dim: int,
     form: str,
-    per_token: bool,
+    masked: str,
     blocks: Blocks,
     dtype: torch.dtype,
 ) -> None:
-    """Together: how the sums are split is theirs, and what comes out of both is not."""
+    """Together: how the sums are split is theirs, and what comes out of both is not. The mask is of rows, of tokens,
+    or of tokens of which each sees what stands at or before it, the first of them perhaps nothing."""
     draw = Draw(dtype)
     rows, length = batch
     count, kv_count = heads
     width = count * head_dim
-    mask = draw.mask(rows, length, slots) if per_token else draw.mask(rows, slots)
+    mask = draw.mask(rows, length, slots) if masked == "tokens" else draw.mask(rows, slots)
+    if masked == "causal":
+        mask = causally(mask, draw.places(rows, slots, end=length), torch.arange(length))
     mask[-1] = False  # a row without pictures
     inputs = {"keys": draw(rows, kv_count, slots, head_dim), "values": draw(rows, kv_count, slots, head_dim)}
     inputs |= {"mask": mask, "x": draw(rows, length, 40 if form == "latent" else width)}
@@ -133,7 +142,8 @@ def test_attend_and_retrieve(
     (want,) = retrieve.retrieve(acc, ml, *(given[name].float() for name in ("weight", "residual", "gate")))
     error = (got - want).abs().max() / want.abs().max().clamp(min=1)
     assert float(error) < TOLERANCE[dtype]
-    assert torch.equal(got[-1], given["residual"][-1].float())
+    sees = mask.any(-1) if mask.ndim == 3 else mask.any(-1)[:, None].expand(-1, length)
+    assert torch.equal(got[~sees], given["residual"][~sees].float()) and not sees[-1].any()
 
 
 @settings(max_examples=15)

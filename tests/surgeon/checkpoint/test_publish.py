@@ -1,3 +1,4 @@
+import ast
 import errno
 import os
 import shutil
@@ -307,3 +308,21 @@ def test_what_is_not_whole_is_not_published(tmp_path: Path, overwrite: bool) -> 
     assert str(raised.value) == said
     assert names(tmp_path) == (["out"] if overwrite else [])
     assert not overwrite or names(target) == ["old"]
+
+
+def test_every_directory_that_is_published_is_verified() -> None:
+    """Whoever adds another publisher says what its output must be."""
+    calls = [
+        (path.relative_to(ROOT), node)
+        for room in ("surgeon", "passes", "exporters", "cli")
+        for path in (ROOT / room).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "staged"
+    ]
+    assert {str(path) for path, _ in calls} >= {"surgeon/patch.py", "exporters/onnx/bundle.py"}
+    unverified = [
+        f"{path}:{node.lineno}"
+        for path, node in calls
+        if len(node.args) < 5 and "verify" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert unverified == []

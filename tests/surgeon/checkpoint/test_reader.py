@@ -144,7 +144,7 @@ def test_unaligned_tensors(tmp_path: Path) -> None:
 def test_side_files(single: Path) -> None:
     keep = ["chat_template.jinja", "generation_config.json", "merges.txt", "modeling.py", "tokenizer.model"]
     drop = [".gitattributes", "pytorch_model.bin", "optimizer.pt", "model.gguf", "extra.safetensors"]
-    drop += ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
+    drop += ["other.safetensors.index.json", "pytorch_model.bin.index.json"]
     for name in keep + drop:
         (single / name).touch()
     (single / "onnx").mkdir()
@@ -256,3 +256,38 @@ def test_adapter_is_named_as_one(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="PEFT adapter"):
         Checkpoint.open(tmp_path)
+
+
+# -- weights that would be read in two ways ------------------------------------------------------------------------
+def test_an_index_of_the_single_file_alone(single: Path) -> None:
+    write_index(single, dict.fromkeys("wn", "model.safetensors"))
+    assert set(Checkpoint.open(single).tensors) == {"w", "n"}
+    write_index(single, {"w": "model.safetensors"})
+    with pytest.raises(CheckpointError, match="holds n, which .* lists not at all"):
+        Checkpoint.open(single)
+
+
+@pytest.mark.parametrize("shards", [{}, {"model.safetensors": {"d": torch.ones(1)}}])
+def test_a_single_file_beside_an_index_of_others(sharded: Path, shards: dict[str, Any]) -> None:
+    """Whether or not the index names it too: transformers reads no other then."""
+    save_file({"d": torch.zeros(1)}, sharded / "model.safetensors")
+    write_index(sharded, {name: file for file, tensors in {**SHARDS, **shards}.items() for name in tensors})
+    with pytest.raises(CheckpointError, match=r"two sets of weights.*00001-of-00002.* and 1 more.*remove"):
+        Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize("weights", ["required", "optional"])
+def test_an_adapter_beside_the_weights(single: Path, weights: Any) -> None:
+    (single / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: a PEFT adapter .*merge"):
+        Checkpoint.open(single, weights)
+
+
+@pytest.mark.parametrize(("name", "usable"), [("model.safetensors", True), ("other.safetensors", False), (3, False)])
+def test_weights_that_the_config_names(single: Path, name: Any, usable: bool) -> None:
+    write_config(single, transformers_weights=name)
+    if usable:
+        Checkpoint.open(single)
+    else:
+        with pytest.raises(CheckpointError, match="transformers_weights names other weights"):
+            Checkpoint.open(single)

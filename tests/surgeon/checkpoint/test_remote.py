@@ -86,3 +86,22 @@ def test_a_hub_that_is_gone_after_the_config_came(served: Hub, monkeypatch: pyte
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(CheckpointError, match=r"^cannot download org/tiny: .+$"):
         Checkpoint.open(REPO, weights="optional")
+
+
+def test_what_would_be_read_in_two_ways_is_refused_there_too(served: Hub) -> None:
+    other = (
+        "model.safetensors.index.json" if (served.directory / "model.safetensors").is_file() else "model.safetensors"
+    )
+    file = sorted(served.directory.glob("*.safetensors"))[0]
+    if other == "model.safetensors":
+        (served.directory / other).write_bytes(file.read_bytes())
+    else:
+        (served.directory / other).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    with pytest.raises(CheckpointError, match="two sets of weights"):
+        Checkpoint.open(REPO, weights="optional")
+
+
+def test_an_adapter_is_refused_there_too(served: Hub) -> None:
+    (served.directory / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="a PEFT adapter"):
+        Checkpoint.open(REPO, weights="optional")

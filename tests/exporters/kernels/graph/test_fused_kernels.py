@@ -18,6 +18,7 @@ from exporters.tensorrt.plugins.reach import largest, reaches_of
 from exporters.tensorrt.profiles import Profile, Range
 from exporters.tensorrt.rewrites import InlineFunctions, rewrite
 from graft_graphs import inputs_of, model_of
+from surgeon.memory.visibility import Visibility
 
 PROFILE = Profile(name="any", sizes={"B": Range.of(1, 4), "S": Range.of(1, 5), "M": Range.of(1, 1024)})
 
@@ -56,11 +57,12 @@ def evaluate(model: ir.Model, feeds: dict[str, np.ndarray], plugins: dict[str, K
     return found
 
 
+@pytest.mark.parametrize("visibility", ["all", "causal"])
 @pytest.mark.parametrize(
     ("kind", "added"), [("pvm", ""), ("pvm", "first"), ("pvm", "last"), ("mixin", ""), ("mixin", "first")]
 )
-def test_a_chain_computes_what_its_function_does(kind: str, added: str) -> None:
-    before, after = model_of(kind, added), model_of(kind, added)
+def test_a_chain_computes_what_its_function_does(kind: str, added: str, visibility: Visibility) -> None:
+    before, after = (model_of(kind, added, visibility=visibility) for _ in range(2))
     rewritten = fused(after)
     (function,) = before.functions
     assert rewritten.replaced == 1 and rewritten.functions == {function[1]: 1}
@@ -68,12 +70,14 @@ def test_a_chain_computes_what_its_function_does(kind: str, added: str) -> None:
     assert kinds == list(rewritten.nodes) + ["Add"] * (kind == "mixin" and added != "")
     assert not after.functions
     for length in (1, 5):
-        feeds = inputs_of(kind, length)
+        feeds = inputs_of(kind, length, visibility=visibility)
         want, got = evaluate(before, feeds), evaluate(after, feeds, rewritten.nodes)
         assert got.shape == want.shape and np.abs(got - want).max() < 1e-5
-        # rows with an empty memory, and their tokens, stay as they are
+        # tokens with an empty memory stay as they are, in rows that have one too
         nothing = (feeds["stream"] if added else 0.0) + (feeds["hidden_states"] if kind == "mixin" else 0.0 * got)
-        assert (got[2] == nothing[2]).all() and np.abs(got[:2] - nothing[:2]).max() > 0.1
+        sees = np.broadcast_to(feeds["memory_mask"].any(-1).reshape(4, -1), (4, length))
+        assert (got[~sees] == nothing[~sees]).all() and np.abs(got[:2] - nothing[:2]).max() > 0.1
+        assert not sees[2].any() and sees[0, 0] == (visibility == "all" or length == 1)
 
 
 def test_what_is_read_elsewhere_is_not_added_by_the_chain() -> None:

@@ -90,6 +90,17 @@ def test_splits_are_fewer_where_prefill_would_need_too_much_memory() -> None:
     assert splits == {64: 16, 65536: 2, 2**20: 1}
 
 
+def test_a_mask_of_each_token_is_another_plugin_of_attention_alone() -> None:
+    found = profiles()
+    given = GIVEN | {"memory_mask": TensorType(("B", "S", "M"), "bool")}
+    each = {n.step.name: n for n in plan_nodes(pvm.chain(1e-6), given, reaches_of(found), largest(found))}
+    rows = planned(found)
+    assert [name for name in rows if rows[name].key != each[name].key] == ["pvm_attend"]
+    for nodes, expected in ((rows, False), (each, True)):
+        forms = nodes["pvm_attend"].described["forms"]
+        assert len(forms) == 3 and {form["constants"]["MASK_PER_TOKEN"] for form in forms} == {expected}
+
+
 def test_layers_of_other_sizes_are_other_plugins() -> None:
     a, b, c = planned(profiles()), planned(profiles()), planned(profiles(length=2))
     assert all(a[name].key == b[name].key for name in a)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from exporters.kernels import operators, support
 from exporters.kernels.operators import mixin, pvm
-from surgeon.memory.graft import Graft, read, remember
+from surgeon.memory.graft import Graft
 from surgeon.memory.mixin import Mixin
 from surgeon.memory.pvm import PersistentVisualMemory
 from surgeon.memory.rotary import Rope
+from surgeon.memory.visibility import Visibility, causally
 
 ROWS, LENGTH, SLOTS, WIDTH, HEAD_DIM = 2, 3, 5, 48, 32
 
@@ -20,7 +21,7 @@ ROWS, LENGTH, SLOTS, WIDTH, HEAD_DIM = 2, 3, 5, 48, 32
 class Case:
     """A graft with random weights and the inputs of its operators."""
 
-    def __init__(self, kind: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, kind: str, dtype: torch.dtype = torch.float32, visibility: Visibility = "all") -> None:
         torch.manual_seed(0)
         rope = Rope(HEAD_DIM, 1e4)
         self.graft: Graft = (
@@ -39,6 +40,9 @@ class Case:
             rope(torch.arange(n).expand(1, ROWS, n)) if kind == "mixin" else None for n in (SLOTS, LENGTH)
         )
         self.mask = torch.arange(SLOTS) < torch.tensor([SLOTS, 2])[:, None]
+        if visibility == "causal":
+            places = torch.tensor([1, 1, 2, 2, 2])  # nothing that the first token sees
+            self.mask = causally(self.mask, places.expand(ROWS, -1), torch.arange(LENGTH))
         self.visual = torch.tensor([[True, False, False]] * ROWS) if kind == "pvm" else None
 
     def leaves(self) -> list[Tensor]:
@@ -46,9 +50,9 @@ class Case:
 
     def compute(self) -> Tensor:
         """Through the memory, as a decoder layer does."""
-        keys, values = remember(self.graft, self.embeds, self.media)
+        keys, values = self.graft.remember(self.embeds, self.media)
         onto = self.onto if self.visual is not None else None
-        return read(self.graft, self.hidden_states, keys, values, self.mask, self.visual, self.text, onto)
+        return self.graft.recall(self.hidden_states, keys, values, self.mask, self.visual, self.text, onto)
 
 
 class OnCpu:
@@ -60,9 +64,10 @@ class OnCpu:
         self.forward, self.project = form.forward, form.project
 
 
+@pytest.mark.parametrize("visibility", ["all", "causal"])
 @pytest.mark.parametrize("kind", ["pvm", "mixin"])
-def test_operators_and_gradients_equal_the_definition(kind: str) -> None:
-    case = Case(kind)
+def test_operators_and_gradients_equal_the_definition(kind: str, visibility: Visibility) -> None:
+    case = Case(kind, visibility=visibility)
     want = case.compute()
     direction = torch.randn_like(want)
     want_grads = torch.autograd.grad(want, case.leaves(), direction)
@@ -82,7 +87,7 @@ def test_the_operators_are_registered_soundly(kind: str) -> None:
     module: Any = pvm if kind == "pvm" else mixin
     angles = () if case.text is None else case.text
     media = () if case.media is None else case.media
-    keys, values = (t.detach() for t in remember(case.graft, case.embeds, case.media))
+    keys, values = (t.detach() for t in case.graft.remember(case.embeds, case.media))
     masks = (case.mask, case.visual) if kind == "pvm" else (case.mask,)
     weights = case.graft.weights()  # type: ignore[operator]
     operator = module.persistent_visual_memory if kind == "pvm" else module.mixin
@@ -103,12 +108,13 @@ def test_compiles_without_a_graph_break(kind: str, backend: str) -> None:
     torch.testing.assert_close(compiled(), want, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("visibility", ["all", "causal"])
 @pytest.mark.parametrize("kind", ["pvm", "mixin"])
-def test_what_runs_on_a_gpu_equals_the_definition(kind: str) -> None:
+def test_what_runs_on_a_gpu_equals_the_definition(kind: str, visibility: Visibility) -> None:
     """The CUDA implementations themselves, kernels interpreted."""
-    case = Case(kind)
+    case = Case(kind, visibility=visibility)
     module: Any = pvm if kind == "pvm" else mixin
-    keys, values = remember(case.graft, case.embeds, case.media)
+    keys, values = case.graft.remember(case.embeds, case.media)
     arguments = (case.embeds, *(case.media or ()), *case.graft.memory_weights(), case.graft.eps)  # type: ignore[operator]
     with torch.no_grad():
         got_keys, got_values = module.fused_memory(*arguments)
@@ -142,7 +148,7 @@ def test_the_plain_definition_is_used_and_said_once() -> None:
     graft.alpha.fill_(0.5)
     keys, values = graft.project(torch.randn(1, 4, 48))
     arguments = (torch.randn(1, 2, 48), keys, values, torch.ones(1, 4, dtype=torch.bool), None)
-    want = graft(*arguments)
+    want = graft.read(*arguments)
     support.say_once.cache_clear()
     with pytest.warns(UserWarning, match="head_dim 24.*plain definition"):
         got = pvm.fused(*arguments, *graft.weights(), graft.eps, None)

@@ -21,6 +21,7 @@ from exporters.runtime.custom_ops import Device, Fused, cuda_device, fuse, fused
 from graft_graphs import inputs_of, model_of
 from pairs import Pair, picture
 from surgeon.inputs import Prompt
+from surgeon.memory.visibility import Visibility
 
 CAPABILITY = 80
 
@@ -38,8 +39,8 @@ def session(model: ir.Model, kernels: Fused | None = None) -> ort.InferenceSessi
     return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def evaluate(made: ort.InferenceSession, kind: str, length: int) -> np.ndarray:
-    feeds = inputs_of(kind, length)
+def evaluate(made: ort.InferenceSession, kind: str, length: int, visibility: Visibility = "all") -> np.ndarray:
+    feeds = inputs_of(kind, length, visibility=visibility)
     found: np.ndarray = made.run(None, {value.name: feeds[value.name] for value in made.get_inputs()})[0]
     return found
 
@@ -51,17 +52,18 @@ def replaced(model: ir.Model, driver: StandIn, alignment: int = 1) -> Fused:
     return found
 
 
+@pytest.mark.parametrize("visibility", ["all", "causal"])
 @pytest.mark.parametrize("kind", ["pvm", "mixin"])
-def test_a_graft_computes_what_its_function_does(driver: StandIn, kind: str) -> None:
-    model = model_of(kind)
+def test_a_graft_computes_what_its_function_does(driver: StandIn, kind: str, visibility: Visibility) -> None:
+    model = model_of(kind, visibility=visibility)
     kernels = replaced(model, driver)
     steps = [node.op_type for node in model.graph]
-    before, after = session(model_of(kind)), session(model, kernels)
+    before, after = session(model_of(kind, visibility=visibility)), session(model, kernels)
     gc.collect()  # what tables point to is theirs
     forms = set()
     for length in (1, 2, 5, 20):
         driver.launches.clear()
-        want, got = evaluate(before, kind, length), evaluate(after, kind, length)
+        want, got = (evaluate(made, kind, length, visibility) for made in (before, after))
         assert got.shape == want.shape and np.abs(got - want).max() < 1e-5
         assert [launched.split(":")[0] for launched in driver.launches] == steps
         forms |= set(driver.launches)
@@ -139,7 +141,8 @@ def test_a_tensor_that_kernels_would_read_wrongly_is_refused(driver: StandIn) ->
 
 
 def test_a_bundle_answers_the_same(export: Callable[..., Pair], driver: StandIn) -> None:
-    pair = export("qwen3_vl", ("pvm:layers=1,latent=64", "mixin:layers=2,num_heads=2,intermediate=48"), head_dim=32)
+    recipe = ("pvm:layers=1,latent=64", "mixin:layers=2,num_heads=2,intermediate=48")
+    pair = export("qwen3_vl", recipe, head_dim=32, visibility="causal")
     plain, runtime = (BundleRuntime(pair.bundle, provider="cpu", threads=1) for _ in range(2))
     runtime.options = replace(runtime.options, fused=device(driver))
     kernels = runtime.decoder.fused
