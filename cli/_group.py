@@ -29,7 +29,9 @@ class SurgeonGroup(click.Group):
             if ctx.params.get("debug"):
                 traceback.print_exc()
             message, code = _explain(error)
-        click.echo(" ".join(message.splitlines()), err=True)
+            # what failed while cleaning up after it
+            notes = [f" ({note})" for note in getattr(error, "__notes__", [])]
+        click.echo(" ".join((message + "".join(notes)).splitlines()), err=True)
         ctx.exit(code)
 
 

@@ -14,13 +14,14 @@ from cli._options import json_option, print_json
     "directory",
     type=click.Path(path_type=Path),
     default=Path("."),
-    help="The directory whose file system is tried.  [default: this one]",
+    help="The directory whose file system is tried and in which leftovers are looked for.  [default: this one]",
 )
 @json_option
 def doctor(directory: Path, as_json: bool) -> None:
     """What is installed, which backends work on this machine, and why the others do not.
 
-    Each backend is really tried: a session is made, a tensor is computed.
+    Each backend is really tried: a session is made, a tensor is computed. What killed runs left in the directory
+    (.NAME.staging-*, .NAME.old-*) is named.
 
     \b
     surgeon doctor --dir /data/checkpoints

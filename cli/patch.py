@@ -25,6 +25,11 @@ from cli._options import json_option, print_json
 )
 @click.option("--seed", type=click.IntRange(0), help="Seed of the new parameters.  [default: the recipe's, else 0]")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is complete.")
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Keep Python files of CKPT, and what in its configs leads to them. None is run here.",
+)
 @json_option
 def patch_command(
     source: str,
@@ -35,6 +40,7 @@ def patch_command(
     weights: Literal["auto", "copy", "link"],
     seed: int | None,
     overwrite: bool,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Write a patched copy of a checkpoint: the source's weights as they are, the new ones in a file of their own.
@@ -72,7 +78,16 @@ def patch_command(
     else:
         assert target is not None
         with console.progress() as progress:
-            report = patch(source, target, to_run, seed=seed, weights=weights, overwrite=overwrite, progress=progress)
+            report = patch(
+                source,
+                target,
+                to_run,
+                seed=seed,
+                weights=weights,
+                overwrite=overwrite,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
     if as_json:
         about = {"target": None if dry_run else str(target), "dry_run": dry_run, "seed": seed}
         print_json({**about, "new_parameters": report.new_parameters, **dataclasses.asdict(report)})

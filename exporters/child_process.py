@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgeon.cleanup import add_cleanup_errors
 from surgeon.errors import SurgeonError
 
 _SHOWN_LINES = 3
@@ -70,9 +71,9 @@ def run_child(
                         on_event(event)
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
-        except BaseException:
-            process.kill()
-            process.wait()
+        except BaseException as error:
+            for end in (process.kill, process.wait):
+                add_cleanup_errors(error, end, f"end process {process.pid}")
             raise
     outcome = Outcome(events, usage.ru_maxrss * 1024)
     if process.returncode != 0 and outcome.last("failed") is None:

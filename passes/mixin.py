@@ -22,8 +22,12 @@ class MixinOptions(PassOptions):
     num_heads: int | None = Field(default=None, gt=0, description="attention heads; by default the backbone's")
     head_dim: int | None = Field(default=None, gt=0, description="width of a head; by default the backbone's")
     intermediate: int | None = Field(default=None, gt=0, description="feed-forward width; by default the backbone's")
-    rope_theta: float | None = Field(default=None, gt=0, description="rotary base; by default the backbone's")
-    eps: float | None = Field(default=None, gt=0, description="of its norms; by default the backbone's")
+    rope_theta: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="rotary base; by default the backbone's"
+    )
+    eps: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="of its norms; by default the backbone's"
+    )
     tiles: Literal["both", "context", "memory"] = Field(
         default="both", description="where high-resolution tiles go beside the thumbnail: both, context, or memory"
     )

@@ -270,3 +270,5 @@ def show_diagnosis(found: Diagnosis) -> None:
         print(f"{storage.directory}: {decimal(storage.free_bytes)} free")
     links = (f"{name}: {'yes' if yes else 'no'}" for name, yes in storage.links.items())
     print(storage.problem or ", ".join(links))
+    for leftover in found.leftovers:
+        print(f"{leftover.path}: {leftover.remedy}")

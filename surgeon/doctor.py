@@ -12,10 +12,11 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgeon import leftovers
 from surgeon.probes import BACKENDS, BEGUN, MARK, PACKAGES, installed_version
 
 TIMEOUT = 120.0
@@ -56,14 +57,38 @@ class Storage:
 
 
 @dataclass(frozen=True)
+class Leftover:
+    """What lies in the directory of a run that was killed, or that is still at work (`use`: left, in use, unknown)."""
+
+    path: str
+    target: str
+    use: leftovers.Use
+    only_copy: bool
+    """Whether nothing else is left of `target`."""
+
+    @property
+    def remedy(self) -> str:
+        name = Path(self.target).name
+        if self.use == "in use":
+            return f"a run is writing {name}; leave it"
+        if self.only_copy:
+            return f"the only copy of {name}, which a killed run was replacing; rename it to {name}"
+        if self.use == "unknown":
+            return f"of a run that writes or wrote {name}; this file system does not tell which: delete it if none runs"
+        return f"a killed run left it; the next run that writes {name} removes it, or delete it"
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     packages: list[Package]
     backends: list[Backend]
     storage: Storage
+    leftovers: list[Leftover] = field(default_factory=list)
 
 
 def diagnose(directory: Path) -> Diagnosis:
-    """Look at this Python, at every backend, and at the file system of `directory`. Raises nothing of what it finds."""
+    """Look at this Python, at every backend, at the file system of `directory`, and at what killed runs left in it.
+    Raises nothing of what it finds."""
     with ThreadPoolExecutor(len(BACKENDS) + 2) as pool:
         imports = pool.submit(_run, "imports")
         storage = pool.submit(_storage, directory)
@@ -72,6 +97,7 @@ def diagnose(directory: Path) -> Diagnosis:
             _packages(imports.result()),
             [_backend(name, outcome.result()) for name, outcome in zip(BACKENDS, backends, strict=True)],
             storage.result(),
+            _leftovers(directory),
         )
 
 
@@ -139,3 +165,11 @@ def _storage(directory: Path) -> Storage:
     outcome = _run("storage", place)
     problem = outcome.results.get("problem") or outcome.died
     return Storage(place, free, outcome.results.get("reflink"), outcome.results.get("hardlink"), problem)
+
+
+def _leftovers(directory: Path) -> list[Leftover]:
+    try:
+        found = leftovers.find(directory.resolve())
+    except OSError:  # which the storage check says
+        return []
+    return [Leftover(str(each.path), str(each.target), leftovers.use(each), each.only_copy) for each in found]

@@ -1,6 +1,7 @@
 """Patch a checkpoint: run the passes on its graph, and publish the result beside shared weights."""
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -11,13 +12,16 @@ from surgeon import __version__
 from surgeon.checkpoint.publish import staged
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.checkpoint.share import share_file
+from surgeon.checkpoint.unchanged import SourceFiles
 from surgeon.checkpoint.writer import PlannedTensor, write_safetensors
 from surgeon.errors import CheckpointError
 from surgeon.graph import LvlmGraph
 from surgeon.memory.patched import RECORD
 from surgeon.pipeline import Pass, run_passes
+from surgeon.published import TensorShapes, check_staged
 from surgeon.recipe import FILE_NAME, Recipe
-from surgeon.remote_code import ENTRY, patched_config, write_remote_code
+from surgeon.remote_code import foreign_auto_map, patched_config, travelling_file_names, write_remote_code
+from surgeon.side_files import configure_image_processor, copy_side_files, name_classes
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how much is done and how much there is, in bytes."""
@@ -34,6 +38,8 @@ class PatchReport:
     bytes_written: int = 0
     shared: dict[str, str] = field(default_factory=dict)
     """Weight file of the output -> how it got there: reflink, hardlink or copy."""
+    left_out: list[str] = field(default_factory=list)
+    """Code of the source, and entries that lead to it, that were not copied."""
 
     @property
     def new_parameters(self) -> int:
@@ -64,26 +70,41 @@ def patch(
     seed: int = 0,
     weights: WeightsMode = "auto",
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> PatchReport:
     """Write a patched copy of a checkpoint: an ordinary transformers directory, complete or not there at all.
 
     The source's weight files are shared (`weights`: see `share_file`), never rewritten; new tensors have a file of
-    their own. Raises SurgeonError kinds; nothing is left behind then.
+    their own. `trust_remote_code` keeps Python files of the source and what in its configs leads to them, for whoever
+    loads the copy with transformers' argument of that name; none is run here.
+    Raises SurgeonError kinds; nothing is left behind then.
     """
     with Checkpoint.open(source) as checkpoint:
+        files = SourceFiles.of_checkpoint(checkpoint)
         graph, report = plan(checkpoint, passes, seed)
-        with staged(Path(target), overwrite=overwrite, protect=[checkpoint.directory]) as directory:
-            _write(graph, checkpoint, directory, passes, weights, report, progress)
+
+        def verify(directory: Path) -> None:
+            files.check()
+            check_staged(directory, _planned(graph))
+
+        with staged(Path(target), overwrite, [checkpoint.directory], verify=verify) as directory:
+            _write(graph, checkpoint, directory, weights, trust_remote_code, report, progress)
     return report
+
+
+def _planned(graph: LvlmGraph) -> TensorShapes:
+    """Every tensor of the output: the source's as they are, and the new ones."""
+    stored = {key: (info.torch_dtype, info.shape) for key, info in graph.source.tensors.items()}
+    return stored | {name: (plan.dtype, plan.shape) for name, plan in graph.new_parameters().items()}
 
 
 def _write(
     graph: LvlmGraph,
     source: Checkpoint,
     directory: Path,
-    passes: Sequence[Pass],
     weights: WeightsMode,
+    trust_remote_code: bool,
     report: PatchReport,
     progress: Progress | None,
 ) -> None:
@@ -98,20 +119,16 @@ def _write(
     }
     weight_map = _share_weights(source, directory, weights, report, progress)
     if graph.new_parameters():
-        new_file = _unused(f"model-{'-'.join(dict.fromkeys(p.name for p in passes))}", weight_map)
+        applied = dict.fromkeys(name for entry in _applied_now(graph) for name in entry)
+        new_file = _unused(f"model-{'-'.join(applied)}", weight_map)
         weight_map |= _write_new(graph, directory / new_file, report, progress)
 
-    for file in source.side_files:
-        if file.name != FILE_NAME:
-            report.bytes_written += share_file(file, directory / file.name, "copy").bytes_written
-    if graph.image_processor:
-        _configure_image_processor(directory, graph.image_processor)
     setattr(graph.config, RECORD, record)
-    write_remote_code(directory, graph.config)
-    config = patched_config(source.config, graph.family.model_type, record)
+    config = patched_config(source.config, graph.family.model_type, record, trust_remote_code)
+    _write_side_files(graph, source, directory, trust_remote_code, report)
     total = sum(info.nbytes for info in source.tensors.values())
     total += sum(prod(plan.shape) * plan.dtype.itemsize for plan in graph.new_parameters().values())
-    recipe = Recipe(seed=graph.seed, passes=[dict(entry) for entry in _applied_now(graph, passes)])
+    recipe = Recipe(seed=graph.seed, passes=[dict(entry) for entry in _applied_now(graph)])
     texts = {
         "config.json": json.dumps(config, indent=2) + "\n",
         "model.safetensors.index.json": json.dumps(
@@ -121,13 +138,35 @@ def _write(
     }
     for name, text in texts.items():
         report.bytes_written += (directory / name).write_text(text, encoding="utf-8")
-    report.bytes_written += sum(p.stat().st_size for p in directory.glob("surgeon_*.py"))
-    report.bytes_written += (directory / f"{ENTRY}.py").stat().st_size
 
 
-def _applied_now(graph: LvlmGraph, passes: Sequence[Pass]) -> list[dict[str, Any]]:
+def _write_side_files(
+    graph: LvlmGraph, source: Checkpoint, directory: Path, trust_remote_code: bool, report: PatchReport
+) -> None:
+    """Everything but weights, config and recipe. Warns of the source's code that stays behind."""
+    code = travelling_file_names(source.config)
+    copied = copy_side_files(source, directory, {FILE_NAME, *code}, trust_remote_code)
+    report.bytes_written += copied.bytes_written
+    report.left_out = copied.left_out
+    if not trust_remote_code and (entries := foreign_auto_map(source.config)):
+        report.left_out.append(f"auto_map of config.json ({', '.join(sorted(entries))})")
+    if report.left_out:
+        warnings.warn(
+            f"left out, because they are code of the source or lead to it: {', '.join(report.left_out)}; "
+            "--trust-remote-code keeps them",
+            stacklevel=2,
+        )
+    if graph.image_processor:
+        configure_image_processor(directory, graph.image_processor)
+    name_classes(directory, graph.family)
+    report.bytes_written += write_remote_code(directory, graph.config)
+
+
+def _applied_now(graph: LvlmGraph) -> list[dict[str, Any]]:
+    """The recorded passes that the source does not have already."""
+    before = (graph.source.config.get(RECORD) or {}).get("passes", [])
     applied: list[dict[str, Any]] = graph.record["passes"]
-    return applied[len(applied) - len(passes) :] if passes else []
+    return applied[len(before) :]
 
 
 def _share_weights(
@@ -174,19 +213,6 @@ def _write_new(graph: LvlmGraph, file: Path, report: PatchReport, progress: Prog
     ]
     report.bytes_written += write_safetensors(file, tensors, {"format": "pt"}, written)
     return {name: file.name for name in new}
-
-
-def _configure_image_processor(directory: Path, options: dict[str, Any]) -> None:
-    """Change options of the image processor, in whichever of the two files it is described."""
-    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-        path = directory / name
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        described = content if key is None else content.get(key)
-        if described:
-            described.update(options)
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            return
-    raise CheckpointError(f"the checkpoint has no image processor to set {', '.join(sorted(options))} of")
 
 
 def _unused(stem: str, weight_map: dict[str, str]) -> str:

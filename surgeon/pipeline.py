@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import json
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from surgeon.errors import OptionError, SurgeonError
@@ -122,6 +124,7 @@ def run_passes(graph: "LvlmGraph", passes: Sequence[Pass]) -> list[PassResult]:
     for each in passes:
         each.requires(graph)
         resolved = each.resolved(graph)
+        check_replay(graph, each, resolved)
         try:
             result = each.rewrite(graph)
         except SurgeonError:
@@ -135,6 +138,28 @@ def run_passes(graph: "LvlmGraph", passes: Sequence[Pass]) -> list[PassResult]:
         check(graph, each)
         results.append(result)
     return results
+
+
+def check_replay(graph: "LvlmGraph", each: Pass, resolved: dict[str, Any]) -> None:
+    """What the record and the recipe will hold must give the same pass again: written and read, `resolved` is accepted
+    as the pass's options, and they resolve to themselves. Raises PostconditionError."""
+
+    def fail(why: str) -> PostconditionError:
+        return PostconditionError(f"pass {each.name} would record options that do not replay: {why}")
+
+    read = yaml.safe_load(yaml.safe_dump(resolved))
+    if not read == resolved == json.loads(json.dumps(resolved)):
+        raise fail(f"{resolved} are read back as {read}")
+    try:
+        again = type(each)(each.Options(**read))
+        again.requires(graph)
+    except ValidationError as error:
+        raise fail(_explain(error, type(each))) from error
+    except PreconditionError as error:
+        raise fail(str(error)) from error
+    if (replayed := again.resolved(graph)) != resolved:
+        option = next(key for key in [*resolved, *replayed] if resolved.get(key) != replayed.get(key))
+        raise fail(f"option {option!r} is {resolved.get(option)!r}, and then {replayed.get(option)!r}")
 
 
 def check(graph: "LvlmGraph", each: Pass) -> None:

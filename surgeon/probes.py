@@ -9,10 +9,11 @@ import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from surgeon.cleanup import temporary_directory
 
 PACKAGES = {
     "torch": "torch",
@@ -84,12 +85,12 @@ def _try_storage(directory: Path) -> dict[str, Any]:
     except _BROKEN as error:
         return {"problem": f"links were not tried, because torch cannot be imported: {_first_line(error)}"}
     try:
-        with tempfile.TemporaryDirectory(prefix=".surgeon-doctor-", dir=directory) as name:
-            file = Path(name, "file")
+        with temporary_directory(".surgeon-doctor-", directory) as folder:
+            file = folder / "file"
             file.write_bytes(bytes(4096))
-            reflink = share_file(file, Path(name, "reflink"), "auto").method == "reflink"
+            reflink = share_file(file, folder / "reflink", "auto").method == "reflink"
             try:
-                os.link(file, Path(name, "hardlink"))
+                os.link(file, folder / "hardlink")
             except OSError:
                 return {"reflink": reflink, "hardlink": False}
             return {"reflink": reflink, "hardlink": True}

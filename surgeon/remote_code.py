@@ -85,6 +85,15 @@ def travelling_files(described: Family, kinds: list[str]) -> dict[str, str]:
     return {f"{name}.py": text for name, text in found.items()}
 
 
+def travelling_file_names(config: dict[str, Any]) -> list[str]:
+    """The files that this tool wrote beside a patched config.json; none beside a plain one."""
+    record = config.get(patched.RECORD)
+    if not record:
+        return []
+    kinds = sorted({entry["kind"] for entry in record["grafts"]})
+    return list(travelling_files(family(config["model_type"]), kinds))
+
+
 def _base_model_name(described: Family) -> str:
     return f"Surgeon{described.base_model_class}"
 
@@ -99,22 +108,34 @@ def auto_map(described: Family) -> dict[str, str]:
     return {auto_class: f"{ENTRY}.{name}" for auto_class, name in classes.items()}
 
 
-def patched_config(config: dict[str, Any], model_type: str, record: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of a patched checkpoint: that of the plain one, whose family is `model_type`, and the record."""
+def foreign_auto_map(config: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a config's `auto_map` that lead to code which is not this tool's."""
+    entries = config.get("auto_map")
+    own = auto_map(family(config["model_type"]))
+    return {k: v for k, v in entries.items() if own.get(k) != v} if isinstance(entries, dict) else {}
+
+
+def patched_config(
+    config: dict[str, Any], model_type: str, record: dict[str, Any], trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """The config.json of a patched checkpoint: that of the plain one, whose family is `model_type`, and the record.
+
+    `trust_remote_code`: whether what else the plain one's `auto_map` leads to is kept.
+    """
     return {
         **config,
         "architectures": ["SurgeonModel"],
-        "auto_map": {**config.get("auto_map", {}), **auto_map(family(model_type))},
+        "auto_map": {**(foreign_auto_map(config) if trust_remote_code else {}), **auto_map(family(model_type))},
         "model_type": patched.MODEL_TYPE_PREFIX + model_type,
         patched.RECORD: record,
     }
 
 
-def write_remote_code(directory: Path, config: PretrainedConfig) -> None:
-    """Write the travelling files of a patched config into a checkpoint directory."""
+def write_remote_code(directory: Path, config: PretrainedConfig) -> int:
+    """Write the travelling files of a patched config into a checkpoint directory. Returns the bytes written."""
     kinds = sorted({entry["kind"] for entry in getattr(config, patched.RECORD)["grafts"]})
-    for name, text in travelling_files(family(config.model_type), kinds).items():
-        (directory / name).write_text(text, encoding="utf-8")
+    files = travelling_files(family(config.model_type), kinds)
+    return sum((directory / name).write_text(text, encoding="utf-8") for name, text in files.items())
 
 
 @cache

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters.runtime.session import Provider
+from surgeon.cleanup import add_cleanup_errors
 from surgeon.errors import SurgeonError
 
 
@@ -104,12 +105,14 @@ class _Child:
         )
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.words):
-            if stream is not None:
-                stream.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        streams = [each for each in (self.process.stdin, self.process.stdout, self.words) if each is not None]
+        ends: list[Callable[[], object]] = [self.process.kill, self.process.wait, *(each.close for each in streams)]
+        for end in ends:
+            if error is None:
+                end()
+            else:  # closing what a dead child no longer reads fails, and is not why it died
+                add_cleanup_errors(error, end, "end the child")
 
     def wait_until_ready(self) -> None:
         self.about = self._hear()["ready"]

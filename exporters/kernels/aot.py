@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ from exporters.kernels.folder import VARIABLE
 from exporters.kernels.plan import Launch
 from exporters.kernels.support import say_once
 from surgeon.checkpoint import staged_file
+from surgeon.cleanup import temporary_directory
 from surgeon.errors import SurgeonError, TargetError
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -193,8 +193,8 @@ def _compile_all(jobs: dict[str, tuple[Job, dict[str, Any]]]) -> dict[str, dict[
 def _compile_share(jobs: dict[str, tuple[Job, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     keys = list(jobs)
     names = [name_of(job.launch, job.capability) for job, _ in jobs.values()]
-    with tempfile.TemporaryDirectory(prefix="surgeon-kernels-") as folder:
-        told = Path(folder) / "jobs.json"
+    with temporary_directory("surgeon-kernels-") as folder:
+        told = folder / "jobs.json"
         paths = [str(_ROOT), *(path for path in sys.path if path)]
         told.write_text(json.dumps({"paths": paths, "jobs": [described for _, described in jobs.values()]}))
         done: list[dict[str, Any]] = []
@@ -202,7 +202,7 @@ def _compile_share(jobs: dict[str, tuple[Job, dict[str, Any]]]) -> dict[str, dic
             run_child(
                 [str(told)],
                 "compiling kernels",
-                Path(folder) / "log",
+                folder / "log",
                 _CHILD,
                 on_event=done.append,
                 without=("TRITON_INTERPRET",),

@@ -1,7 +1,6 @@
 """A bundle: a checkpoint's ONNX graphs, the weight files they point into, and what a runtime needs beside them."""
 
 import json
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import surgeon
 from exporters.onnx import manifest as manifests
 from exporters.onnx.decoder import decoder_graph
 from exporters.onnx.embed import embed_graph
+from exporters.onnx.external_data import check_external_data
 from exporters.onnx.manifest import GraphFile, Manifest, Memory, Port, Sizes, Source, Tokens, WeightFile
 from exporters.onnx.memory import memory_entries, memory_graph
 from exporters.onnx.precision.fit import fit_float16, not_measured
@@ -22,7 +22,7 @@ from exporters.onnx.precision.policy import Float32Operators
 from exporters.onnx.rope import position_axes
 from exporters.onnx.vision import vision_graph
 from exporters.onnx.weights import Progress, bind
-from surgeon.checkpoint import Checkpoint, staged
+from surgeon.checkpoint import Checkpoint, SourceFiles, share_file, staged
 from surgeon.errors import OptionError
 from surgeon.families import Family, family
 from surgeon.memory.visibility import visibility_of
@@ -70,10 +70,16 @@ def export_bundle(
     if unknown := set(graphs or ()) - set(GRAPHS):
         raise OptionError(f"no graph {sorted(unknown)[0]!r}; there are {', '.join(GRAPHS)}")
     with Checkpoint.open(checkpoint) as opened:
+        files = SourceFiles.of_checkpoint(opened)
         stored = read_model(opened, dtype)
         described = family(stored.config.model_type)
         _check_length(max_length, described.text_config(stored.config))
-        with staged(target, overwrite, protect=[opened.directory]) as directory:
+
+        def verify(directory: Path) -> None:
+            files.check()
+            check_external_data(directory, Manifest.load(directory))
+
+        with staged(target, overwrite, [opened.directory], verify=verify) as directory:
             manifest = _write(opened, described, stored, directory, dtype, max_length, progress, graphs)
             return _fit(directory, manifest, measure, progress) if dtype == torch.float16 else manifest
 
@@ -220,7 +226,7 @@ def _copy_processor(checkpoint: Checkpoint, folder: Path) -> None:
     folder.mkdir()
     for path in checkpoint.side_files:
         if path.suffix in _PROCESSOR_SUFFIXES:
-            shutil.copyfile(path, folder / path.name)
+            share_file(path, folder / path.name, "copy")
     (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n")
 
 

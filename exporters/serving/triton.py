@@ -1,13 +1,12 @@
 """An NVIDIA Triton Inference Server model repository around a directory of engines."""
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from exporters.tensorrt.errors import EngineError
-from surgeon.checkpoint import staged
+from surgeon.checkpoint import share_file, staged
 
 _T = TypeVar("_T")
 CONFIG = "config.pbtxt"
@@ -44,11 +43,19 @@ def write_repository(
     -> what `build` gives. Raises TargetError for the target, and what `build` raises.
     """
     name = model_name(target)
-    with staged(target, overwrite, protect=[] if protect is None else [protect]) as directory:
+
+    model = Path(__file__).with_name("triton_model.py")
+
+    def verify(directory: Path) -> None:
+        """`build` sees to the engines itself."""
+        if (directory / name / VERSION / "model.py").read_bytes() != model.read_bytes():
+            raise EngineError(f"{directory / name / VERSION / 'model.py'} is not what was copied there")
+
+    with staged(target, overwrite, [] if protect is None else [protect], verify=verify) as directory:
         version = directory / name / VERSION
         version.mkdir(parents=True)
         built = build(version / ENGINES)
-        shutil.copyfile(Path(__file__).with_name("triton_model.py"), version / "model.py")
+        share_file(model, version / "model.py", "copy")
         (directory / name / CONFIG).write_text(config(name))
     return built
 

@@ -3,7 +3,6 @@
 It is copied there as it is. The backend's Python needs this project, a CUDA build of torch and the engines' library.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from exporters.runtime import generate
 from exporters.tensorrt.runtime import EngineRuntime
+from surgeon.cleanup import temporary_directory
 from surgeon.errors import SurgeonError
 from surgeon.generation import Sampling
 from surgeon.inputs import Prompt
@@ -61,10 +61,10 @@ class TritonPythonModel:
             raise RequestError(f"max_tokens is {max_tokens}; it starts at 1")
         if not 0 <= temperature < float("inf"):
             raise RequestError(f"temperature is {temperature}; it is 0 (greedy) or larger")
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_directory("surgeon-request-") as folder:
             pictures = []
             for number, content in enumerate(_all(request, "images")):
-                pictures.append(Path(folder) / f"image-{number}")
+                pictures.append(folder / f"image-{number}")
                 pictures[-1].write_bytes(content)
             prompt = Prompt(_text(_one(request, "prompt")), tuple(pictures))
             try:

@@ -1,7 +1,5 @@
 """Engines of a bundle, planned, built and published together."""
 
-import shutil
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,8 @@ from exporters.tensorrt.layers import LayerReport
 from exporters.tensorrt.library import NATIVE, Library, choose_targets, find, gpu, installed_version
 from exporters.tensorrt.manifest import LAYERS, PROCESSOR, EngineFile, EngineManifest, LibraryUsed, digest
 from exporters.tensorrt.plan import GraphPlan, Plan, make_plan
-from surgeon.checkpoint import check_target, staged
+from surgeon.checkpoint import SourceFiles, check_link, check_target, share_file, staged
+from surgeon.cleanup import temporary_directory
 
 if TYPE_CHECKING:
     from exporters.kernels.tuned import Tuned
@@ -52,16 +51,25 @@ def build_engines(
     if options.timing_cache is not None and not library.keeps_timings:
         raise EngineError(f"--timing-cache: {library.backend} times nothing when it builds; leave it out")
     cache = None if options.cache is None else BuildCache(options.cache)
-    with staged(target, overwrite, protect=[bundle]) as directory:
-        with tempfile.TemporaryDirectory(prefix=".work-", dir=directory) as work:
-            builder = Builder(plan, library, targets, options, cache, Path(work), progress)
+    files = SourceFiles.of([path for path in bundle.rglob("*") if path.is_file()])
+
+    def verify(directory: Path) -> None:
+        files.check()
+        EngineManifest.load(directory, verify=False)  # their digests were just made of these very files
+
+    with staged(target, overwrite, [bundle], verify=verify) as directory:
+        with temporary_directory(".work-", directory) as work:
+            builder = Builder(plan, library, targets, options, cache, work, progress)
             made = {graph.name: builder.build(graph, directory / graph.engine) for graph in plan.graphs}
             builder.keep_timings()
         found = LayerReport(graphs={name: each.layers for name, each in made.items()})
         if options.strict and (warnings := found.warnings()):
             raise LayerError(f"{'; '.join(warnings)} (--strict)")
         (directory / LAYERS).write_text(found.model_dump_json(indent=2) + "\n")
-        shutil.copytree(bundle / PROCESSOR, directory / PROCESSOR)
+        (directory / PROCESSOR).mkdir()
+        for path in (bundle / PROCESSOR).iterdir():
+            check_link(path, bundle)
+            share_file(path, directory / PROCESSOR / path.name, "copy")
         manifest = _manifest(plan, library, targets, directory)
         manifest.save(directory)
     return Built(

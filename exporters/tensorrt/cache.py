@@ -83,7 +83,13 @@ class BuildCache:
         return kept
 
     def put(self, key: str, engine: Path, kept: Mapping[str, Any]) -> None:
-        """Keep an engine, and what belongs to it, JSON."""
-        with staged(self.folder / key, overwrite=True) as entry:
+        """Keep an engine, and what belongs to it, JSON. Raises TargetError where it cannot be kept whole."""
+        made = digest(engine)
+
+        def verify(entry: Path) -> None:
+            if digest(entry / _ENGINE) != made:
+                raise EngineError(f"{engine} changed while it was copied to {entry}")
+
+        with staged(self.folder / key, overwrite=True, verify=verify) as entry:
             share_file(engine, entry / _ENGINE)
-            (entry / _RESULT).write_text(json.dumps({"sha256": digest(engine), "kept": kept}, indent=2) + "\n")
+            (entry / _RESULT).write_text(json.dumps({"sha256": made, "kept": kept}, indent=2) + "\n")

@@ -7,7 +7,6 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import re
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Literal, get_args
 
 from exporters.child_process import ProcessError, log_tail, run_child
 from exporters.tensorrt.errors import EngineError
+from surgeon.cleanup import temporary_directory
 
 Backend = Literal["tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -61,8 +61,8 @@ def find(backend: Backend) -> Library:
 
 @cache
 def _probe(backend: Backend) -> Library:
-    with tempfile.TemporaryDirectory(prefix="surgeon-probe-") as folder:
-        log = Path(folder) / "log"
+    with temporary_directory("surgeon-probe-") as folder:
+        log = folder / "log"
         try:
             found = run_child(["probe", module_of(backend)], f"importing {backend}", log, CHILD).last("probed")
         except ProcessError as error:

@@ -1,19 +1,21 @@
-"""Outputs that appear whole or not at all: staged beside the target, synced to the disk, then renamed.
+"""Outputs that appear whole or not at all: staged beside the target, checked, synced to the disk, then renamed.
 
-A killed process leaves at most a `.<name>.staging-*` beside the target, which can be deleted; killed between the two
-renames of an overwrite, the previous output is in `.<name>.old-*`.
+A killed process leaves a `.<name>.staging-*` beside the target, or, where two renames were needed, the previous output
+in `.<name>.old-*`. The next run of the same target removes the one and puts the other back (`surgeon/leftovers.py`).
 """
 
 import errno
 import os
-import secrets
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from surgeon.errors import TargetError
+from surgeon.checkpoint.rename import exchange, rename_to_free
+from surgeon.cleanup import add_cleanup_errors
+from surgeon.errors import SurgeonError, TargetError
+from surgeon.leftovers import beside, lock, recover, remove
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -50,23 +52,32 @@ def check_target(target: Path, overwrite: bool = False, protect: Sequence[Path] 
 
 @contextmanager
 def staged(
-    target: Path, overwrite: bool = False, protect: Sequence[Path] = (), needed: int | None = None
+    target: Path,
+    overwrite: bool = False,
+    protect: Sequence[Path] = (),
+    needed: int | None = None,
+    verify: Callable[[Path], None] | None = None,
 ) -> Iterator[Path]:
     """An empty directory to write into, which becomes `target` when the `with` ends without an exception.
 
     Until then a previous target stays as it is; after any exception (a KeyboardInterrupt too) nothing of the new one is
     left. Parents are created. `needed` is how many bytes will be written, where known: checked against the free space
-    beforehand. Raises TargetError as `check_target`, for a full disk, and where the target cannot be written.
+    beforehand. `verify` is called with the directory when everything is in it and on the disk, and raises a
+    SurgeonError where it is not what it was to be. What killed runs left of this target is put back or removed first.
+    Raises TargetError as `check_target`, for a full disk, where the target cannot be written, and for what `verify`
+    refuses.
     """
-    real = check_target(target, overwrite, protect)
-    with _staging(target, real, "", needed) as staging:
-        try:
-            staging.mkdir()
-        except OSError as error:
-            raise TargetError(f"{target} cannot be written: {error}") from error
+    real = _real(target, overwrite, protect, directory=True)
+    with _staging(target, real, needed) as staging:
         yield staging
         _sync_tree(staging)
-        _publish(staging, real, target, overwrite)
+        if verify is not None:
+            _verify(verify, staging, target)
+        if overwrite and os.path.lexists(real):
+            _replace_directory(staging, real, target)
+        else:
+            _publish_new(staging, real, target)
+        _sync(real.parent)
 
 
 @contextmanager
@@ -77,74 +88,125 @@ def staged_file(
 
     Raises FileNotFoundError when the `with` ends and no file was written there.
     """
-    real = check_target(target, overwrite, protect, directory=False)
-    with _staging(target, real, real.suffix, needed) as staging:
-        yield staging
-        _sync(staging)
-        _publish(staging, real, target, overwrite)
+    real = _real(target, overwrite, protect, directory=False)
+    with _staging(target, real, needed) as folder:
+        file = folder / real.name
+        yield file
+        _sync(file)
+        if overwrite:
+            os.replace(file, real)
+        else:
+            _publish_new(file, real, target)
+        _sync(real.parent)
+
+
+def _real(target: Path, overwrite: bool, protect: Sequence[Path], directory: bool) -> Path:
+    """The checked target, after what killed runs left of it was seen to."""
+    recover(Path(os.path.realpath(target)))
+    return check_target(target, overwrite, protect, directory)
 
 
 @contextmanager
-def _staging(target: Path, real: Path, suffix: str, needed: int | None) -> Iterator[Path]:
-    """A free name beside the target; whatever is there at the end is removed; a full disk becomes a TargetError."""
-    staging = _beside(real, "staging", suffix)
+def _staging(target: Path, real: Path, needed: int | None) -> Iterator[Path]:
+    """An empty, locked directory beside the target; whatever is there at the end is removed; a full disk becomes a
+    TargetError."""
     try:
-        try:
-            real.parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(real.parent, os.W_OK | os.X_OK):
-                raise TargetError(f"{target} cannot be written: no permission to write in {real.parent}")
-        except OSError as error:
-            raise TargetError(f"{target} cannot be written: {error}") from error
+        real.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(real.parent, os.W_OK | os.X_OK):
+            raise TargetError(f"{target} cannot be written: no permission to write in {real.parent}")
         free = shutil.disk_usage(real.parent).free
         if needed is not None and needed > free:
             raise TargetError(f"the disk is too full for {target}: {needed:,} bytes needed, {free:,} free")
-        yield staging
+        staging, handle = _make_locked(real)
     except OSError as error:
-        if error.errno in _FULL:
+        raise TargetError(f"{target} cannot be written: {error}") from error
+    try:
+        yield staging
+    except BaseException as error:
+        first: BaseException = error
+        if isinstance(error, OSError) and error.errno in _FULL:
             wanted = f" of {needed:,} needed" if needed is not None else ""
-            raise TargetError(
+            first = TargetError(
                 f"the disk is full: {target} was not written ({free:,} bytes{wanted} were free at the start); "
                 f"make room or name another place ({error})"
-            ) from error
+            )
+        add_cleanup_errors(first, lambda: remove(staging), f"remove {staging}")
+        if first is not error:
+            raise first from error
         raise
-    finally:
-        _remove(staging)
-
-
-def _beside(real: Path, what: str, suffix: str = "") -> Path:
-    return real.with_name(f".{real.name.removesuffix(suffix)}.{what}-{secrets.token_hex(4)}{suffix}")
-
-
-def _publish(staging: Path, real: Path, target: Path, overwrite: bool) -> None:
-    if not os.path.lexists(real):
-        os.rename(staging, real)
-    elif not overwrite:
-        raise TargetError(f"{target} appeared while it was being written; nothing was replaced")
-    elif staging.is_file():
-        os.replace(staging, real)
     else:
-        old = _beside(real, "old")
+        _remove_or_warn(staging, f"{target} is written, but what it replaced is still in {staging}")
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _make_locked(real: Path) -> tuple[Path, int | None]:
+    """A new directory, and the handle that holds its lock; None for that where the file system has no locks."""
+    while True:
+        staging = beside(real, "staging")
+        staging.mkdir()
+        try:
+            return staging, lock(staging)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # between the two another run took it for a leftover, and removes it
+        except OSError:
+            return staging, None
+
+
+def _verify(verify: Callable[[Path], None], staging: Path, target: Path) -> None:
+    try:
+        verify(staging)
+    except SurgeonError as error:
+        reason = str(error).replace(str(staging), str(target))
+        raise TargetError(f"{target} was not written, because it would not be whole: {reason}") from error
+
+
+def _publish_new(staging: Path, real: Path, target: Path) -> None:
+    try:
+        rename_to_free(staging, real)
+    except FileExistsError:
+        raise TargetError(f"{target} appeared while it was being written; nothing was replaced") from None
+
+
+def _replace_directory(staging: Path, real: Path, target: Path) -> None:
+    """In one step where the system can: then `staging` is what was replaced. Else the previous one is set aside first,
+    and put back on any failure."""
+    if exchange(staging, real):
+        return
+    with _locked_where_possible(real):
+        old = beside(real, "old")
         try:
             os.rename(real, old)
             os.rename(staging, real)
-        except BaseException:
+        except BaseException as error:
             if os.path.lexists(old) and not os.path.lexists(real):
-                os.rename(old, real)
+                add_cleanup_errors(error, lambda: os.rename(old, real), f"put {real} back from {old}")
             raise
         _sync(real.parent)
-        try:
-            shutil.rmtree(old)
-        except OSError as error:  # the new one is in place, so this is no failure
-            warnings.warn(f"{target} is written, but the one it replaced is still in {old}: {error}", stacklevel=4)
-        return
-    _sync(real.parent)
+        _remove_or_warn(old, f"{target} is written, but the one it replaced is still in {old}")
 
 
-def _remove(staging: Path) -> None:
-    if staging.is_dir():
-        shutil.rmtree(staging)
-    else:
-        staging.unlink(missing_ok=True)
+@contextmanager
+def _locked_where_possible(path: Path) -> Iterator[None]:
+    """So that no other run takes what is set aside for what a killed run left."""
+    try:
+        handle = lock(path)
+    except OSError:  # no locks here, or another run is about to do the same
+        handle = None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _remove_or_warn(path: Path, otherwise: str) -> None:
+    """Of what is no longer needed: that it stays is no failure."""
+    try:
+        remove(path)
+    except OSError as error:
+        warnings.warn(f"{otherwise}: {error}", stacklevel=2)
 
 
 def _sync_tree(directory: Path) -> None:

@@ -15,6 +15,7 @@ from huggingface_hub import constants
 
 from surgeon.checkpoint.headers import TORCH_DTYPES, TensorInfo, header_bytes, read_header
 from surgeon.checkpoint.hub import is_hub_id, resolve
+from surgeon.checkpoint.links import check_link
 from surgeon.checkpoint.remote import RemoteWeights
 from surgeon.errors import CheckpointError
 
@@ -79,13 +80,17 @@ class Checkpoint:
 
     @property
     def side_files(self) -> list[Path]:
+        """Raises CheckpointError for a link that leads out of the directory and of the Hugging Face cache, or to
+        nothing; see `check_link`."""
+
         def wanted(path: Path) -> bool:
             name = path.name
-            return not (
-                name.startswith(".") or name == CONFIG or name.endswith((*WEIGHTS, ".index.json")) or not path.is_file()
-            )
+            return not (name.startswith(".") or name == CONFIG or name.endswith((*WEIGHTS, ".index.json")))
 
-        return sorted(filter(wanted, self.directory.iterdir()))
+        files = [path for path in sorted(filter(wanted, self.directory.iterdir())) if not path.is_dir()]
+        for path in files:
+            check_link(path, self.directory)
+        return [path for path in files if path.is_file()]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,13 +119,20 @@ class Checkpoint:
         """A tensor's values, of the file's dtype and shape, on the CPU, memory-mapped: pages come in as they are used.
 
         Writing into the tensor never reaches the file, but `release` may undo it: clone it first. The tensor
-        stays valid after `close`. Raises CheckpointError for a name that the checkpoint does not have.
+        stays valid after `close`. Raises CheckpointError for a name that the checkpoint does not have, and for a file
+        that has become shorter since its header was read.
         """
         info = self._info(name)
         dtype = info.torch_dtype
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=dtype)
-        raw = torch.frombuffer(self._map(info.file), dtype=torch.uint8, count=info.nbytes, offset=info.offset)
+        mapped = self._map(info.file)
+        if mapped.size() < info.offset + info.nbytes:  # a page behind the file's end would end the process
+            raise CheckpointError(
+                f"{info.file}: cut short while it was read: {name} ends at byte {info.offset + info.nbytes}, the file "
+                f"at {mapped.size()}; is it being written?"
+            )
+        raw = torch.frombuffer(mapped, dtype=torch.uint8, count=info.nbytes, offset=info.offset)
         if info.offset % dtype.itemsize:  # legal in safetensors, not for a view of a wider dtype
             raw = raw.clone()
         return raw.view(dtype).view(info.shape)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from surgeon.cleanup import add_cleanup_errors
 from surgeon.errors import CheckpointError
 
 Mode = Literal["auto", "copy", "link"]
@@ -72,8 +73,8 @@ def _reflink(source: int, target: Path) -> bool:
         fcntl.ioctl(out, _FICLONE, source)
         return True
     except OSError as error:
-        target.unlink()
-        if error.errno not in _UNSUPPORTED:
+        add_cleanup_errors(error, target.unlink, f"remove {target}")
+        if error.errno not in _UNSUPPORTED or target.exists():
             raise
         return False
     finally:
@@ -114,8 +115,8 @@ def _copy(source: int, named: Path, target: Path, progress: Callable[[int], None
                     f"{named}: ended at byte {done} of {size} while it was copied; is it being written?"
                 )
         return done
-    except BaseException:
-        target.unlink()
+    except BaseException as error:
+        add_cleanup_errors(error, target.unlink, f"remove {target}")
         raise
     finally:
         os.close(out)

@@ -1,5 +1,6 @@
 """Safetensors files written as a stream: the header first, then one tensor at a time."""
 
+import errno
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from surgeon.checkpoint.headers import SAFETENSORS_DTYPES
+from surgeon.errors import CheckpointError
 
 _ALIGNMENT = 64
 _CHUNK = 64 << 20
@@ -39,8 +41,9 @@ def write_safetensors(
     """Write a new safetensors file and return its size. The data has the order given and starts at a multiple of 64.
 
     Never more than one tensor is in memory. `progress(n)` is called after each n bytes of data. Raises ValueError for
-    two tensors of one name, a dtype that safetensors has not, or a tensor that is not made as planned; OSError
-    where the file exists or cannot be written. After an error the file is incomplete: write into a staging directory.
+    two tensors of one name, a dtype that safetensors has not, or a tensor that is not made as planned; CheckpointError
+    for one out of a file that was cut short; OSError where the file exists or cannot be written. After an error the
+    file is incomplete: write into a staging directory.
     """
     plan = list(tensors)
     header = _header(plan, metadata)
@@ -56,7 +59,13 @@ def write_safetensors(
 
         write(memoryview(header), None)
         for item in plan:
-            write(_bytes_of(item), progress)
+            try:
+                write(_bytes_of(item), progress)
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                # its bytes are those of a mapped file that has become shorter
+                raise CheckpointError(f"{item.name}: the file it comes from was cut short while it was read") from error
             size += item.nbytes
     return size
 

@@ -64,6 +64,8 @@ class Family(ABC):
     model_class: ClassVar[str]
     """Name of the transformers class for image-text-to-text."""
     config_class: ClassVar[str]
+    video_processor_class: ClassVar[str | None] = None
+    """Its video processor's class, where that is not named after the image processor's."""
     vision_tower: ClassVar[str] = "model.visual"
     projector: ClassVar[str] = "model.visual.merger"
     text_model: ClassVar[str] = "model.language_model"

@@ -20,6 +20,7 @@ class InternVL(TiledFamily):
     model_type = "internvl"
     model_class = "InternVLForConditionalGeneration"
     config_class = "InternVLConfig"
+    video_processor_class = "InternVLVideoProcessor"
     vision_tower = "model.vision_tower"
     projector = "model.multi_modal_projector"
     image_processor_class = "GotOcr2ImageProcessor"

@@ -10,12 +10,16 @@ from typing import Any
 from surgeon import __version__
 from surgeon.checkpoint.publish import check_target, staged
 from surgeon.checkpoint.reader import Checkpoint
+from surgeon.checkpoint.unchanged import SourceFiles
 from surgeon.errors import CheckpointError
+from surgeon.families import family
 from surgeon.importers._layout import Layout
 from surgeon.importers._registry import importer_of
 from surgeon.importers._tensors import Converted, equal, plan_tensors, write_tensors
-from surgeon.models import build_meta, read_config, read_model
+from surgeon.models import build_meta, read_config
+from surgeon.published import check_staged
 from surgeon.remote_code import patched_config, write_remote_code
+from surgeon.side_files import name_classes
 from surgeon.weights import check_dtype
 
 Progress = Callable[[str, int, int], None]
@@ -56,6 +60,7 @@ def import_checkpoint(
     OptionError for a token id that cannot be, TargetError; nothing is left behind then.
     """
     with Checkpoint.open(source) as checkpoint:
+        files = SourceFiles.of_checkpoint(checkpoint)
         check_target(Path(target), overwrite, [checkpoint.directory])
         name, importer = importer_of(checkpoint)
         layout = importer.read(checkpoint, image_token_id)
@@ -73,13 +78,16 @@ def import_checkpoint(
             warnings=list(layout.warnings),
         )
         needed = sum(each.nbytes for each in planned)
-        with staged(Path(target), overwrite=overwrite, protect=[checkpoint.directory], needed=needed) as directory:
+
+        def verify(directory: Path) -> None:
+            files.check()
+            check_staged(directory, {each.name: (each.source.torch_dtype, each.shape) for each in planned})
+
+        with staged(Path(target), overwrite, [checkpoint.directory], needed, verify) as directory:
             # What may fail goes before what takes long.
             _write_files(directory, layout, config, report)
             report.bytes_written = sum(path.stat().st_size for path in directory.iterdir())
             report.bytes_written += write_tensors(checkpoint, planned, directory, progress)
-            with Checkpoint.open(directory) as written:
-                read_model(written)
     return report
 
 
@@ -138,3 +146,5 @@ def _write_files(directory: Path, layout: Layout, config: dict[str, Any], report
     if layout.record is not None:
         write_remote_code(directory, read_config(config))
     report.warnings += layout.side_files.write(directory, config)
+    if layout.record is not None:
+        name_classes(directory, family(config["model_type"]))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from command import ROOT, assert_refused, entries, run
@@ -39,6 +40,16 @@ def test_patch_by_arguments_and_by_the_recipe_it_wrote(source: Path, tmp_path: P
     other = run("patch", source, tmp_path / "c", "--pass", PVM, "--seed", 8)
     c = load_file(tmp_path / "c" / "model-pvm.safetensors")
     assert other.exit_code == 0 and not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_the_seed_that_was_asked_for_is_taken_whatever_the_recipe_says(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("seed: 7\npasses:\n- pvm: {layers: [1], latent: 32}\n")
+    for asked, expected in ((None, 7), (0, 0), (8, 8)):
+        out = tmp_path / str(asked)
+        arguments = () if asked is None else ("--seed", asked)
+        done = run("patch", source, out, "-r", tmp_path / "recipe.yaml", "--json", *arguments)
+        assert json.loads(done.stdout)["seed"] == expected
+        assert yaml.safe_load((out / "surgeon-recipe.yaml").read_text())["seed"] == expected
 
 
 @pytest.mark.parametrize(

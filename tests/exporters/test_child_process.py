@@ -100,3 +100,18 @@ def test_errors_are_told_before_what_came_after_them(tmp_path: Path) -> None:
     assert log_errors(log) == noise
     log.write_text("[INFO] a\n")
     assert log_errors(log) == "[INFO] a"
+
+
+def test_a_child_that_cannot_be_ended_does_not_hide_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = child(tmp_path, "print(json.dumps({'event': 'on'}), flush=True)")
+
+    def refuse(process: subprocess.Popen[bytes]) -> None:
+        raise PermissionError("not yours")
+
+    def broken(event: object) -> None:
+        raise ZeroDivisionError("the first")
+
+    monkeypatch.setattr(subprocess.Popen, "kill", refuse)
+    with pytest.raises(ZeroDivisionError, match="the first") as raised:
+        run_child([], "it", tmp_path / "log", script, on_event=broken)
+    assert "not yours" in raised.value.__notes__[0]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from surgeon.checkpoint.publish import staged
 from surgeon.doctor import TIMEOUT, Diagnosis, diagnose
 from surgeon.probes import BACKENDS, PACKAGES, run_check
 
@@ -69,6 +70,19 @@ def test_links_of_a_directory_are_tried_and_leave_nothing(tmp_path: Path, capsys
     (tmp_path / "b").hardlink_to(tmp_path / "a")
     assert found["hardlink"] is True and isinstance(found["reflink"], bool)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_what_killed_runs_left_is_named(broken_machine: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    where = tmp_path_factory.mktemp("models")
+    for name in (".out.staging-0123abcd", ".gone.old-0123abcd", ".kept.old-0123abcd", "kept", ".git"):
+        (where / name).mkdir()
+    with staged(where / "now"):
+        found = {Path(each.path).name.rpartition("-")[0]: each for each in diagnose(where).leftovers}
+    assert list(found) == [".gone.old", ".kept.old", ".now.staging", ".out.staging"]
+    assert "the next run that writes out removes it" in found[".out.staging"].remedy
+    assert found[".gone.old"].only_copy and "rename it to gone" in found[".gone.old"].remedy
+    assert not found[".kept.old"].only_copy
+    assert found[".now.staging"].use == "in use" and "leave it" in found[".now.staging"].remedy
 
 
 def test_a_directory_that_does_not_exist_is_said_and_the_rest_is_told(broken_machine: Path, tmp_path: Path) -> None:

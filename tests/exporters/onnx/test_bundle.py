@@ -6,19 +6,22 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import tiny_checkpoint
+from exporters.onnx import bundle
 from exporters.onnx.bundle import export_bundle
 from exporters.onnx.manifest import Manifest
 from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, DecoderRun, Pair
-from surgeon.checkpoint import read_header
-from surgeon.errors import BundleError, CheckpointError, OptionError, TargetError
+from surgeon.checkpoint import read_header, share_file
+from surgeon.errors import BundleError, CheckpointError, OptionError, SurgeonError, TargetError
 
 Export = Callable[..., Pair]
 
@@ -208,3 +211,64 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_written(export: Expo
     with pytest.raises(TargetError, match="--overwrite"):
         export_bundle(checkpoint, target, dtype=torch.float32, max_length=16)
     assert not list(target.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["shared", "converted"])
+def test_a_source_that_is_cut_short_while_it_is_read_leaves_nothing(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl")
+    weights = source / "model.safetensors"
+
+    def cut(stage: str, done: int, total: int) -> None:
+        if stage == "weight files" or stage.startswith("converting"):
+            os.truncate(weights, 500_000)
+
+    with pytest.raises(SurgeonError, match=f"{weights}.* while it was read"):
+        export_bundle(source, tmp_path / "out", dtype=dtype, max_length=16, graphs=["embed", "decoder"], progress=cut)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_side_file_that_changes_while_it_is_read_leaves_nothing(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl")
+
+    def cut(stage: str, done: int, total: int) -> None:
+        os.truncate(source / "tokenizer.json", 100)
+
+    with pytest.raises(TargetError, match=r"out was not written.*tokenizer.json changed while it was read, from"):
+        export_bundle(
+            source, tmp_path / "out", dtype=torch.float32, max_length=16, graphs=["embed"], progress=cut, measure=False
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("damage", ["offset", "cut"])
+def test_what_was_staged_is_read_before_it_is_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl")
+    placed = bundle.bind
+
+    def bind(graphs: Any, model: Any, checkpoint: Any, directory: Path, progress: Any) -> Any:
+        done = placed(graphs, model, checkpoint, directory, progress)
+        if damage == "cut":  # before the manifest describes what is there
+            weights = directory / done[0].path
+            weights.write_bytes(weights.read_bytes()[:-4])  # a file of its own, not the source's
+            return done
+        (value,) = (v for v in graphs for v in v.graph.initializers.values() if v.const_value.offset)
+        tensor = value.const_value
+        value.const_value = ir.ExternalTensor(
+            tensor.location,
+            tensor.offset + 4,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name,
+            base_dir=directory,
+        )
+        return done
+
+    monkeypatch.setattr(bundle, "bind", bind)
+    monkeypatch.setattr("exporters.onnx.weights.share_file", lambda file, to, mode: share_file(file, to, "copy"))
+    said = "takes .* where no tensor of that size lies" if damage == "offset" else "truncated"
+    with pytest.raises(TargetError, match=f"out was not written, because .*{said}"):
+        export_bundle(source, tmp_path / "out", dtype=torch.float32, max_length=16, graphs=["embed"])
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

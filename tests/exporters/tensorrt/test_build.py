@@ -16,7 +16,7 @@ from exporters.tensorrt.layers import Operator
 from exporters.tensorrt.manifest import EngineManifest
 from exporters.tensorrt.profiles import Limits, Range
 from surgeon.checkpoint import read_header
-from surgeon.errors import BundleError, TargetError
+from surgeon.errors import BundleError, CheckpointError, TargetError
 
 Engines = Callable[..., Any]
 
@@ -168,3 +168,26 @@ def test_a_bundle_of_a_newer_version_and_a_target_that_exists(engines: Engines, 
     (tmp_path / "bundle.json").write_text(json.dumps(content))
     with pytest.raises(BundleError, match="format 99"):
         build_engines(tmp_path, tmp_path / "out", Options(target="sm89"))
+
+
+@pytest.mark.parametrize("file", ["weights/*", "processor/tokenizer.json", "vision.onnx"])
+def test_a_bundle_that_changes_while_it_is_read_leaves_nothing(engines: Engines, tmp_path: Path, file: str) -> None:
+    bundle = Path(shutil.copytree(engines()[0], tmp_path / "bundle"))
+    path = next(bundle.glob(file))
+
+    def write(stage: str, done: int, total: int) -> None:
+        path.write_bytes(path.read_bytes())
+
+    options = Options(target="sm89", graphs=("embed",))
+    with pytest.raises(TargetError, match=f"out was not written, because .*{path} changed while it was read"):
+        build_engines(bundle, tmp_path / "out", options, progress=write)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_link_out_of_the_bundle_is_not_copied(engines: Engines, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(engines()[0], tmp_path / "bundle"))
+    (tmp_path / "secret").write_text("mine")
+    (bundle / "processor" / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"notes.txt is a link to .*secret, outside"):
+        build_engines(bundle, tmp_path / "out", Options(target="sm89", graphs=("embed",)))
+    assert not (tmp_path / "out").exists()

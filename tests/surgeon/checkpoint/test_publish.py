@@ -1,17 +1,19 @@
+import ast
 import errno
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from surgeon.checkpoint import publish, rename
 from surgeon.checkpoint.publish import check_target, staged, staged_file
-from surgeon.errors import TargetError
+from surgeon.errors import CheckpointError, TargetError
 
 ROOT = Path(__file__).parents[3]
 
@@ -77,6 +79,13 @@ def test_overwrite_replaces_whole_and_late(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"]
 
 
+@pytest.fixture
+def two_renames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a system without renameat2."""
+    monkeypatch.setattr(rename, "_function", lambda: None)
+
+
+@pytest.mark.usefixtures("two_renames")
 def test_a_failed_overwrite_restores_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out"
     target.mkdir()
@@ -175,25 +184,64 @@ def test_a_disk_that_really_fills_up(tmp_path: Path) -> None:
     assert ran.stdout.rstrip().endswith("[]")
 
 
-def test_a_killed_process_leaves_no_target(tmp_path: Path) -> None:
-    script = textwrap.dedent(f"""
-        import time
-        from pathlib import Path
-        from surgeon.checkpoint.publish import staged
-        with staged(Path({str(tmp_path / "out")!r})) as staging:
-            (staging / "part").write_text("1")
-            print("ready", flush=True)
-            time.sleep(60)
-    """)
-    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGKILL)
-    (left,) = names(tmp_path)
-    assert left.startswith(".out.staging-")
-    with staged(tmp_path / "out") as staging:  # what was left behind is not in the way
-        (staging / "whole").touch()
-    assert names(tmp_path / "out") == ["whole"]
+def test_overwrite_leaves_no_moment_without_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if rename._function() is None:
+        pytest.skip("needs renameat2")
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "marker").touch()
+    missing, done = [], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            if not os.path.exists(target / "marker"):
+                missing.append(1)
+
+    def refuse(source: Any, to: Any) -> None:
+        raise AssertionError("the target is renamed away")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for _ in range(20):
+            with staged(target, overwrite=True) as staging:
+                (staging / "marker").touch()
+    finally:
+        done.set()
+        watcher.join()
+    assert not missing
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("stage", [staged, staged_file])
+def test_a_cleanup_that_fails_does_not_hide_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Any) -> None:
+    def broken(path: Any, *args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EIO, "broken disk", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", broken)
+    with pytest.raises(ZeroDivisionError, match="the first") as raised, stage(tmp_path / "out"):
+        raise ZeroDivisionError("the first")
+    (note,) = raised.value.__notes__
+    assert "could not remove" in note and "broken disk" in note
+    with pytest.raises(TargetError, match="the disk is full") as full, stage(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert "broken disk" in full.value.__notes__[0]
+
+
+def test_what_was_replaced_and_cannot_be_removed_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+
+    def broken(path: Any, *args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EIO, "broken disk", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", broken)
+    with (
+        pytest.warns(UserWarning, match="is written, but what it replaced is still in .*broken disk"),
+        staged(tmp_path / "out", overwrite=True) as staging,
+    ):
+        (staging / "new").touch()
+    assert names(tmp_path / "out") == ["new"]
 
 
 def test_a_file_is_staged_likewise(tmp_path: Path) -> None:
@@ -222,22 +270,59 @@ def test_a_file_is_staged_likewise(tmp_path: Path) -> None:
 
 def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    fsync, rename = os.fsync, os.rename
+    fsync, rename_to_free = os.fsync, publish.rename_to_free
 
     def record_sync(handle: int) -> None:
         events.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
         fsync(handle)
 
-    def record_rename(source: Any, to: Any) -> None:
+    def record_rename(source: Path, to: Path) -> None:
         events.append("rename")
-        rename(source, to)
+        rename_to_free(source, to)
 
     if not Path("/proc/self/fd").exists():
         pytest.skip("needs /proc")
     monkeypatch.setattr(os, "fsync", record_sync)
-    monkeypatch.setattr(os, "rename", record_rename)
-    with staged(tmp_path / "out") as staging:
+    monkeypatch.setattr(publish, "rename_to_free", record_rename)
+    with staged(tmp_path / "out", verify=lambda directory: events.append("verify")) as staging:
         (staging / "sub").mkdir()
         (staging / "sub" / "a").touch()
         (staging / "b").touch()
-    assert events == ["a", "sub", "b", staging.name, "rename", tmp_path.name]
+    assert events == ["a", "sub", "b", staging.name, "verify", "rename", tmp_path.name]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_not_whole_is_not_published(tmp_path: Path, overwrite: bool) -> None:
+    target = tmp_path / "out"
+    if overwrite:
+        target.mkdir()
+        (target / "old").touch()
+
+    def refuse(directory: Path) -> None:
+        assert names(directory) == ["new"]
+        raise CheckpointError(f"{directory / 'new'} is short")
+
+    said = f"{target} was not written, because it would not be whole: {target / 'new'} is short"
+    with pytest.raises(TargetError) as raised, staged(target, overwrite, verify=refuse) as staging:
+        (staging / "new").touch()
+    assert str(raised.value) == said
+    assert names(tmp_path) == (["out"] if overwrite else [])
+    assert not overwrite or names(target) == ["old"]
+
+
+def test_every_directory_that_is_published_is_verified() -> None:
+    """Whoever adds another publisher says what its output must be."""
+    calls = [
+        (path.relative_to(ROOT), node)
+        for room in ("surgeon", "passes", "exporters", "cli")
+        for path in (ROOT / room).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "staged"
+    ]
+    assert {str(path) for path, _ in calls} >= {"surgeon/patch.py", "exporters/onnx/bundle.py"}
+    unverified = [
+        f"{path}:{node.lineno}"
+        for path, node in calls
+        if len(node.args) < 5 and "verify" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert unverified == []

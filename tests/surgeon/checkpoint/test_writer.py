@@ -1,3 +1,4 @@
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from surgeon.checkpoint.headers import TORCH_DTYPES, read_header, read_metadata
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.checkpoint.writer import PlannedTensor, write_safetensors
+from surgeon.errors import CheckpointError
 
 
 def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -110,8 +112,23 @@ def test_what_is_not_as_planned_is_refused(tmp_path: Path) -> None:
         write_safetensors(tmp_path / "b", [plan("a", torch.complex128)])
     with pytest.raises(ValueError, match=r"a: planned as torch.float32 \(3,\), made as torch.float32 \(2,\)"):
         write_safetensors(tmp_path / "c", [plan("a", shape=(3,))])
+    with pytest.raises(ValueError, match=r"a: planned as torch.float32 \(2, 1\), made as torch.float32 \(2,\)"):
+        write_safetensors(tmp_path / "f", [plan("a", shape=(2, 1))])  # as many values are not the same shape
     with pytest.raises(ValueError, match="planned as torch.float16"):
         write_safetensors(tmp_path / "d", [plan("a", torch.float16)])
     (tmp_path / "e").touch()
     with pytest.raises(FileExistsError):
         write_safetensors(tmp_path / "e", [plan("a")])
+
+
+def test_a_tensor_of_a_file_that_is_cut_short_is_an_error(tmp_path: Path) -> None:
+    """The file is mapped: what is missing of it is no memory that could be written."""
+    write_safetensors(tmp_path / "model.safetensors", planned({"a": torch.ones(1 << 20)}))
+    (tmp_path / "config.json").write_text('{"model_type": "any"}')
+    with Checkpoint.open(tmp_path) as checkpoint:
+        tensor = checkpoint.read("a")
+        os.truncate(tmp_path / "model.safetensors", 8192)
+        with pytest.raises(CheckpointError, match="a: the file it comes from was cut short"):
+            write_safetensors(tmp_path / "b", planned({"a": tensor}))
+        with pytest.raises(CheckpointError, match="cut short while it was read: a ends at byte"):
+            checkpoint.read("a")

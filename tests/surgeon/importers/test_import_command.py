@@ -1,6 +1,7 @@
 """`surgeon import`: what it prints where, and its exit codes."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ import pytest
 from click.testing import Result
 
 import command
+import surgeon.importers._convert
 import surgeon.importers._tensors
 from published import golden_checkpoint
+from surgeon.errors import CheckpointError, TargetError
+from surgeon.importers import import_checkpoint
 
 
 def run(*arguments: object) -> Result:
@@ -60,3 +64,46 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     done = run(source, tmp_path / "out")
     assert done.exit_code == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_source_that_is_cut_short_while_it_is_read_leaves_nothing(tmp_path: Path) -> None:
+    """Its tensors are mapped, so that what is missing would end the process."""
+    source = golden_checkpoint(tmp_path / "source", "comemo")
+    weights = source / "model.safetensors"
+    half = weights.stat().st_size // 2
+
+    def cut(stage: str, done: int, total: int) -> None:
+        os.truncate(weights, half)
+
+    with pytest.raises(CheckpointError, match=f"{weights}: cut short while it was read: .* the file at {half}"):
+        import_checkpoint(source, tmp_path / "out", image_token_id=500, progress=cut)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_source_that_is_written_to_while_it_is_read_leaves_nothing(tmp_path: Path) -> None:
+    source = golden_checkpoint(tmp_path / "source", "comemo")
+    weights = source / "model.safetensors"
+
+    def write(stage: str, done: int, total: int) -> None:
+        with open(weights, "r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(b"abcd")
+
+    with pytest.raises(TargetError, match=f"{weights} changed while it was read, though not in size"):
+        import_checkpoint(source, tmp_path / "out", image_token_id=500, progress=write)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_was_staged_is_read_before_it_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = golden_checkpoint(tmp_path / "source", "comemo")
+    write = surgeon.importers._convert.write_tensors
+
+    def cut_after(checkpoint: Any, planned: Any, directory: Path, progress: Any) -> int:
+        written = write(checkpoint, planned, directory, progress)
+        os.truncate(directory / "model.safetensors", written // 2)
+        return written
+
+    monkeypatch.setattr(surgeon.importers._convert, "write_tensors", cut_after)
+    with pytest.raises(TargetError, match=r"out was not written, because .*out/model.safetensors: truncated"):
+        import_checkpoint(source, tmp_path / "out", image_token_id=500)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -1,0 +1,37 @@
+"""Cleaning up that never hides why it was needed."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def cleaning_up(action: Callable[[], object], what: str) -> Iterator[None]:
+    """Run `action` when the `with` ends, however it ends.
+
+    After an exception that exception goes on, and an error of `action` is added to it as a note ("could not <what>:
+    ..."), which the command line prints behind it. After a body that ended well an error of `action` is raised.
+    """
+    try:
+        yield
+    except BaseException as error:
+        add_cleanup_errors(error, action, what)
+        raise
+    action()
+
+
+def add_cleanup_errors(error: BaseException, action: Callable[[], object], what: str) -> None:
+    """Run `action` because of `error`; what it raises itself becomes a note on `error`."""
+    try:
+        action()
+    except Exception as second:  # whatever it is, the first one is why we are here
+        error.add_note(f"could not {what}: {type(second).__name__}: {second}")
+
+
+@contextmanager
+def temporary_directory(prefix: str, directory: Path | None = None) -> Iterator[Path]:
+    """An empty directory in `directory` (by default the system's for temporary files) that is removed at the end."""
+    folder = tempfile.TemporaryDirectory(prefix=prefix, dir=directory)
+    with cleaning_up(folder.cleanup, f"remove {folder.name}"):
+        yield Path(folder.name)

@@ -1,0 +1,167 @@
+"""What stands beside the weights of a patched checkpoint: the source's files, as its own loaders are to find them.
+
+A patched config has a model_type of its own, by which transformers finds no processor; and code of the source is only
+kept where that was asked for.
+"""
+
+import json
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import IMAGE_PROCESSOR_MAPPING, PROCESSOR_MAPPING, TOKENIZER_MAPPING
+
+from surgeon.checkpoint.reader import CONFIG, Checkpoint
+from surgeon.checkpoint.share import share_file
+from surgeon.errors import CheckpointError
+from surgeon.families import Family
+
+PROCESSOR = "processor_config.json"
+IMAGE_PROCESSOR = "preprocessor_config.json"
+VIDEO_PROCESSOR = "video_preprocessor_config.json"
+TOKENIZER = "tokenizer_config.json"
+AUTO_MAP = "auto_map"
+_CODE = ".py"
+
+
+@dataclass
+class CopiedFiles:
+    bytes_written: int = 0
+    left_out: list[str] = field(default_factory=list)
+    """Code of the source, and what leads to it: file names, and "auto_map of <file>"."""
+
+
+def copy_side_files(
+    source: Checkpoint, directory: Path, own_files: Collection[str], trust_remote_code: bool
+) -> CopiedFiles:
+    """Copy what is needed beside the weights, except `own_files`, which are written anew. Without `trust_remote_code`
+    the source's Python files stay behind, and entries that lead to them are taken out of the processors' files.
+
+    Raises CheckpointError for a link out of the checkpoint, and for a file that is not JSON where one is.
+    """
+    copied = CopiedFiles()
+    for file in source.side_files:
+        if file.name in own_files:
+            continue
+        if file.suffix == _CODE and not trust_remote_code:
+            copied.left_out.append(file.name)
+            continue
+        copied.bytes_written += share_file(file, directory / file.name, "copy").bytes_written
+    if not trust_remote_code:
+        for name in (PROCESSOR, IMAGE_PROCESSOR, VIDEO_PROCESSOR, TOKENIZER):
+            if _edit(directory / name, _drop_auto_map):
+                copied.left_out.append(f"{AUTO_MAP} of {name}")
+    return copied
+
+
+def configure_image_processor(directory: Path, options: dict[str, Any]) -> None:
+    """Change options of the image processor, in whichever of the two files it is described. Raises CheckpointError
+    where it is described in neither."""
+    for name, key in ((IMAGE_PROCESSOR, None), (PROCESSOR, "image_processor")):
+        content = _read(directory / name)
+        described = content if key is None else content.get(key)
+        if described:
+            described.update(options)
+            _write(directory / name, content)
+            return
+    raise CheckpointError(f"the checkpoint has no image processor to set {', '.join(sorted(options))} of")
+
+
+def name_classes(directory: Path, family: Family) -> None:
+    """Write into the processors' files the classes that transformers finds by a plain config's model_type, where they
+    name none that it has: AutoProcessor and its kind then give what they give for the source, and run no code."""
+    config_class = getattr(transformers, family.config_class)
+    _name_tokenizer(directory, config_class)
+    _name_image_processor(directory, config_class)
+    if family.video_processor_class is not None:
+        _name_video_processor(directory, family.video_processor_class)
+    _name_processor(directory, config_class)
+
+
+def _name_processor(directory: Path, config_class: Any) -> None:
+    present = [name for name in (PROCESSOR, IMAGE_PROCESSOR, TOKENIZER) if (directory / name).is_file()]
+    naming = next((name for name in present if _read(directory / name).get("processor_class")), None)
+    if naming is not None and hasattr(transformers, str(_read(directory / naming)["processor_class"])):
+        return
+    processor = PROCESSOR_MAPPING.get(config_class, None)
+    if processor is not None and present:
+        _edit(directory / (naming or present[0]), lambda content: content.update(processor_class=processor.__name__))
+
+
+def _name_tokenizer(directory: Path, config_class: Any) -> None:
+    if any(_read(directory / name).get("tokenizer_class") for name in (TOKENIZER, CONFIG)):
+        return
+    tokenizer = TOKENIZER_MAPPING.get(config_class, None)
+    if tokenizer is not None and any((directory / name).is_file() for name in (TOKENIZER, "tokenizer.json")):
+        _edit(directory / TOKENIZER, lambda content: content.update(tokenizer_class=tokenizer.__name__))
+
+
+def _name_image_processor(directory: Path, config_class: Any) -> None:
+    nested = isinstance(_read(directory / PROCESSOR).get("image_processor"), dict)
+    path = directory / (PROCESSOR if nested else IMAGE_PROCESSOR)
+    if not path.is_file():
+        return
+
+    def name(content: dict[str, Any]) -> None:
+        described = content["image_processor"] if nested else content
+        if "image_processor_type" not in described and "feature_extractor_type" not in described:
+            # of several backends, each named as the first with a suffix; the plain name lets transformers choose
+            backends = IMAGE_PROCESSOR_MAPPING.get(config_class, None) or {}
+            found = backends.get("pil") or backends.get("torchvision")
+            if found is not None:
+                described["image_processor_type"] = found.__name__.removesuffix("Pil").removesuffix("Fast")
+
+    _edit(path, name)
+
+
+def _name_video_processor(directory: Path, class_name: str) -> None:
+    """In a file of its own, or in that which has it: transformers takes it to be named after the image processor."""
+    processor = _read(directory / PROCESSOR)
+    nested = processor.get("video_processor")
+    own = (directory / VIDEO_PROCESSOR).is_file()
+    described = nested or _read(directory / (VIDEO_PROCESSOR if own else IMAGE_PROCESSOR))
+    inferred = str(described.get("image_processor_type")).replace("ImageProcessor", "VideoProcessor")
+    if not described or "video_processor_type" in described or hasattr(transformers, inferred):
+        return
+    named = {key: value for key, value in described.items() if key not in ("image_processor_type", "processor_class")}
+    named["video_processor_type"] = class_name
+    if nested:
+        _write(directory / PROCESSOR, {**processor, "video_processor": named})
+    else:
+        _write(directory / VIDEO_PROCESSOR, named)
+
+
+def _drop_auto_map(content: dict[str, Any]) -> None:
+    """Of a processor, and of those that it describes within."""
+    for part in (content, *content.values()):
+        if isinstance(part, dict):
+            part.pop(AUTO_MAP, None)
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> bool:
+    """Change the JSON object in a file; one that is not there is empty. Returns whether it is another one now."""
+    content = _read(path)
+    change(content)
+    if content == _read(path):
+        return False
+    _write(path, content)
+    return True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} of the checkpoint is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path.name} of the checkpoint is a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
