@@ -17,6 +17,12 @@ from cli._options import backend_option, json_option, positions_option, print_js
 @click.option(
     "--steps", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded after each prompt."
 )
+@click.option(
+    "--backbone-tuned",
+    is_flag=True,
+    help="Of two checkpoints: the later may hold other values of the earlier one's tensors. What must hold then: its "
+    "grafts, their gates closed, change nothing of its own backbone.",
+)
 @positions_option
 @backend_option
 @click.option("--report", "report_file", type=click.Path(path_type=Path), help="Write the whole verdict as JSON.")
@@ -28,6 +34,7 @@ def validate(
     images: tuple[Path, ...],
     prompt: str | None,
     steps: int,
+    backbone_tuned: bool,
     positions: Literal["dhr", "plain"] | None,
     backend: str | None,
     report_file: Path | None,
@@ -37,9 +44,9 @@ def validate(
     """Prove that a later form of a model computes what an earlier one did. A and B: checkpoints, bundles or engines.
 
     Compared are the logits over each prompt and over every decoding step, and the greedy tokens; a failure names the
-    first layer that is wrong. What must hold depends on the two: a fresh patch gives its source's logits bit for bit,
-    an fp32 bundle the checkpoint's to 1e-4 with the same tokens, fp16 and bf16 ones to stated bounds. Exits with 1
-    where it does not hold.
+    first layer that is wrong. What must hold depends on the two: a patch holds its source's tensors, and with its gates
+    closed gives the source's logits bit for bit; an fp32 bundle gives the checkpoint's to 1e-4 with the same tokens,
+    fp16 and bf16 ones to stated bounds. Exits with 1 where it does not hold, and where nothing could be judged.
 
     \b
     surgeon validate CKPT PATCHED
@@ -55,7 +62,7 @@ def validate(
     from exporters.runtime.validation import validate_pair
 
     with console.progress() as progress:
-        report = validate_pair(a, b, images, prompt, steps, progress, positions, provider)
+        report = validate_pair(a, b, images, prompt, steps, progress, positions, provider, backbone_tuned)
     if report_file is not None:
         from surgeon.checkpoint import staged_file
 

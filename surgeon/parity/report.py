@@ -1,0 +1,76 @@
+"""The verdict on two forms of a model, and what it rests on."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from surgeon import __version__
+from surgeon.parity.validate import Comparison, Verdict
+
+
+@dataclass
+class Check:
+    """Something that is right or wrong of itself, without logits: tensors, inputs, bytes."""
+
+    name: str
+    said: str
+    """What was compared with what."""
+    failures: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """The verdict on a pair, or with `stages` and `dtypes` of one alone on the bytes of a single path."""
+
+    subject: str
+    stages: tuple[str, ...]
+    """The reference's and the subject's: `checkpoint`, `bundle` or `engine`."""
+    dtypes: tuple[str, ...]
+    reference: str | None = None
+    checks: list[Check] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    remedy: str = "no case was compared; give a prompt that fits both"
+    """What to do where nothing was judged."""
+    seconds: float = 0.0
+    version: str = __version__
+
+    @property
+    def verdict(self) -> Verdict:
+        """`passed` where nothing failed and something was judged: of two forms their logits, of one alone its bytes."""
+        if any(check.failures for check in self.checks) or any(c.verdict == "failed" for c in self.comparisons):
+            return "failed"
+        judged = [c for c in self.comparisons if c.verdict == "passed"] if self.reference else self.checks
+        return "passed" if judged else "not judged"
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == "passed"
+
+    @property
+    def judged(self) -> Comparison | None:
+        """The first comparison by a rung that judges something."""
+        return next((each for each in self.comparisons if each.rung.judged), None)
+
+    def comparison(self, rung: str) -> Comparison:
+        """The first one by the rung of this name. Raises KeyError."""
+        return {each.rung.name: each for each in reversed(self.comparisons)}[rung]
+
+    def all_notes(self) -> list[str]:
+        """Each once: those of the pair, then those of the comparisons."""
+        return list(dict.fromkeys([*self.notes, *(note for each in self.comparisons for note in each.notes)]))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "verdict": self.verdict,
+            "reference": self.reference,
+            "subject": self.subject,
+            "stages": self.stages,
+            "dtypes": self.dtypes,
+            "checks": [asdict(check) for check in self.checks],
+            "comparisons": [comparison.to_json() for comparison in self.comparisons],
+            "notes": self.all_notes(),
+            **({"remedy": self.remedy} if self.verdict == "not judged" else {}),
+            "seconds": self.seconds,
+            "version": self.version,
+        }
