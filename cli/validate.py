@@ -11,7 +11,7 @@ from cli._options import backend_option, json_option, positions_option, print_js
 
 @click.command("validate")
 @click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("b", metavar="[B]", required=False)
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Your own picture; repeat.")
 @click.option("--prompt", help="Your own prompt, instead of the ones that come with the tool.")
 @click.option(
@@ -23,6 +23,13 @@ from cli._options import backend_option, json_option, positions_option, print_js
     help="Of two checkpoints: the later may hold other values of the earlier one's tensors. What must hold then: its "
     "grafts, their gates closed, change nothing of its own backbone.",
 )
+@click.option(
+    "--bytes",
+    "bytes_too",
+    is_flag=True,
+    help="First compare every file with the digests recorded when it was made, and what was made of the other with "
+    "that. Of a bundle or of engines alone, that is all.",
+)
 @positions_option
 @backend_option
 @click.option("--report", "report_file", type=click.Path(path_type=Path), help="Write the whole verdict as JSON.")
@@ -30,11 +37,12 @@ from cli._options import backend_option, json_option, positions_option, print_js
 @json_option
 def validate(
     a: str,
-    b: str,
+    b: str | None,
     images: tuple[Path, ...],
     prompt: str | None,
     steps: int,
     backbone_tuned: bool,
+    bytes_too: bool,
     positions: Literal["dhr", "plain"] | None,
     backend: str | None,
     report_file: Path | None,
@@ -50,6 +58,7 @@ def validate(
 
     \b
     surgeon validate CKPT PATCHED
+    surgeon validate BUNDLE --bytes
     surgeon validate PATCHED BUNDLE --image cat.png --prompt "What is this?" --report report.json
     """
     from surgeon import console
@@ -58,11 +67,18 @@ def validate(
         from surgeon.checkpoint import check_target
 
         check_target(report_file, overwrite, directory=False)
-    provider = provider_of(backend, a, b)
-    from exporters.runtime.validation import validate_pair
+    if b is None and not bytes_too:
+        raise click.UsageError("name two forms of a model, or with --bytes one")
+    provider = provider_of(backend, a, *([] if b is None else [b]))
+    from exporters.runtime.validation import validate_bytes, validate_pair
 
     with console.progress() as progress:
-        report = validate_pair(a, b, images, prompt, steps, progress, positions, provider, backbone_tuned)
+        if b is None:
+            report = validate_bytes(a, progress=progress)
+        else:
+            report = validate_pair(
+                a, b, images, prompt, steps, progress, positions, provider, backbone_tuned, bytes_too
+            )
     if report_file is not None:
         from surgeon.checkpoint import staged_file
 

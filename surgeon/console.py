@@ -201,10 +201,9 @@ def show_patch(report: "PatchReport", target: Path | None) -> None:
 
 def show_report(report: "Report") -> None:
     """The validator's verdict, a table for each comparison and one line a case."""
-    for role, path, stage, dtype in zip(
-        ("reference", "subject"), (report.reference, report.subject), report.stages, report.dtypes, strict=False
-    ):
-        print(f"{role:10} {path} ({stage}, {dtype})")
+    if report.reference:
+        print(f"reference  {report.reference} ({report.stages[0]}, {report.dtypes[0]})")
+        print(f"subject    {report.subject} ({report.stages[1]}, {report.dtypes[1]})")
     for check in report.checks:
         print(f"{check.name:10} {'FAILED' if check.failures else check.said}")
         for failure in check.failures:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 import surgeon
 from exporters.onnx import manifest as manifests
 from exporters.onnx.decoder import decoder_graph
+from exporters.onnx.digests import sha256_of_files
 from exporters.onnx.embed import embed_graph
 from exporters.onnx.manifest import GraphFile, Manifest, Memory, Port, Sizes, Source, Tokens, WeightFile
 from exporters.onnx.memory import memory_entries, memory_graph
@@ -53,13 +54,15 @@ def export_bundle(
     progress: Progress | None = None,
     graphs: Collection[str] | None = None,
     measure: bool = True,
+    digests: bool = True,
 ) -> Manifest:
     """Export a plain or patched checkpoint (a directory or a hub id) to a new directory `target`; -> its manifest.
 
     dtype: of the graphs, float32, float16 or bfloat16. max_length: slots of the key/value caches, prompt and answer
     together. graphs: some of `GRAPHS`; by default all that the model has. `progress(stage, done, total)` is called
     as the work goes on. No weight is loaded; weights of another dtype are converted one at a time. measure: whether
-    fp16 graphs are run, in fp32, to see what would overflow, and given fp32 there (docs/precision.md).
+    fp16 graphs are run, in fp32, to see what would overflow, and given fp32 there (docs/precision.md). digests: whether
+    the weight files are read once more for their SHA-256, which `surgeon validate --bytes` compares.
 
     Raises OptionError for a dtype, length or graph that cannot be, CheckpointError and FamilyError for the checkpoint,
     BundleError for a model that cannot be exported, TargetError for the target. `target` appears whole or not at all.
@@ -73,7 +76,7 @@ def export_bundle(
         described = family(config.model_type)
         _check_length(max_length, described.text_config(config))
         with staged(target, overwrite, protect=[opened.directory]) as directory:
-            manifest = _write(opened, described, config, directory, dtype, max_length, progress, graphs)
+            manifest = _write(opened, described, config, directory, dtype, max_length, progress, graphs, digests)
             return _fit(directory, manifest, measure, progress) if dtype == torch.float16 else manifest
 
 
@@ -94,6 +97,7 @@ def _write(
     max_length: int,
     progress: Progress | None,
     graphs: Collection[str] | None,
+    digests: bool,
 ) -> Manifest:
     model = build_meta(config, dtype)
     decoder: Any = model.get_submodule(described.text_model)
@@ -125,6 +129,8 @@ def _write(
     for name, graph in made.items():
         _save(graph, directory / f"{name}.onnx")
     _copy_processor(checkpoint, directory / PROCESSOR)
+    weights = {file.path: directory / file.path for file in placed}
+    sha256 = sha256_of_files(list(weights.values()), progress) if digests else {}
 
     text, record = described.text_config(config), record_of(config)
     manifest = Manifest(
@@ -159,10 +165,12 @@ def _write(
             file.path: WeightFile(
                 bytes=(directory / file.path).stat().st_size,
                 header_sha256=str(manifests.header_sha256(directory / file.path)),
+                sha256=sha256.get(weights[file.path]),
                 how=file.how,
             )
             for file in placed
         },
+        processor={path.name: str(manifests.sha256(path)) for path in sorted((directory / PROCESSOR).iterdir())},
     )
     manifest.save(directory)
     return manifest

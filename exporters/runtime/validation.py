@@ -6,6 +6,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from exporters.forms import form_of
+from exporters.runtime.integrity import check_bytes
 from exporters.runtime.pair import open_pair
 from exporters.runtime.runtime import PROCESSOR
 from exporters.runtime.session import Provider
@@ -39,20 +41,26 @@ def validate_pair(
     positions: Positions | None = None,
     provider: Provider = "auto",
     backbone_tuned: bool = False,
+    bytes_too: bool = False,
 ) -> Report:
     """Load two forms of a model, compare them over the default cases or the given pictures and prompt.
 
     `positions`: dhr or plain, of both, where they offer RoPE-DHR; by default dhr. `provider`: what runs bundles.
-    `backbone_tuned`: of two checkpoints, the later may hold other values of the earlier one's tensors. Raises
-    SurgeonError where one cannot be loaded, or the two are not forms of one model.
+    `backbone_tuned`: of two checkpoints, the later may hold other values of the earlier one's tensors. `bytes_too`:
+    first as `validate_bytes`; files that are not those that were recorded are not loaded. Raises SurgeonError where one
+    cannot be loaded, or the two are not forms of one model.
     """
     started = time.monotonic()
+    report = validate_bytes(a, b, progress) if bytes_too else None
+    if report is not None and not report.passed:
+        return report
     cases = own_case(images, prompt) if images or prompt is not None else default_cases()
     if progress is not None:
         progress("loading", 0, len(cases))
     reference, subject = open_pair(a, b, positions, provider)
     pair = _Pair(reference, subject, cases, steps, progress, backbone_tuned)
     report = Report(
+        checks=[] if report is None else report.checks,
         subject=subject.path,
         reference=reference.path,
         stages=(reference.stage, subject.stage),
@@ -60,6 +68,17 @@ def validate_pair(
     )
     pair.check(report)
     pair.compare(report)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def validate_bytes(a: str | Path, b: str | Path | None = None, progress: Progress | None = None) -> Report:
+    """Compare the files of one path, or of two, with the digests that were recorded when they were made. No model is
+    loaded. Raises SurgeonError where nothing is recorded, or a path is of no known form."""
+    started = time.monotonic()
+    paths = [str(path) for path in (a, b) if path is not None]
+    stages = tuple("engine" if form_of(path) == "engines" else form_of(path) for path in paths)
+    report = Report(subject=paths[-1], reference=None, stages=stages, dtypes=(), checks=check_bytes(a, b, progress))
     report.seconds = time.monotonic() - started
     return report
 

@@ -19,12 +19,13 @@ class Check:
 
 @dataclass
 class Report:
-    """The verdict on a pair, or with `stages` and `dtypes` of one alone on the bytes of a single path."""
+    """The verdict on a pair, or without a `reference` on bytes alone."""
 
     subject: str
     stages: tuple[str, ...]
     """The reference's and the subject's: `checkpoint`, `bundle` or `engine`."""
     dtypes: tuple[str, ...]
+    """Of the same two; of bytes none."""
     reference: str | None = None
     checks: list[Check] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
@@ -36,7 +37,7 @@ class Report:
 
     @property
     def verdict(self) -> Verdict:
-        """`passed` where nothing failed and something was judged: of two forms their logits, of one alone its bytes."""
+        """`passed` where nothing failed and something was judged: of two forms their logits, else their bytes."""
         if any(check.failures for check in self.checks) or any(c.verdict == "failed" for c in self.comparisons):
             return "failed"
         judged = [c for c in self.comparisons if c.verdict == "passed"] if self.reference else self.checks
