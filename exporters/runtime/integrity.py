@@ -23,7 +23,7 @@ def check_bytes(a: str | Path, b: str | Path | None = None, progress: Progress |
     fingerprint, and every tensor of the source. A checkpoint alone records nothing of its own bytes. Raises
     CheckpointError for that, BundleError for a bundle without digests, and both for what cannot be read.
     """
-    paths = sorted((Path(path) for path in (a, b) if path is not None), key=lambda path: FORMS.index(form_of(path)))
+    paths = sorted((path for path in (a, b) if path is not None), key=lambda path: FORMS.index(form_of(path)))
     forms = [form_of(path) for path in paths]
     if forms == ["checkpoint"]:
         raise CheckpointError(
@@ -32,16 +32,16 @@ def check_bytes(a: str | Path, b: str | Path | None = None, progress: Progress |
     checks = []
     for path, form in zip(paths, forms, strict=True):
         if form == "bundle":
-            checks.append(_bundle(path, progress))
+            checks.append(_bundle(Path(path), progress))
         elif form == "engines":
-            checks.append(_engines(path, progress))
+            checks.append(_engines(Path(path), progress))
     match forms:
         case ["checkpoint", "checkpoint"]:
             checks.append(_patched(*paths))
         case ["checkpoint", "bundle"]:
-            checks.append(_exported(*paths, progress))
+            checks.append(_exported(paths[0], Path(paths[1]), progress))
         case ["bundle", "engines"]:
-            checks.append(_built(*paths))
+            checks.append(_built(Path(paths[0]), Path(paths[1])))
     return checks
 
 
@@ -87,7 +87,7 @@ def _compared(directory: Path, expected: Mapping[str, str], progress: Progress |
 
 
 # -- a form against the one it was made of -------------------------------------------------------------------------
-def _patched(a: Path, b: Path) -> Check:
+def _patched(a: str | Path, b: str | Path) -> Check:
     """Whichever of the two was patched, against the other."""
     with Checkpoint.open(a) as source, Checkpoint.open(b) as patched:
         if source.config.get(RECORD) and not patched.config.get(RECORD):
@@ -122,7 +122,7 @@ def _same_tensor(source: Checkpoint, other: Checkpoint, name: str) -> bool:
         other.release(name)
 
 
-def _exported(directory: Path, bundle: Path, progress: Progress | None) -> Check:
+def _exported(directory: str | Path, bundle: Path, progress: Progress | None) -> Check:
     """The checkpoint's files, where the bundle points into them, and its fingerprint."""
     manifest = Manifest.read(bundle)
     with Checkpoint.open(directory) as checkpoint:

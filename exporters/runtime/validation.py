@@ -27,6 +27,8 @@ OPENED = 2.0
 """What closed gates are opened to: a mixin's, which is a tanh, then lets 0.96 through."""
 _ROUNDING = 2**-7
 """Of bf16, with room."""
+_SMALLEST = 1e-7
+"""What fp16 rounds to zero."""
 SHOWS = 0.1
 """A gate below this is as good as closed: whatever is behind it hardly reaches the logits."""
 
@@ -135,7 +137,7 @@ class _Pair:
         failures = [
             f"{name} is {a[name]:.4g} in the reference and {b[name]:.4g} in the subject"
             for name in common
-            if not abs(a[name] - b[name]) <= _ROUNDING * abs(a[name])
+            if not abs(a[name] - b[name]) <= _ROUNDING * abs(a[name]) + _SMALLEST
         ]
         report.checks.append(Check("gates", f"{len(common)} gates are the same in both", failures))
 

@@ -90,10 +90,11 @@ def not_compared() -> LogitDifference:
 def compare_effect(
     before: Sequence[tuple[np.ndarray, np.ndarray]], after: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> Effect:
-    """`before`, `after`: pairs of the reference's and the other's logits, of one shape, for the same prompts."""
+    """`before`, `after`: pairs of the reference's and the other's logits, of one shape, for the same prompts. NaN
+    where a logit is not finite."""
     total = change = noise = error = 0.0
     for (a, b), (c, d) in zip(before, after, strict=True):
-        a, b, c, d = (part.astype(np.float64) for part in (a, b, c, d))
+        a, b, c, d = (np.where(np.isfinite(part), part, np.nan).astype(np.float64) for part in (a, b, c, d))
         total += float(np.square(a).sum())
         change += float(np.square(c - a).sum())
         noise += float(np.square(b - a).sum())

@@ -47,15 +47,6 @@ class Report:
     def passed(self) -> bool:
         return self.verdict == "passed"
 
-    @property
-    def judged(self) -> Comparison | None:
-        """The first comparison by a rung that judges something."""
-        return next((each for each in self.comparisons if each.rung.judged), None)
-
-    def comparison(self, rung: str) -> Comparison:
-        """The first one by the rung of this name. Raises KeyError."""
-        return {each.rung.name: each for each in reversed(self.comparisons)}[rung]
-
     def all_notes(self) -> list[str]:
         """Each once: those of the pair, then those of the comparisons."""
         return list(dict.fromkeys([*self.notes, *(note for each in self.comparisons for note in each.notes)]))

@@ -22,7 +22,6 @@ from pairs import MIXIN, PVM, Pair
 from patching import apply
 from surgeon.console import show_report
 from surgeon.errors import SurgeonError, TooLongError
-from surgeon.memory.pvm import PersistentVisualMemory
 from surgeon.parity.cases import own_case
 from surgeon.parity.torch_subject import TorchSubject
 
@@ -121,12 +120,15 @@ def test_a_trained_patch_is_its_source_once_its_gates_are_closed(export: Export)
     assert before == {file: file.read_bytes() for file in pair.checkpoint.glob("*.safetensors")}
 
 
-def test_a_graft_that_works_through_closed_gates_fails(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_computes_otherwise_over_the_same_tensors_fails(export: Export, tmp_path: Path) -> None:
     pair = export("qwen3_vl")
-    forward = PersistentVisualMemory.forward
-    monkeypatch.setattr(PersistentVisualMemory, "forward", lambda *a, **k: forward(*a, **k) + 1e-3)
-    report = validate_pair(pair.checkpoint.parent / "source", pair.checkpoint, steps=2)
-    assert report.verdict == "failed" and report.comparison("identity").verdict == "failed"
+    other = Path(shutil.copytree(pair.checkpoint, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["rms_norm_eps"] = 1e-3
+    (other / "config.json").write_text(json.dumps(config))
+    report = validate_pair(pair.checkpoint.parent / "source", other, steps=2)
+    assert not report.checks[-1].failures and report.verdict == "failed"
+    assert [each.verdict for each in report.comparisons] == ["failed", "not judged"]
 
 
 @pytest.mark.parametrize("gate", [0.0, 1e-30, 0.8])
@@ -154,7 +156,7 @@ def test_one_altered_tensor_fails_where_no_logit_shows_it(tmp_path: Path) -> Non
     apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
     altered(tmp_path / "patched", "visual.blocks.0.mlp.linear_fc1.bias")
     report = validate_pair(source, tmp_path / "patched", prompt="Hello!", steps=2)
-    assert report.verdict == "failed" and report.comparison("identity").passed
+    assert report.verdict == "failed" and report.comparisons[0].passed
     assert "1 tensor (model.visual.blocks.0.mlp.linear_fc1.bias)" in report.checks[-1].failures[0]
 
 

@@ -56,3 +56,4 @@ def test_the_effect_of_a_change() -> None:
     assert (steady.noise, steady.error) == pytest.approx((0.1 * 2**0.5 / 5, 0))
     nothing = compare_effect(before, before)
     assert (nothing.size, nothing.error) == (0, 0)
+    assert np.isnan(compare_effect(before, [(after, np.array([[np.inf, 4.0]]))]).error)
