@@ -59,7 +59,9 @@ class Kept:
         return self.graft.project(self.visual_embeds, self._rotary(torch.arange(self.visual_embeds.shape[1])))
 
     def _read(self, keys: Tensor, values: Tensor, position: int) -> Tensor:
-        output: Tensor = self.graft(self.token, keys, values, self.mask, None, self._rotary(torch.tensor([position])))
+        output: Tensor = self.graft.read(
+            self.token, keys, values, self.mask, None, self._rotary(torch.tensor([position]))
+        )
         return output
 
     def step(self, position: int) -> Tensor:

@@ -23,13 +23,15 @@ def import_command(source: str, target: Path, image_token_id: int | None, overwr
     """Convert a checkpoint that needs code of its own into one that transformers loads itself.
 
     CKPT is an InternVL as published (internvl_chat; InternLM2, Qwen2, Qwen3 or Llama inside), which becomes
-    transformers' internvl, or a CoMemo (comemo_chat), which becomes that with mixin layers and RoPE-DHR. Its Python is
-    never run. Values and dtype are kept, tensors streamed one at a time; tokenizer, chat template and image processor
-    come along. OUT appears complete or not at all.
+    transformers' internvl, a CoMemo (comemo_chat), which becomes that with mixin layers and RoPE-DHR, or a Qwen3-VL
+    with PVM as its authors publish it (pvm_qwen3_vl), which becomes a patched one. Its Python is never run. Values and
+    dtype are kept, tensors streamed one at a time; tokenizer, chat template and image processor come along. OUT appears
+    complete or not at all.
 
     \b
     surgeon import ./InternVL2-2B ./internvl2-2b
     surgeon import ./CoMemo-2B ./comemo-2b
+    surgeon import ./PVM-8B ./pvm-8b
     """
     from surgeon import console
     from surgeon.importers import import_checkpoint

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from passes._layers import LayerChoice, resolve_layers
+from passes._visibility import Visibility, resolve_visibility, visibility_field
 from surgeon.pipeline import Pass, PassOptions, PassResult, PostconditionError, PreconditionError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class MixinOptions(PassOptions):
     tiles: Literal["both", "context", "memory"] = Field(
         default="both", description="where high-resolution tiles go beside the thumbnail: both, context, or memory"
     )
+    visibility: Visibility | None = visibility_field()
 
     @model_validator(mode="after")
     def _one_choice(self) -> "MixinOptions":
@@ -51,6 +53,7 @@ class MixinPass(Pass):
                 f"pass mixin is already applied, at layers {', '.join(map(str, grafted[0]))}; "
                 "patch the unpatched checkpoint"
             )
+        resolve_visibility(self.options.visibility, graph, self.name)
         own, backbone = self.options.head_dim, graph.family.head_dim(graph.config)
         if own is not None and own % 2:
             raise PreconditionError(f"pass mixin: head_dim={own} is odd; rotary positions need an even one")
@@ -80,6 +83,7 @@ class MixinPass(Pass):
             "rope_theta": float(own(chosen.rope_theta, text.rope_parameters["rope_theta"])),
             "eps": own(chosen.eps, text.rms_norm_eps),
             "tiles": chosen.tiles,
+            "visibility": resolve_visibility(chosen.visibility, graph, self.name),
         }
 
     def rewrite(self, graph: "LvlmGraph") -> PassResult:

@@ -1,10 +1,12 @@
 """Graft Persistent Visual Memory branches beside the MLP of chosen decoder layers."""
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from passes._layers import LayerChoice, resolve_layers
+from passes._visibility import Visibility, resolve_visibility, visibility_field
 from surgeon.pipeline import Pass, PassOptions, PassResult, PostconditionError, PreconditionError
 
 if TYPE_CHECKING:
@@ -12,10 +14,19 @@ if TYPE_CHECKING:
 
 KIND = "pvm"
 
+_PUBLISHED_FORM: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("attention_bias", (False,), "the branch's projections have no bias"),
+    ("mlp_bias", (False,), "the branch's projections have no bias"),
+    ("hidden_act", ("silu", "swish"), "the branch's MLP is SwiGLU"),
+    ("attention_dropout", (0.0,), "the branch's attention has no dropout"),
+)
+"""Keys of a text config, the values that the branch is defined for, and what it does whatever they say."""
+
 
 class PvmOptions(PassOptions):
     layers: LayerChoice = Field(description="zero-based decoder layers: a list, every:N, or strided:N (N spread out)")
     latent: int = Field(default=512, gt=0, description="width of the branch; a multiple of the backbone's head_dim")
+    visibility: Visibility | None = visibility_field()
 
 
 class PvmPass(Pass):
@@ -29,32 +40,79 @@ class PvmPass(Pass):
 
     def requires(self, graph: "LvlmGraph") -> None:
         resolve_layers(self.options.layers, graph.num_hidden_layers, self.name)
-        head_dim = graph.family.head_dim(graph.config)
-        if self.options.latent % head_dim:
-            below = self.options.latent // head_dim * head_dim
-            usable = f"{below} or {below + head_dim}" if below else f"{head_dim}"
-            raise PreconditionError(
-                f"pass pvm: latent={self.options.latent} is not divisible by the backbone's head_dim {head_dim}; "
-                f"use {usable}"
-            )
+        self._require_published_form(graph)
+        self._require_heads_that_divide(graph)
         grafted = [entry["layers"] for entry in graph.record["grafts"] if entry["kind"] == KIND]
         if grafted:
             raise PreconditionError(
                 f"pass pvm is already applied, at layers {', '.join(map(str, grafted[0]))}; "
                 "patch the unpatched checkpoint"
             )
+        resolve_visibility(self.options.visibility, graph, self.name)
+
+    def _require_published_form(self, graph: "LvlmGraph") -> None:
+        """The branch is a small block of the backbone's kind, and of what a config may ask for it has no more than the
+        published one. Biases that a family has by construction, as Qwen2.5-VL's, are not asked for by its config."""
+        text = graph.family.text_config(graph.config)
+        for key, supported, instead in _PUBLISHED_FORM:
+            value = getattr(text, key, None)
+            if value is not None and value not in supported:
+                raise PreconditionError(
+                    f"pass pvm: the backbone's config has {key}={value!r}, and {instead}; PVM is defined for "
+                    f"{key}={supported[0]!r} only: graft into a checkpoint that has that"
+                )
+
+    def _require_heads_that_divide(self, graph: "LvlmGraph") -> None:
+        latent, head_dim = self.options.latent, graph.family.head_dim(graph.config)
+        if latent % head_dim == 0 and self._heads_divide(graph, latent):
+            return
+        usable = " or ".join(map(str, self._nearest_latents(graph, head_dim)))
+        if latent % head_dim:
+            raise PreconditionError(
+                f"pass pvm: latent={latent} is not divisible by the backbone's head_dim {head_dim}; use {usable}"
+            )
+        query_heads, key_value_heads = self._heads(graph, latent)
+        raise PreconditionError(
+            f"pass pvm: latent={latent} makes {query_heads} query heads of {head_dim}, which {key_value_heads} "
+            f"key/value heads cannot share evenly; use {usable}"
+        )
+
+    def _heads(self, graph: "LvlmGraph", latent: int) -> tuple[int, int]:
+        """Query and key/value heads of a branch of this width, as the graft itself counts them."""
+        import torch
+
+        from surgeon.memory.pvm import PersistentVisualMemory
+
+        options = {**self.resolved(graph), "latent": latent}
+        with torch.device("meta"):
+            branch = PersistentVisualMemory.from_config(graph.family.text_config(graph.config), options)
+        return latent // branch.head_dim, branch.num_key_value_heads
+
+    def _heads_divide(self, graph: "LvlmGraph", latent: int) -> bool:
+        query_heads, key_value_heads = self._heads(graph, latent)
+        return query_heads % key_value_heads == 0
+
+    def _nearest_latents(self, graph: "LvlmGraph", head_dim: int) -> list[int]:
+        """The nearest widths below, where there is one, and above the option's that work."""
+        below = (self.options.latent - 1) // head_dim * head_dim
+        lower = (width for width in range(below, 0, -head_dim) if self._heads_divide(graph, width))
+        # ends: query heads that are a multiple of the backbone's for each key/value head always divide
+        higher = (width for width in itertools.count(below + head_dim, head_dim) if self._heads_divide(graph, width))
+        return [*itertools.islice(lower, 1), next(higher)]
 
     def resolved(self, graph: "LvlmGraph") -> dict[str, Any]:
         layers = resolve_layers(self.options.layers, graph.num_hidden_layers, self.name)
-        return {"layers": layers, "latent": self.options.latent}
+        visibility = resolve_visibility(self.options.visibility, graph, self.name)
+        return {"layers": layers, "latent": self.options.latent, "visibility": visibility}
 
     def rewrite(self, graph: "LvlmGraph") -> PassResult:
         options = self.resolved(graph)
-        touched = graph.graft(KIND, options["layers"], {"latent": options["latent"]})
+        touched = graph.graft(KIND, options.pop("layers"), options)
         return PassResult(modified=True, touched=touched)
 
     def ensures(self, graph: "LvlmGraph", result: PassResult) -> None:
-        expected = [f"{graph.family.text_model}.layers.{i}.{KIND}" for i in self.resolved(graph)["layers"]]
+        layers = resolve_layers(self.options.layers, graph.num_hidden_layers, self.name)
+        expected = [f"{graph.family.text_model}.layers.{i}.{KIND}" for i in layers]
         if sorted(result.touched) != sorted(expected):
             raise PostconditionError(f"pass pvm was to add {expected} and added {result.touched}")
 

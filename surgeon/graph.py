@@ -7,12 +7,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from surgeon.checkpoint.reader import Checkpoint
-from surgeon.errors import CheckpointError
 from surgeon.families import Family, family
 from surgeon.memory.graft import Graft
 from surgeon.memory.patched import RECORD, patched_config_class
-from surgeon.models import build_meta, parameter_names, read_config
-from surgeon.weights import Initialised, Stored, Tied, WeightPlan
+from surgeon.models import build_meta, read_model
+from surgeon.weights import Initialised, WeightPlan
 
 
 @dataclass
@@ -41,13 +40,9 @@ class LvlmGraph:
 
         Raises CheckpointError where the config and the tensors disagree, FamilyError for an unsupported family.
         """
-        config = read_config(source.config)
-        dtype = source.dtype
-        model = build_meta(config, dtype)
+        config, model, weights = read_model(source)
         record = getattr(config, RECORD, None) or {"grafts": [], "passes": []}
-        graph = cls(family(config.model_type), config, model, {}, dtype, source, seed, record)
-        graph.weights = graph._stored_weights()
-        return graph
+        return cls(family(config.model_type), config, model, weights, source.dtype, source, seed, record)
 
     @property
     def decoder(self) -> Any:
@@ -100,32 +95,3 @@ class LvlmGraph:
         values = {k: v for k, v in self.config.to_dict().items() if k != "model_type"}
         self.config = config_class.from_dict({**values, RECORD: self.record})
         self.model = build_meta(self.config, self.dtype)
-
-    def _stored_weights(self) -> WeightPlan:
-        expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        if not self.source.tensors:  # a config alone: sizes are known, values are not
-            return {name: Stored(name, shape, self.dtype) for name, shape in expected.items()}
-        plan: WeightPlan = {}
-        names = parameter_names(self.model, self.source.tensors)
-        for key, info in self.source.tensors.items():
-            name = names[key]
-            if name not in expected:
-                raise CheckpointError(f"config.json has no place for tensor {key} {list(info.shape)}")
-            if tuple(info.shape) != expected[name]:
-                raise CheckpointError(
-                    f"config.json and tensors disagree: {key} is {list(info.shape)}, "
-                    f"the config asks for {list(expected[name])}"
-                )
-            plan[name] = Stored(key, tuple(info.shape), info.torch_dtype)
-        for name, target in self.model.all_tied_weights_keys.items():
-            if name not in plan and target in plan:
-                plan[name] = Tied(target)
-            elif target not in plan and name in plan:
-                plan[target] = Tied(name)
-        missing = sorted(set(expected) - set(plan))
-        if missing:
-            raise CheckpointError(
-                f"config.json asks for tensors that the checkpoint does not hold: {', '.join(missing[:3])}"
-                + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            )
-        return plan

@@ -24,6 +24,7 @@ from surgeon.errors import CheckpointError, InputError
 from surgeon.families import Family, Grid
 from surgeon.families import family as find_family
 from surgeon.positions import Positions, choose_positions, grid_in_sequence, record_of
+from surgeon.video import is_video
 
 Picture = Image.Image | Path | str
 Message = dict[str, Any]
@@ -31,7 +32,6 @@ Side = Literal["left", "right"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts")
 # photographs with a second frame (a depth map, a preview), not animations
 STILL_FORMATS = ("MPO",)
 IMAGE_BACKEND = "pil"
@@ -101,9 +101,9 @@ def load_picture(picture: Picture) -> Image.Image:
         _refuse_animation(picture, "the picture")
         return picture
     path = Path(picture)
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        raise InputError(f"{path} is a video: video is not supported yet, pass pictures")
     try:
+        if is_video(path):
+            raise InputError(f"{path} is a video: video is not supported yet, pass pictures")
         with warnings.catch_warnings():
             # a large photograph is no attack; beyond twice Pillow's limit it raises
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -295,6 +295,9 @@ class Inputs:
         return 0
 
 
+_VIDEO_PARTS = ("video", "video_url", "input_video")
+
+
 def _take_pictures(messages: list[Message]) -> tuple[list[Picture], list[Message]]:
     """A conversation's pictures in order, and the conversation with only their places left in it."""
     pictures: list[Picture] = []
@@ -308,9 +311,14 @@ def _take_pictures(messages: list[Message]) -> tuple[list[Picture], list[Message
 
 
 def _take_picture(item: Message, pictures: list[Picture]) -> Message:
-    if item.get("type") == "video" or "video" in item:
+    if not isinstance(item, dict):
+        raise InputError(f"a part of the conversation is {item!r:.80}: write {{'type': 'text', 'text': ...}}")
+    kind = item.get("type", next((key for key in ("text", "image", "video") if key in item), None))
+    if kind in _VIDEO_PARTS or "video" in item:
         raise InputError("the conversation has a video: video is not supported yet, pass pictures")
-    if item.get("type") != "image" and "image" not in item:
+    if kind != "image" and "image" not in item:
+        if kind != "text":  # a chat template drops what it does not know without a word
+            raise InputError(f"the conversation has a part of type {kind!r}: write it as 'text' or 'image'")
         return item
     picture = item.get("image", item.get("path"))
     if not isinstance(picture, Image.Image | Path | str):

@@ -1,20 +1,20 @@
 """From a checkpoint's config to a model: plain or patched, on the meta device or with weights."""
 
 import importlib
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import CheckpointError
 from surgeon.families import Family, family
 from surgeon.memory.graft import Graft
 from surgeon.memory.patched import RECORD, patched_config_class, patched_model_class
+from surgeon.record import check_record
+from surgeon.weights import WeightPlan, stored_weights
 
 
 def graft_class(kind: str) -> type[Graft]:
@@ -44,6 +44,7 @@ def read_config(config: dict[str, Any]) -> PretrainedConfig:
     Raises FamilyError for an unsupported model_type, CheckpointError for values that transformers refuses.
     """
     described = family(config["model_type"])
+    check_record(config)
     plain: Any = getattr(transformers, described.config_class)
     config_class = patched_config_class(plain) if config.get(RECORD) else plain
     try:
@@ -70,33 +71,79 @@ def build_meta(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> 
     return model.eval()
 
 
-def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Checkpoint key -> the model's parameter name, by transformers' own renaming of older layouts."""
-    transforms = get_model_conversion_mapping(model)
-    names = {}
-    for key in keys:
-        name = key
-        for transform in transforms:
-            name = transform.rename_source_key(name)[0]
-        names[key] = name
-    return names
+class StoredModel(NamedTuple):
+    """A checkpoint, read and checked."""
+
+    config: PretrainedConfig
+    model: PreTrainedModel
+    """On the meta device."""
+    weights: WeightPlan
+    """For each of the model's parameters, where the checkpoint holds it."""
+
+
+def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The transformers config of an opened checkpoint, plain or patched.
+
+    Raises CheckpointError for a layout that has to be imported first, and as `read_config`.
+    """
+    from surgeon.importers import refuse_importable  # importers make models of what they convert
+
+    refuse_importable(checkpoint)
+    return read_config(checkpoint.config)
+
+
+def read_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> StoredModel:
+    """What every command makes of an opened checkpoint before anything else: its model in `dtype` (by default the
+    checkpoint's), whose every tensor the checkpoint holds, and none besides. No weight is read.
+
+    Raises CheckpointError where config and tensors disagree, and as `config_of`; FamilyError.
+    """
+    config = config_of(checkpoint)
+    model = build_meta(config, dtype or checkpoint.dtype)
+    return StoredModel(config, model, stored_weights(model, checkpoint))
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu", **kwargs: Any
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+    key_mapping: dict[str, str] | None = None,
+    **kwargs: Any,
 ) -> Any:
     """A checkpoint with its weights, plain or patched, ready for `generate`.
 
-    No code in the checkpoint is run: the classes are this installation's. Further keywords go to `from_pretrained`.
-    Raises CheckpointError, FamilyError.
+    No code in the checkpoint is run: the classes are this installation's. Further keywords go to `from_pretrained`; a
+    `device_map` among them says where the weights go, and `device` nothing then.
+    Raises CheckpointError, also where a weight would be missing, left over or of another shape, FamilyError.
     """
     from surgeon.remote_code import with_remote_code
 
     with Checkpoint.open(path) as checkpoint:
-        config = read_config(checkpoint.config)
         directory = checkpoint.directory
+        config = config_of(checkpoint)
+        if getattr(config, "quantization_config", None) is None:  # else transformers' quantiser knows the tensors
+            stored_weights(build_meta(config, checkpoint.dtype), checkpoint, key_mapping)
     chosen: Any = model_class(family(config.model_type), config)
     if is_patched(config):
-        chosen = with_remote_code(chosen)
-    model = chosen.from_pretrained(directory, config=config, dtype=dtype, **kwargs)
-    return model.to(device).eval()
+        chosen = with_remote_code(*chosen.made_by)
+    model, loading = chosen.from_pretrained(
+        directory, config=config, dtype=dtype, key_mapping=key_mapping, output_loading_info=True, **kwargs
+    )
+    _check_loaded(directory, loading)
+    return model.eval() if "device_map" in kwargs else model.to(device).eval()
+
+
+def _check_loaded(directory: Path, loading: dict[str, Any]) -> None:
+    """What transformers says of the loading itself: keywords may have led it to other files than those that were
+    checked. Raises CheckpointError."""
+    for what, report in (
+        ("found no values for", loading["missing_keys"]),
+        ("found no place for", loading["unexpected_keys"]),
+        ("found other shapes for", {key for key, *_ in loading["mismatched_keys"]}),
+        ("could not load all of", loading["error_msgs"]),
+    ):
+        if report:
+            names = sorted(map(str, report))
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(f"{directory}: transformers {what} {', '.join(names[:3])}{more}; nothing was loaded")

@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,34 +49,54 @@ def travelling_files(described: Family, kinds: list[str]) -> dict[str, str]:
     for kind in kinds:
         _travelling(f"memory.{kind}", found)
     classes = {kind: graft_class(kind).__name__ for kind in kinds}
+    within_base_model = described.text_model.split(".", 1)[1]
+
+    def made(maker: str, base: str, text_model: str) -> list[str]:
+        arguments = [base, repr(text_model), repr(described.layer_shape), repr(described.visual_token_keys)]
+        return [f"{maker}(", *(f"    {argument}," for argument in [*arguments, *classes.values()]), ")"]
+
+    first, *model = made("patched_model_class", described.model_class, described.text_model)
+    base_model = made("patched_base_model_class", described.base_model_class, within_base_model)
     lines = [
         '"""Loads this checkpoint in transformers, grafts included. Written by surgeon; see surgeon-recipe.yaml."""',
         "",
-        f"from transformers import {described.config_class}, {described.model_class}",
+        f"from transformers import {described.config_class}, {described.base_model_class}, {described.model_class}",
         "",
-        f"from .{_flat_name('memory.patched')} import patched_config_class, patched_model_class",
+        f"from .{_flat_name('memory.patched')} import (",
+        *(f"    {name}," for name in ("patched_base_model_class", "patched_config_class", "patched_model_class")),
+        ")",
         *(f"from .{_flat_name('memory.' + kind)} import {name}" for kind, name in classes.items()),
         "",
         f"SurgeonConfig = patched_config_class({described.config_class})",
-        "SurgeonModel = patched_model_class(",
-        f"    {described.model_class},",
-        f"    {described.text_model!r},",
-        f"    {described.layer_shape!r},",
-        f"    {described.visual_token_keys!r},",
-        *(f"    {name}," for name in classes.values()),
-        ")",
+        f"SurgeonModel = {first}",
+        *model,
         "# transformers looks a class up, and finds its source file, by these.",
         'SurgeonConfig.__name__, SurgeonModel.__name__ = "SurgeonConfig", "SurgeonModel"',
         "SurgeonConfig.__module__ = SurgeonModel.__module__ = __name__",
+        "",
+        "",
+        f"class {_base_model_name(described)}(",
+        *(f"    {line}" for line in base_model),
+        "):",
+        '    """The model without its head, which `AutoModel` gives."""',
         "",
     ]
     found[ENTRY] = "\n".join(lines)
     return {f"{name}.py": text for name, text in found.items()}
 
 
-def auto_map() -> dict[str, str]:
+def _base_model_name(described: Family) -> str:
+    return f"Surgeon{described.base_model_class}"
+
+
+def auto_map(described: Family) -> dict[str, str]:
     """What config.json needs for `from_pretrained(..., trust_remote_code=True)`."""
-    return {"AutoConfig": f"{ENTRY}.SurgeonConfig", "AutoModelForImageTextToText": f"{ENTRY}.SurgeonModel"}
+    classes = {
+        "AutoConfig": "SurgeonConfig",
+        "AutoModel": _base_model_name(described),
+        "AutoModelForImageTextToText": "SurgeonModel",
+    }
+    return {auto_class: f"{ENTRY}.{name}" for auto_class, name in classes.items()}
 
 
 def patched_config(config: dict[str, Any], model_type: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +104,7 @@ def patched_config(config: dict[str, Any], model_type: str, record: dict[str, An
     return {
         **config,
         "architectures": ["SurgeonModel"],
-        "auto_map": {**config.get("auto_map", {}), **auto_map()},
+        "auto_map": {**config.get("auto_map", {}), **auto_map(family(model_type))},
         "model_type": patched.MODEL_TYPE_PREFIX + model_type,
         patched.RECORD: record,
     }
@@ -97,12 +118,16 @@ def write_remote_code(directory: Path, config: PretrainedConfig) -> None:
 
 
 @cache
-def with_remote_code(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A patched class whose `save_pretrained` writes the travelling files too."""
+def with_remote_code(maker: Callable[..., type], arguments: tuple[Any, ...]) -> type[PreTrainedModel]:
+    """The patched class that `maker(*arguments)` makes, with a `save_pretrained` that writes the travelling files
+    too."""
+    model_class: Any = maker(*arguments)
 
     class Saved(model_class):
+        made_by = (with_remote_code, (maker, arguments))
+
         def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-            self.config.auto_map = auto_map()
+            self.config.auto_map = auto_map(family(self.config.model_type))
             super().save_pretrained(save_directory, *args, **kwargs)
             write_remote_code(Path(save_directory), self.config)
 

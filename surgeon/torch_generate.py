@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.generation import FinishReason, Sampling, TextStream, sample
 from surgeon.inputs import Inputs, Prompt
-from surgeon.models import load
+from surgeon.models import config_of, load
 from surgeon.positions import Positions
 
 
@@ -43,6 +43,7 @@ def answer(
     """
     with Checkpoint.open(path) as checkpoint:
         directory = checkpoint.directory
+        config_of(checkpoint)  # what has to be imported first often has no tokenizer that could be read
     inputs = Inputs.from_directory(directory)
     # before the weights are loaded: a bad picture is told at once
     prepared = inputs.prepare([prompt], positions=positions)

@@ -17,6 +17,7 @@ from surgeon.memory.graft import Graft
 from surgeon.memory.mixin import Mixin
 from surgeon.memory.pvm import PersistentVisualMemory
 from surgeon.memory.rotary import Rope
+from surgeon.memory.visibility import Visibility
 
 WIDTH, HEAD_DIM, SLOTS = 48, 32, 6
 """Of the grafts and memories made here."""
@@ -42,15 +43,18 @@ class Branch(nn.Module):
         return functions.call(self.graft, hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
 
 
-def exported(graft: Graft, width: int, heads: int, head_dim: int) -> onnx.ModelProto:
-    """`graft`, of this hidden size and these heads of keys and values, as a model."""
+def exported(
+    graft: Graft, width: int, heads: int, head_dim: int, visibility: Visibility = "all"
+) -> onnx.ModelProto:
+    """`graft`, of this hidden size and these heads of keys and values, as a model, whose mask over the memory is of
+    each token where visibility is causal."""
     dtype = next(graft.parameters()).dtype
     memory = placeholder("B", heads, "M", head_dim, dtype=dtype)
     inputs = {
         "hidden_states": placeholder("B", "S", width, dtype=dtype),
         "keys": memory,
         "values": memory,
-        "memory_mask": placeholder("B", "M", dtype=torch.bool),
+        "memory_mask": placeholder(*(("B", "M") if visibility == "all" else ("B", "S", "M")), dtype=torch.bool),
         "visual_token_mask": placeholder("B", "S", dtype=torch.bool),
     }
     if graft.rope is not None:
@@ -84,10 +88,10 @@ def graft_of(kind: str, head_dim: int = HEAD_DIM) -> Graft:
     return found
 
 
-def model_of(kind: str, added: str = "", head_dim: int = HEAD_DIM) -> ir.Model:
+def model_of(kind: str, added: str = "", head_dim: int = HEAD_DIM, visibility: Visibility = "all") -> ir.Model:
     """`added`: its result is added to another input, "stream", which comes "first" or "last"."""
     heads = 1 if kind == "pvm" else 2
-    model = ir.from_proto(exported(graft_of(kind, head_dim), WIDTH, heads, head_dim))
+    model = ir.from_proto(exported(graft_of(kind, head_dim), WIDTH, heads, head_dim, visibility))
     if added:
         (old,) = model.graph.outputs
         stream = ir.Value(name="stream", shape=old.shape, type=old.type)
@@ -99,11 +103,24 @@ def model_of(kind: str, added: str = "", head_dim: int = HEAD_DIM) -> ir.Model:
     return model
 
 
+def causal(mask: Tensor, length: int) -> Tensor:
+    """A mask bool [B, M] for so many tokens each, [B, S, M]: slot after slot comes into sight from the second token on;
+    a single token, as in decoding, sees them all."""
+    if length == 1:
+        return mask[:, None]
+    slots, tokens = torch.arange(mask.shape[1]), torch.arange(length)[:, None]
+    return mask[:, None] & (slots * (length - 1) < tokens * mask.shape[1])
+
+
 @torch.no_grad()
-def inputs_of(kind: str, length: int, head_dim: int = HEAD_DIM) -> dict[str, np.ndarray]:
+def inputs_of(
+    kind: str, length: int, head_dim: int = HEAD_DIM, visibility: Visibility = "all"
+) -> dict[str, np.ndarray]:
     """One row full, one padded, one without memory, one all visual."""
     torch.manual_seed(length)
     mask = torch.arange(SLOTS) < torch.tensor([SLOTS, 2, 0, 4])[:, None]
+    if visibility == "causal":
+        mask = causal(mask, length)
     visual = torch.zeros(4, length, dtype=torch.bool)
     visual[3] = True
     heads = 1 if kind == "pvm" else 2

@@ -1,5 +1,6 @@
 """A tiny checkpoint in torch beside its bundle, for tests that compare the two."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,8 @@ from patching import apply
 from surgeon import models
 from surgeon.inputs import Inputs, ModelInputs, Side
 from surgeon.memory.graft import Graft
+from surgeon.memory.patched import RECORD
+from surgeon.memory.visibility import Visibility
 from surgeon.positions import Positions, choose_positions, record_of
 
 MAX_LENGTH = 256
@@ -122,8 +125,14 @@ class DecoderRun:
         return np.zeros(shape, dtype=port.dtype)
 
     def step(self, **feeds: np.ndarray) -> np.ndarray:
-        """Feed; inputs that are not given are zero, with one visual slot. -> logits [B, T, V]."""
+        """Feed; inputs that are not given are zero, with one visual slot. A `memory_mask` [B, M] is that of rows, with
+        `memory_places` [B, M] where tokens see what stands at or before their place. -> logits [B, T, V]."""
         length = feeds["inputs_embeds"].shape[1]
+        places = feeds.pop("memory_places", None)
+        if "memory_mask" in feeds and len(self.inputs["memory_mask"].shape) == 3:
+            assert places is not None
+            tokens = feeds["write_indices"][:, None] + np.arange(length)
+            feeds["memory_mask"] = feeds["memory_mask"][:, None] & (places[:, None] <= tokens[..., None])
         for name in self.inputs:
             if name not in feeds and name not in self.caches:
                 feeds[name] = self.zeros(name, S=length, M=1)
@@ -133,15 +142,35 @@ class DecoderRun:
         return logits
 
 
-def make_pair(folder: Path, model_type: str, recipe: Sequence[str], dtype: torch.dtype, **options: Any) -> Pair:
-    """A tiny checkpoint with three layers, patched where there is a recipe, its gates open, and its bundle."""
+def make_pair(
+    folder: Path,
+    model_type: str,
+    recipe: Sequence[str],
+    dtype: torch.dtype,
+    visibility: Visibility | None = None,
+    **options: Any,
+) -> Pair:
+    """A tiny checkpoint with three layers, patched where there is a recipe, its gates open, and its bundle.
+    `visibility`: of its grafts, where it is not that which passes give them."""
     checkpoint = tiny_checkpoint(folder / "source", model_type, **{"num_hidden_layers": 3, **options})
     if recipe:
         apply(checkpoint, folder / "patched", *recipe)
         checkpoint = folder / "patched"
         open_gates(checkpoint)
+        if visibility is not None:
+            record_visibility(checkpoint, visibility)
     export_bundle(checkpoint, folder / "bundle", dtype=dtype, max_length=MAX_LENGTH)
     return Pair(checkpoint, folder / "bundle")
+
+
+def record_visibility(checkpoint: Path, visibility: Visibility) -> None:
+    """Of every graft in a checkpoint's config."""
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    for entry in config[RECORD]["grafts"]:
+        entry["visibility"] = visibility
+    path.unlink()  # never write into a file that may share its bytes
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def open_gates(checkpoint: Path) -> None:

@@ -16,7 +16,7 @@ from benchmarks.gpu_check.counting import chains_of, counted_chains
 from benchmarks.gpu_check.part import PartReport, Setting, difference
 from benchmarks.gpu_check.timing import Timer
 from exporters.kernels.operators import use_fused
-from surgeon.memory.visual_memory import Reading
+from surgeon.memory.reading import Reading
 
 WAYS = ("without", "fused", "plain", "published")
 """No memory; fused kernels; plain torch, the memory computed once; plain torch, the visual tokens projected again at

@@ -199,10 +199,10 @@ def _grafts(checkpoint: str | Path) -> list[Any]:
     """One of each kind and size, on the meta device."""
     from surgeon.checkpoint.reader import Checkpoint
     from surgeon.memory.graft import Graft
-    from surgeon.models import build_meta, read_config
+    from surgeon.models import read_model
 
     with Checkpoint.open(checkpoint, weights="optional") as opened:
-        model = build_meta(read_config(opened.config))
+        model = read_model(opened, torch.float32).model
     grafts: list[Any] = [module for module in model.modules() if isinstance(module, Graft)]
     if not grafts:
         raise SurgeonError(f"{checkpoint} has no memory layers: patch it first (surgeon passes)")

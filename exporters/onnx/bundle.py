@@ -26,7 +26,8 @@ from exporters.onnx.weights import Progress, bind
 from surgeon.checkpoint import Checkpoint, staged
 from surgeon.errors import OptionError
 from surgeon.families import Family, family
-from surgeon.models import build_meta, grafts_of, read_config
+from surgeon.memory.visibility import visibility_of
+from surgeon.models import StoredModel, grafts_of, read_model
 from surgeon.positions import record_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -72,11 +73,11 @@ def export_bundle(
     if unknown := set(graphs or ()) - set(GRAPHS):
         raise OptionError(f"no graph {sorted(unknown)[0]!r}; there are {', '.join(GRAPHS)}")
     with Checkpoint.open(checkpoint) as opened:
-        config = read_config(opened.config)
-        described = family(config.model_type)
-        _check_length(max_length, described.text_config(config))
+        stored = read_model(opened, dtype)
+        described = family(stored.config.model_type)
+        _check_length(max_length, described.text_config(stored.config))
         with staged(target, overwrite, protect=[opened.directory]) as directory:
-            manifest = _write(opened, described, config, directory, dtype, max_length, progress, graphs, digests)
+            manifest = _write(opened, described, stored, directory, dtype, max_length, progress, graphs, digests)
             return _fit(directory, manifest, measure, progress) if dtype == torch.float16 else manifest
 
 
@@ -91,7 +92,7 @@ def _check_length(max_length: int, text: Any) -> None:
 def _write(
     checkpoint: Checkpoint,
     described: Family,
-    config: PretrainedConfig,
+    stored: StoredModel,
     directory: Path,
     dtype: torch.dtype,
     max_length: int,
@@ -99,7 +100,7 @@ def _write(
     graphs: Collection[str] | None,
     digests: bool,
 ) -> Manifest:
-    model = build_meta(config, dtype)
+    config, model, weights = stored
     decoder: Any = model.get_submodule(described.text_model)
     entries = memory_entries(decoder)
 
@@ -125,7 +126,7 @@ def _write(
     if progress:
         progress("tracing graphs", len(wanted), len(wanted))
 
-    placed = bind(made.values(), model, checkpoint, directory, progress)
+    placed = bind(made.values(), weights, checkpoint, directory, progress)
     for name, graph in made.items():
         _save(graph, directory / f"{name}.onnx")
     _copy_processor(checkpoint, directory / PROCESSOR)
@@ -156,6 +157,7 @@ def _write(
         layout=record.get("layout"),
         positions=record.get("positions"),
         allocation=record.get("allocation", "both"),
+        visibility=visibility_of(record),
         memory=[
             Memory(layer=e.layer, kind=e.kind, num_key_value_heads=e.num_key_value_heads, head_dim=e.head_dim)
             for e in entries

@@ -18,6 +18,8 @@ from surgeon.errors import BundleError
 from surgeon.families import Family
 from surgeon.memory.decoder_layer import grafts_at
 from surgeon.memory.rotary import Rotary
+from surgeon.memory.visibility import visibility_of
+from surgeon.positions import record_of
 
 
 class Positions(nn.Module):
@@ -84,7 +86,8 @@ class Layer(nn.Module):
         rotary: Mapping[str, Rotary] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """hidden_states [B, S, d]; cos, sin, mask as from `Positions`; memory: keys and values by kind of graft;
-        rotary: cos and sin by kind, of grafts with a rope -> hidden_states, present keys, present values."""
+        memory_mask [B, M], or of each token [B, S, M]; rotary: cos and sin by kind, of grafts with a rope ->
+        hidden_states, present keys, present values."""
         attn, mlp = self.layer.self_attn, self.layer.mlp
         batch, length, width = hidden_states.shape
 
@@ -207,6 +210,8 @@ class _Parts:
         self.family, self.config, self.dtype, self.max_length = family, config, dtype, max_length
         self.width = family.text_config(config).hidden_size
         self.head_dim = family.head_dim(config)
+        alike = visibility_of(record_of(config)) == "all"
+        self.memory_mask = ("B", "M") if alike else ("B", "S", "M")
 
     def positions(self, rotary_emb: Any, graft_ropes: GraftRopes) -> Program:
         with torch.device("cpu"):  # not in the checkpoint, and without values on the meta device
@@ -248,7 +253,7 @@ class _Parts:
         names = list(inputs)
         if entries := layer_entries(layer, self.width, self.dtype):
             inputs["visual_token_mask"] = placeholder("B", "S", dtype=torch.bool)
-            inputs["memory_mask"] = placeholder("B", "M", dtype=torch.bool)
+            inputs["memory_mask"] = placeholder(*self.memory_mask, dtype=torch.bool)
             inputs["memory"] = {
                 kind: (floats("B", heads, "M", head_dim),) * 2 for kind, (heads, head_dim) in entries.items()
             }

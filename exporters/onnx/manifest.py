@@ -8,11 +8,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from surgeon.checkpoint.headers import header_bytes
 from surgeon.errors import BundleError, CheckpointError
+from surgeon.memory.visibility import Visibility
 
 FILE = "bundle.json"
 FORMAT = 3
-"""1: without `layout`, `positions` and `allocation`, which it is read as, and without memories that need positions.
-2: without digests of weight files and of the processor's."""
+"""1: without `layout`, `positions` and `allocation`, which it is read as, and without memories that need positions. 2:
+without `visibility`, which it is read as, and without digests of weight files and of the processor's."""
 
 
 class _Strict(BaseModel):
@@ -141,6 +142,9 @@ class Manifest(_Strict):
     positions: Positions | None = None
     allocation: Literal["both", "context", "memory"] = "both"
     """Where a picture's tiles go beside its thumbnail: into the sequence and the memory, or into one of them."""
+    visibility: Visibility = "all"
+    """Which tokens see a picture in the memory: `causal`, those that stand at or behind it, and the decoder's
+    `memory_mask` is of each token; or all of its row."""
     precision: Precision | None = None
     """Of fp16 bundles."""
     memory: list[Memory]

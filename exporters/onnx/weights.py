@@ -9,7 +9,6 @@ from typing import Literal
 
 import onnx_ir as ir
 import torch
-from transformers import PreTrainedModel
 
 from surgeon.checkpoint import (
     SAFETENSORS_DTYPES,
@@ -20,8 +19,8 @@ from surgeon.checkpoint import (
     share_file,
     write_safetensors,
 )
-from surgeon.errors import BundleError, CheckpointError
-from surgeon.models import parameter_names
+from surgeon.errors import BundleError
+from surgeon.weights import Stored, Tied, WeightPlan
 
 FOLDER = "weights"
 IR_DTYPES = {
@@ -29,7 +28,6 @@ IR_DTYPES = {
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
 }
-_CONVERTIBLE = (*IR_DTYPES, torch.float64)
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, how much of it is done, and how much there is."""
@@ -46,24 +44,23 @@ class PlacedFile:
 
 def bind(
     graphs: Iterable[ir.Model],
-    model: PreTrainedModel,
+    weights: WeightPlan,
     checkpoint: Checkpoint,
     directory: Path,
     progress: Progress | None = None,
 ) -> list[PlacedFile]:
     """Give every initialiser without a value its tensor, and place the weight files in `directory/weights`.
 
-    The initialisers bear `model`'s parameter names. Tensors of the graph's dtype are pointed into where they lie in the
-    checkpoint's files, which are shared into the bundle (copied where the file system can do no better); the others are
-    converted once, one at a time, into a file of their own. Raises CheckpointError for a tensor that is missing or of
-    another shape, BundleError for one that cannot be converted.
+    The initialisers bear the names of the model's parameters, which `weights`, as `surgeon.models.read_model` checked
+    it, finds in the checkpoint. Tensors of the graph's dtype are pointed into where they lie in the checkpoint's files,
+    which are shared into the bundle (copied where the file system can do no better); the others are converted once, one
+    at a time, into a file of their own. Raises BundleError for a value that cannot be converted.
     """
     wanted = [value for graph in graphs for value in graph.graph.initializers.values() if value.const_value is None]
-    stored = stored_tensors(model, checkpoint)
     pointed: dict[Path, str] = {}
     converted: dict[tuple[str, torch.dtype], TensorInfo] = {}
     for value in wanted:
-        info = _find(value, stored, checkpoint)
+        info = _find(value, weights, checkpoint)
         dtype = _torch_dtype(value)
         if info.torch_dtype != dtype:
             converted[info.name, dtype] = info
@@ -82,7 +79,7 @@ def bind(
         placed.append(PlacedFile(f"{FOLDER}/{path.name}", "converted"))
 
     for value in wanted:
-        info = _find(value, stored, checkpoint)
+        info = _find(value, weights, checkpoint)
         dtype = _torch_dtype(value)
         if info.torch_dtype == dtype:
             location = pointed[info.file]
@@ -101,31 +98,15 @@ def bind(
     return placed
 
 
-def stored_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """The model's parameter names -> where the checkpoint has them. Tied parameters have the tensor of any of them."""
-    keys = parameter_names(model, checkpoint.tensors)
-    stored = {name: checkpoint.tensors[key] for key, name in keys.items()}
-    found = {id(p): stored[n] for n, p in model.named_parameters(remove_duplicate=False) if n in stored}
-    tied = {n: found[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in found}
-    return tied | stored
-
-
-def _find(value: ir.Value, stored: Mapping[str, TensorInfo], checkpoint: Checkpoint) -> TensorInfo:
-    name = str(value.name)
-    if name not in stored:
-        raise CheckpointError(f"{checkpoint.directory} has no tensor for {name}; is it a checkpoint of this config?")
-    info, shape = stored[name], _shape(value)
+def _find(value: ir.Value, weights: WeightPlan, checkpoint: Checkpoint) -> TensorInfo:
+    """The stored tensor of an initialiser, or of the one that it is tied to."""
+    source = weights[str(value.name)]
+    while isinstance(source, Tied):
+        source = weights[source.name]
+    assert isinstance(source, Stored)
+    info, shape = checkpoint.tensors[source.key], _shape(value)
     # a convolution over whole windows is a Gemm over the same bytes
-    if shape not in (info.shape, (*info.shape[:1], math.prod(info.shape[1:]))):
-        raise CheckpointError(
-            f"{info.file}: {info.name} has shape {list(info.shape)}, the config asks for {list(shape)}; "
-            "config.json and the weights are not of one model"
-        )
-    if info.torch_dtype not in _CONVERTIBLE:
-        raise BundleError(
-            f"{info.file}: {info.name} is {info.dtype}; only floating weights of 16 bits or more can be exported, "
-            "so export from the checkpoint before quantisation"
-        )
+    assert shape in (info.shape, (*info.shape[:1], math.prod(info.shape[1:]))), f"{value.name} is traced as {shape}"
     return info
 
 

@@ -94,7 +94,7 @@ class BundleRuntime(Runtime):
 
     def prefill(self, state: State, rows: slice, tokens: Tokens) -> np.ndarray:
         memory = {name: as_value(tensor[rows].contiguous()) for name, tensor in state.memory.items()}
-        feeds = self._known(tokens.feeds() | {"memory_mask": state.memory_mask[rows]})
+        feeds = self._known(tokens.feeds() | {"memory_mask": self.memory_mask(state, rows, tokens)})
         return self._read(state, self.decoder.execute(self._bind(feeds | memory, state, rows)))
 
     def decode(self, state: State, changing: dict[str, np.ndarray], fixed: dict[str, np.ndarray]) -> np.ndarray:

@@ -23,23 +23,28 @@ class Picture:
 
 @dataclass(frozen=True)
 class Entering:
-    """What enters a row's memory: embeds fp32 [M, d], position_ids int64 [A, M]."""
+    """What enters a row's memory: embeds fp32 [M, d], position_ids int64 [A, M], and places int64 [M]: where in the
+    row's sequence, counted from its first token, each of them stands."""
 
     embeds: np.ndarray
     position_ids: np.ndarray
+    places: np.ndarray
 
 
-def padded(rows: Sequence[Entering | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embeds [B, M, d] and position_ids [A, B, M], padded with zeros to the longest row, and bool [B, M]: what is
-    not padding. None: a row that nothing enters; there is one that something does."""
+def padded(rows: Sequence[Entering | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Embeds [B, M, d], position_ids [A, B, M] and places [B, M], padded with zeros to the longest row, and bool
+    [B, M]: what is not padding. None: a row that nothing enters; there is one that something does."""
     lengths = np.array([0 if row is None else len(row.embeds) for row in rows])
     some = next(row for row in rows if row is not None)
     embeds = np.zeros((len(rows), lengths.max(), some.embeds.shape[1]), dtype=np.float32)
     position_ids = np.zeros((len(some.position_ids), *embeds.shape[:2]), dtype=np.int64)
+    places = np.zeros(embeds.shape[:2], dtype=np.int64)
     for index, row in enumerate(rows):
         if row is not None:
-            embeds[index, : lengths[index]], position_ids[:, index, : lengths[index]] = row.embeds, row.position_ids
-    return embeds, position_ids, np.arange(lengths.max()) < lengths[:, None]
+            own = slice(lengths[index])
+            embeds[index, own], position_ids[:, index, own] = row.embeds, row.position_ids
+            places[index, own] = row.places
+    return embeds, position_ids, places, np.arange(lengths.max()) < lengths[:, None]
 
 
 class Placement:
@@ -60,28 +65,33 @@ class Placement:
         assert picture.deepstack is None
         return replace(picture, features=picture.features[self._thumbnail])
 
-    def entering(self, pictures: Sequence[Picture], grids: Sequence[Grid], position_ids: np.ndarray) -> Entering | None:
-        """What of a row's pictures enters the memory. position_ids int64 [A, n]: of what of them stands in the
-        sequence."""
+    def entering(
+        self, pictures: Sequence[Picture], grids: Sequence[Grid], position_ids: np.ndarray, places: np.ndarray
+    ) -> Entering | None:
+        """What of a row's pictures enters the memory. position_ids int64 [A, n] and places int64 [n]: of what of them
+        stands in the sequence."""
         if not pictures:
             return None
-        ends = np.cumsum([len(self.in_sequence(picture).features) for picture in pictures])
-        parts = [
-            self._entering(*each) for each in zip(pictures, grids, np.split(position_ids, ends[:-1], 1), strict=True)
-        ]
-        embeds, positions = zip(*parts, strict=True)
-        return Entering(np.concatenate(embeds), np.concatenate(positions, axis=1))
+        ends = np.cumsum([len(self.in_sequence(picture).features) for picture in pictures])[:-1]
+        shown = zip(pictures, grids, np.split(position_ids, ends, 1), np.split(places, ends), strict=True)
+        parts = [self._entering(*each) for each in shown]
+        return Entering(
+            np.concatenate([part.embeds for part in parts]),
+            np.concatenate([part.position_ids for part in parts], axis=1),
+            np.concatenate([part.places for part in parts]),
+        )
 
-    def _entering(self, picture: Picture, grid: Grid, position_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of one picture: embeds [M, d] and position_ids [A, M]."""
+    def _entering(self, picture: Picture, grid: Grid, position_ids: np.ndarray, places: np.ndarray) -> Entering:
+        """Of one picture."""
         if self.allocation == "context":
-            return picture.features[self._thumbnail], position_ids[:, self._thumbnail]
+            part = self._thumbnail
+            return Entering(picture.features[part], position_ids[:, part], places[part])
         if self.allocation == "memory":
             # a tile's token is where the patch is that it covers, having no place of its own in the sequence
             _, rows, columns = grid
-            offsets = offsets_from_thumbnail(rows, columns, self.side, self.thumbnail, self.tile_order)
-            position_ids = position_ids[:, :1] + offsets.numpy()
-        return picture.features, position_ids
+            offsets = offsets_from_thumbnail(rows, columns, self.side, self.thumbnail, self.tile_order).numpy()
+            position_ids, places = position_ids[:, :1] + offsets, places[:1] + offsets
+        return Entering(picture.features, position_ids, places)
 
     @property
     def _thumbnail(self) -> slice:

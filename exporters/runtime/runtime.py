@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -17,6 +18,7 @@ from exporters.runtime.state import State, Tokens, Wanted, rows_of, stack
 from surgeon.errors import BundleError, TooLongError
 from surgeon.families import family
 from surgeon.inputs import Inputs, Message, ModelInputs, Prompt
+from surgeon.memory.visibility import causally
 from surgeon.models import read_config
 from surgeon.positions import Positions, choose_positions, grid_in_sequence, position_ids
 
@@ -160,6 +162,7 @@ class Runtime(ABC):
             caches={n: self.zeros(n, sizes) for n in names if n.startswith("past_")},
             memory={n: self.zeros(n, sizes) for n in names if n.startswith(_MEMORY)},
             memory_mask=np.zeros((batch_size, 1), dtype=bool),
+            memory_places=np.zeros((batch_size, 1), dtype=np.int64),
         )
 
     def _check_room(self, state: State, rows: Sequence[np.ndarray]) -> None:
@@ -187,7 +190,9 @@ class Runtime(ABC):
         entering = []
         for row, pictures in enumerate(self.encode_images(inputs)):
             self._put(pictures, input_ids[row], embeds[row], None if deepstack is None else deepstack[:, row])
-            entering.append(self.placement.entering(pictures, inputs.grids[row], token_positions[:, row, images[row]]))
+            places = state.lengths[row] + np.flatnonzero(images[row])
+            shown = token_positions[:, row, images[row]], places
+            entering.append(self.placement.entering(pictures, inputs.grids[row], *shown))
         if state.memory and any(entering):
             self._remember(state, entering)
         last = np.array([[len(ids) - 1] for ids in rows], dtype=np.int64)
@@ -219,12 +224,21 @@ class Runtime(ABC):
 
     def _remember(self, state: State, entering: Sequence[Entering | None]) -> None:
         """Enter each row's visual embeddings into the memory, behind what is there."""
-        embeds, position_ids, mask = padded(entering)
+        embeds, position_ids, places, mask = padded(entering)
         behind = state.memory_mask.shape[1] if state.memory_mask.any() else 0
         self.check_memory(behind + mask.shape[1])
         # positions are read where a graft has a rope
         new = self.run("memory", {"visual_embeds": embeds, "media_position_ids": position_ids})
-        state.remember(new, mask)  # type: ignore[arg-type]  # tensors: all of it stays on the device
+        state.remember(new, mask, places)  # type: ignore[arg-type]  # tensors: all of it stays on the device
+
+    def memory_mask(self, state: State, rows: slice, tokens: Tokens) -> np.ndarray:
+        """The decoder's `memory_mask` for new tokens of some rows: bool [B, M], or [B, S, M] where each token sees what
+        stands at or before its own place."""
+        mask = state.memory_mask[rows]
+        if self.manifest.visibility == "all":
+            return mask
+        places = tokens.write_indices[:, None] + np.arange(tokens.inputs_embeds.shape[1])
+        return causally(*map(torch.from_numpy, (mask, state.memory_places[rows], places))).numpy()
 
     def _fixed(self, state: State) -> dict[str, np.ndarray]:
         """What every decoding step of a state is fed alike."""
@@ -233,7 +247,8 @@ class Runtime(ABC):
         return {
             "logits_indices": np.zeros((batch, 1), dtype=np.int64),
             "visual_token_mask": np.zeros((batch, 1), dtype=bool),
-            "memory_mask": state.memory_mask,
+            # every slot stands before a token that is generated
+            "memory_mask": state.memory_mask if self.manifest.visibility == "all" else state.memory_mask[:, None],
             **({} if deepstack is None else {"deepstack": deepstack}),
         }
 

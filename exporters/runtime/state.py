@@ -28,6 +28,8 @@ class State:
     """`memory_keys.<entry>`, `memory_values.<entry>` [B, Hm, M, hd]."""
     memory_mask: np.ndarray
     """bool [B, M]: which slots of the memory a row uses."""
+    memory_places: np.ndarray
+    """int64 [B, M]: where in its row's sequence what is in a slot stands; 0 where a row does not use it."""
     extra: dict[str, np.ndarray] = field(default_factory=dict)
     """The extra outputs of the latest call, by name, fp32 where they are floating."""
     binding: Any = None
@@ -37,14 +39,15 @@ class State:
     def batch_size(self) -> int:
         return len(self.lengths)
 
-    def remember(self, entries: Mapping[str, Tensor], mask: np.ndarray) -> None:
+    def remember(self, entries: Mapping[str, Tensor], mask: np.ndarray, places: np.ndarray) -> None:
         """Put keys and values `memory_*` [B, Hm, M', hd], of which a row uses those in mask bool [B, M'], behind what
-        is in the memory."""
+        is in the memory. places int64 [B, M']: where in the sequence they stand."""
         new = dict(entries)
         if self.memory_mask.any():
             new = {name: torch.cat((self.memory[name], tensor), 2) for name, tensor in new.items()}
             mask = np.concatenate((self.memory_mask, mask), axis=1)
-        self.memory, self.memory_mask = new, mask
+            places = np.concatenate((self.memory_places, places), axis=1)
+        self.memory, self.memory_mask, self.memory_places = new, mask, places
         self.binding = None
 
     def advance(self, rows: Sequence[np.ndarray], position_ids: np.ndarray) -> None:

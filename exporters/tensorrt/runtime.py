@@ -115,7 +115,7 @@ class EngineRuntime(Runtime):
         places = {name: tensor[rows] for name, tensor in state.caches.items()}
         caches = {name: _aligned(tensor) for name, tensor in places.items()}
         memory = {name: _aligned(tensor[rows].contiguous()) for name, tensor in state.memory.items()}
-        feeds = tokens.feeds() | {"memory_mask": state.memory_mask[rows]}
+        feeds = tokens.feeds() | {"memory_mask": self.memory_mask(state, rows, tokens)}
         found = self.session("decoder").run(feeds | memory | caches, _present(caches))
         for name, place in places.items():
             if caches[name] is not place:

@@ -21,6 +21,7 @@ from surgeon.errors import CheckpointError
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = (".safetensors", *PICKLES, ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz")
 
@@ -60,7 +61,8 @@ class Checkpoint:
         `weights="optional"` is for who wants no values. It also takes a directory with a config.json alone, whose
         `tensors` are then empty, and leaves a hub id's weight files on the hub: their headers are fetched alone, and
         `read` and `fingerprint` fail for what is not in the cache.
-        Raises CheckpointError for what is not a checkpoint, has pickle weights only, or is damaged.
+        Raises CheckpointError for what is not a checkpoint, has pickle weights only, is damaged, or would not be loaded
+        from the same files by everyone: an adapter or a second set of weights is beside the weights.
         """
         remote = None
         if weights == "optional" and is_hub_id(path_or_id) and not constants.HF_HUB_OFFLINE:
@@ -69,6 +71,7 @@ class Checkpoint:
         else:
             directory = resolve(path_or_id, revision)
         config = _read_config(directory)
+        _refuse_adapter(directory)
         files, tensors = _read_weights(directory, remote)
         if not files and weights == "required":
             raise _no_weights(directory)
@@ -205,7 +208,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
-        if (directory / "adapter_config.json").is_file():
+        if os.path.lexists(directory / ADAPTER):
             raise CheckpointError(
                 f"{directory} is a PEFT adapter, not a checkpoint; merge it into its base model and save that first"
             )
@@ -213,20 +216,43 @@ def _read_config(directory: Path) -> dict[str, Any]:
     config = _read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path}: no model_type, so this is not a transformers checkpoint")
+    named = config.get("transformers_weights")
+    if named not in (None, SINGLE, INDEX):
+        raise CheckpointError(
+            f"{path}: transformers_weights names other weights than {SINGLE} or {INDEX}, {named!r}, which transformers "
+            "alone would load: rename the file, and remove the key"
+        )
     return config
 
 
+def _refuse_adapter(directory: Path) -> None:
+    """transformers puts an adapter beside the weights into the model it loads; whoever reads the weights does not."""
+    path = directory / ADAPTER
+    if os.path.lexists(path):
+        raise CheckpointError(
+            f"{path}: a PEFT adapter is beside the checkpoint, and its weights are not the adapted model's: merge it "
+            "(merge_and_unload) and save that, or remove the adapter's files"
+        )
+
+
 def _read_weights(directory: Path, remote: RemoteWeights | None) -> tuple[list[Path], dict[str, TensorInfo]]:
-    """The weight files and their tensors. Where there is a single file and an index, the file, as transformers does."""
+    """The weight files and their tensors. Raises CheckpointError for a single file and an index of other files, of
+    which transformers would take the single file without a word."""
     single = directory / SINGLE
-    if os.path.lexists(single):
-        return [single], _header(single, remote)
     weight_map = _read_index(directory / INDEX) if os.path.lexists(directory / INDEX) else {}
     files = [directory / name for name in dict.fromkeys(weight_map.values())]
     # What is all in the cache is read there, whether or not the hub can be reached.
     complete = bool(files) and all(map(os.path.lexists, files))
-    if remote is not None and not complete and single in remote.sizes:
-        return [single], _header(single, remote)
+    others = [path for path in files if path != single]
+    if os.path.lexists(single) or (remote is not None and not complete and single in remote.sizes):
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            raise CheckpointError(
+                f"{directory} has two sets of weights, {SINGLE} and those of {INDEX} ({others[0].name}{more}): remove "
+                f"{SINGLE} where the index is the model's, else the index and its files"
+            )
+        if not files:
+            return [single], _header(single, remote)
     tensors: dict[str, TensorInfo] = {}
     for path in files:
         for name, info in _header(path, remote, f", which {INDEX} names").items():

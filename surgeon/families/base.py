@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from surgeon.errors import InputError
 
@@ -74,6 +75,11 @@ class Family(ABC):
     """How a decoder layer's forward reads; see `surgeon/memory/decoder_layer.py`."""
     token_types: ClassVar[bool] = False
     """Whether the model takes `mm_token_type_ids` (1 at image tokens) beside the token ids."""
+
+    @property
+    def base_model_class(self) -> str:
+        """Name of the transformers class without a head, which `AutoModel` gives."""
+        return str(MODEL_MAPPING_NAMES[self.model_type])
 
     # -- config ------------------------------------------------------------------------------------------------
     def text_config(self, config: PretrainedConfig) -> Any:

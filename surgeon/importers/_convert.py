@@ -10,22 +10,16 @@ from typing import Any
 from surgeon import __version__
 from surgeon.checkpoint.publish import check_target, staged
 from surgeon.checkpoint.reader import Checkpoint
-from surgeon.checkpoint.share import share_file
-from surgeon.errors import CheckpointError, OptionError
+from surgeon.errors import CheckpointError
 from surgeon.importers._layout import Layout
-from surgeon.importers._registry import importer
-from surgeon.importers._templates import IMAGE_TOKEN, Conversation, conversation
+from surgeon.importers._registry import importer_of
 from surgeon.importers._tensors import Converted, equal, plan_tensors, write_tensors
-from surgeon.importers._tokenizer import SourceTokenizer
-from surgeon.models import build_meta, read_config
+from surgeon.models import build_meta, read_config, read_model
 from surgeon.remote_code import patched_config, write_remote_code
+from surgeon.weights import check_dtype
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how much is done and how much there is, in bytes."""
-
-_KEPT_FILES = ("LICENSE", "NOTICE", "USE_POLICY")
-_TOKENS_ADDED = 9
-_IMAGE_TOKEN_PLACE = 2
 
 
 @dataclass
@@ -33,6 +27,7 @@ class ImportReport:
     """What an import made."""
 
     source_type: str
+    """Name of the source's layout."""
     model_type: str
     text_model: str
     """The kind of text model in the source."""
@@ -62,63 +57,30 @@ def import_checkpoint(
     """
     with Checkpoint.open(source) as checkpoint:
         check_target(Path(target), overwrite, [checkpoint.directory])
-        read = importer(checkpoint.config["model_type"])
-        tokenizer = SourceTokenizer.read(checkpoint.directory)
-        warnings: list[str] = []
-        token_id = _image_token_id(checkpoint.config, tokenizer, image_token_id, warnings)
-        layout = read(checkpoint.config, token_id)
+        name, importer = importer_of(checkpoint)
+        layout = importer.read(checkpoint, image_token_id)
         config = _config(layout, checkpoint)
         planned = _plan(checkpoint, layout, config)
         report = ImportReport(
-            source_type=checkpoint.config["model_type"],
+            source_type=name,
             model_type=config["model_type"],
             text_model=layout.text_model,
             parameters=sum(prod(each.shape) for each in planned),
             tensors=len(planned),
             bytes_written=0,
-            image_token_id=token_id,
+            image_token_id=layout.image_token_id,
             grafts={entry["kind"]: entry["layers"] for entry in (layout.record or {}).get("grafts", [])},
-            warnings=[*warnings, *layout.warnings],
+            warnings=list(layout.warnings),
         )
         needed = sum(each.nbytes for each in planned)
         with staged(Path(target), overwrite=overwrite, protect=[checkpoint.directory], needed=needed) as directory:
             # What may fail goes before what takes long.
-            _write_files(directory, checkpoint, layout, config, tokenizer, report)
+            _write_files(directory, layout, config, report)
             report.bytes_written = sum(path.stat().st_size for path in directory.iterdir())
             report.bytes_written += write_tensors(checkpoint, planned, directory, progress)
+            with Checkpoint.open(directory) as written:
+                read_model(written)
     return report
-
-
-def _image_token_id(
-    config: dict[str, Any], tokenizer: SourceTokenizer | None, asked: int | None, warnings: list[str]
-) -> int:
-    """The id of the token that pictures take the place of. Only the tokenizer knows; without one it is asked for, or
-    the place that it has in every published checkpoint."""
-    llm = config.get("llm_config")
-    size = llm.get("vocab_size") if isinstance(llm, dict) else None
-    if type(size) is not int:
-        raise CheckpointError("vocab_size is missing in llm_config of config.json")
-    if asked is not None and not 0 <= asked < size:
-        raise OptionError(f"image token id {asked} is outside the vocabulary of {size}")
-    if tokenizer is not None:
-        found = tokenizer.token_id(IMAGE_TOKEN)
-        if found is None or found >= size:
-            what = "has no" if found is None else f"gives id {found}, outside the vocabulary of {size}, to"
-            raise CheckpointError(f"the tokenizer {what} {IMAGE_TOKEN}, the token that pictures take the place of")
-        if asked is not None and asked != found:
-            raise OptionError(f"image token id {asked} was asked for, and the tokenizer gives {IMAGE_TOKEN} id {found}")
-        return found
-    without = "the checkpoint has no tokenizer, so the imported one has none"
-    if asked is not None:
-        warnings.append(f"{without}: add one that gives {IMAGE_TOKEN} id {asked} before prompting it")
-        return asked
-    # Training adds nine tokens to the text model's: <img>, </img>, <IMG_CONTEXT>, and three more pairs.
-    guessed = size - _TOKENS_ADDED + _IMAGE_TOKEN_PLACE
-    warnings.append(
-        f"{without}: add one before prompting it; image_token_id is taken to be {guessed}, where published checkpoints "
-        f"of this vocabulary size have {IMAGE_TOKEN} (name another with --image-token-id)"
-    )
-    return guessed
 
 
 def _config(layout: Layout, source: Checkpoint) -> dict[str, Any]:
@@ -141,13 +103,16 @@ def _plan(source: Checkpoint, layout: Layout, config: dict[str, Any]) -> list[Co
     except (ValueError, KeyError, TypeError) as error:  # sizes that do not divide, an activation that is not there
         reason = " ".join(str(error).split())
         raise CheckpointError(f"no model can be made of config.json: {type(error).__name__}: {reason}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     tied: dict[str, str] = model.all_tied_weights_keys
     stored = {rule_target for info in source.tensors for rule_target in _names(layout, info)}
     absent = {name for name, other in tied.items() if name not in stored and other in stored}
     planned = plan_tensors(
         source.tensors, layout.rules, {name: shape for name, shape in expected.items() if name not in absent}
     )
+    for each in planned:
+        check_dtype(each.source.name, each.source.torch_dtype, state[each.name].dtype)
     by_name = {each.name: each.source.name for each in planned}
     doubled = {name for name, other in tied.items() if name in by_name and other in by_name}
     for name in sorted(doubled):
@@ -167,57 +132,9 @@ def _names(layout: Layout, key: str) -> list[str]:
     ]
 
 
-def _write_files(
-    directory: Path,
-    source: Checkpoint,
-    layout: Layout,
-    config: dict[str, Any],
-    tokenizer: SourceTokenizer | None,
-    report: ImportReport,
-) -> None:
+def _write_files(directory: Path, layout: Layout, config: dict[str, Any], report: ImportReport) -> None:
     """Everything but the weights."""
-    _write_json(directory / "config.json", config)
+    (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if layout.record is not None:
         write_remote_code(directory, read_config(config))
-    found = conversation(source.directory, layout.template)
-    _write_json(directory / "generation_config.json", _generation_config(source, config, tokenizer, found))
-    _write_json(directory / "preprocessor_config.json", layout.image_processor)
-    processor = {"processor_class": "InternVLProcessor", "image_seq_length": config["image_seq_length"]}
-    _write_json(directory / "processor_config.json", processor)
-    if tokenizer is not None:
-        if found is None:
-            report.warnings.append(
-                f"conversation template {layout.template!r} is not known, so there is no chat template: write a "
-                f"chat_template.jinja that puts {IMAGE_TOKEN} for each picture"
-            )
-        tokenizer.write(directory, found)
-    for file in source.side_files:
-        if file.name.upper().startswith(_KEPT_FILES):
-            share_file(file, directory / file.name, "copy")
-
-
-def _generation_config(
-    source: Checkpoint, config: dict[str, Any], tokenizer: SourceTokenizer | None, found: Conversation | None
-) -> dict[str, Any]:
-    """The source's, and the end of a turn among what ends an answer: the published code names it at each request."""
-    path = source.directory / "generation_config.json"
-    given: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            given = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not JSON: {error}") from error
-    text = config["text_config"]
-    ends: Any = given.get("eos_token_id", text.get("eos_token_id"))
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    turn_end = tokenizer.token_id(found.end.strip()) if tokenizer and found else None
-    if turn_end is not None and turn_end not in ends:
-        ends = [turn_end, *ends]
-    tokens = {key: given.get(key, text.get(key)) for key in ("bos_token_id", "pad_token_id")}
-    kept = {key: value for key, value in given.items() if key not in ("_from_model_config", "transformers_version")}
-    generation = {**kept, **tokens, "eos_token_id": ends}
-    return {key: value for key, value in generation.items() if value is not None and value != []}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    report.warnings += layout.side_files.write(directory, config)

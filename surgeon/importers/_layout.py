@@ -1,12 +1,16 @@
-"""How a foreign layout reads: the config it becomes, and a rule for each of its tensors."""
+"""What an importer is, and what it reads of a foreign layout: the config it becomes, a rule for each of its tensors,
+and who writes the files beside them."""
 
 import re
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
+from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import CheckpointError
 
 Take = Callable[[torch.Tensor], torch.Tensor]
@@ -37,6 +41,14 @@ def rule(pattern: str, targets: str | Mapping[str, Take]) -> Rule:
     return Rule(re.compile(pattern), {targets: whole} if isinstance(targets, str) else targets)
 
 
+class SideFiles(Protocol):
+    """What stands beside the weights and config.json: tokenizer, chat template, image processor, licence."""
+
+    def write(self, directory: Path, config: dict[str, Any]) -> list[str]:
+        """Write them for a target whose config.json is `config`; -> warnings. Raises CheckpointError for a tokenizer
+        that cannot be had exactly."""
+
+
 @dataclass
 class Layout:
     """A foreign checkpoint, read: what it becomes."""
@@ -46,17 +58,30 @@ class Layout:
     rules: list[Rule]
     text_model: str
     """The kind of text model inside, as the source calls it."""
-    image_processor: dict[str, Any]
-    """preprocessor_config.json."""
-    template: str | None
-    """Name of the conversation template that it was trained with."""
+    side_files: SideFiles
+    image_token_id: int
     record: dict[str, Any] | None = None
     """The config record of a grafted model; None for a plain one."""
     warnings: list[str] = field(default_factory=list)
 
 
-ReadLayout = Callable[[dict[str, Any], int], Layout]
-"""(config.json, image token id) -> its layout. Raises CheckpointError for what cannot be converted exactly."""
+class Importer(ABC):
+    """One foreign layout. Its file has an instance, `IMPORTER`."""
+
+    model_type: ClassVar[str]
+    """The `model_type` of its config.json."""
+
+    def recognises(self, config: Mapping[str, Any], tensors: Collection[str]) -> bool:
+        """Whether a checkpoint is of this layout, by its config.json and its tensors' names (a config alone has none).
+        A layout that shares its model_type with another one tells them apart here."""
+        return config.get("model_type") == self.model_type
+
+    @abstractmethod
+    def read(self, source: Checkpoint, image_token_id: int | None = None) -> Layout:
+        """The layout of a checkpoint that `recognises` took. `image_token_id`: as asked for, None where it was not.
+
+        Raises CheckpointError for what cannot be converted exactly, OptionError for a token id that cannot be.
+        """
 
 
 def setting(config: Mapping[str, Any], key: str, kind: type[T], where: str = "config.json") -> T:

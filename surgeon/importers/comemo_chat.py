@@ -3,26 +3,41 @@
 import re
 from typing import Any
 
+from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import CheckpointError
-from surgeon.importers import internvl_chat
 from surgeon.importers._layout import Layout, Rule, rows, rule, setting
 from surgeon.importers._text_models import LAYER
+from surgeon.importers.internvl_chat import InternVLChat
 
 # Fixed in the authors' code, not in their configs.
 _ROPE_THETA, _EPS = 1e6, 1e-5
 _WHERE = "mixin_config of config.json"
 
 
-def read(config: dict[str, Any], image_token_id: int) -> Layout:
-    """The layout of a comemo_chat config. Raises CheckpointError as internvl_chat, and for mixin layers of another
-    kind."""
-    layout = internvl_chat.read(config, image_token_id)
+class CoMemoChat(InternVLChat):
+    """CoMemo, which becomes internvl with mixin grafts."""
+
+    model_type = "comemo_chat"
+
+    def read(self, source: Checkpoint, image_token_id: int | None = None) -> Layout:
+        """As `Importer.read`. Raises CheckpointError as for internvl_chat, and for mixin layers of another kind."""
+        layout = super().read(source, image_token_id)
+        layout.record = _record(source.config, layout.config)
+        layout.rules = [*_mixin_rules(), *map(_wrapped, layout.rules)]
+        return layout
+
+
+IMPORTER = CoMemoChat()
+
+
+def _record(config: dict[str, Any], internvl: dict[str, Any]) -> dict[str, Any]:
+    """The record of the mixin layers and of how the tiles stand in the sequence. `internvl`: the converted config."""
     if not (config.get("use_thumbnail") and config.get("dynamic_image_size")):
         raise CheckpointError(
             "use_thumbnail or dynamic_image_size is off in config.json: RoPE-DHR gives tiles the positions of a "
             "thumbnail, so there must be one"
         )
-    text, mixin = layout.config["text_config"], setting(config, "mixin_config", dict)
+    text, mixin = internvl["text_config"], setting(config, "mixin_config", dict)
     every = setting(mixin, "mixin_every_n_layers", int, _WHERE)
     depth, hidden_size = text["num_hidden_layers"], text["hidden_size"]
     if not 1 <= every <= depth:
@@ -38,17 +53,15 @@ def read(config: dict[str, Any], image_token_id: int) -> Layout:
         "intermediate": setting(mixin, "intermediate_size", int, _WHERE),
         "rope_theta": _ROPE_THETA,
         "eps": _EPS,
+        "visibility": "all",  # as published: tokens before a picture see it too
     }
-    side = int(layout.config["image_seq_length"] ** 0.5)
-    layout.record = {
+    return {
         "grafts": [graft],
         "passes": [],
-        "layout": {"side": side, "thumbnail": "last"},
+        "layout": {"side": int(internvl["image_seq_length"] ** 0.5), "thumbnail": "last"},
         "positions": {"scheme": "rope_dhr", "tile_order": "column"},
         "allocation": "both",
     }
-    layout.rules = [*_mixin_rules(), *map(_wrapped, layout.rules)]
-    return layout
 
 
 def _wrapped(plain: Rule) -> Rule:

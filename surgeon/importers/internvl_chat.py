@@ -4,19 +4,54 @@ from typing import Any
 
 import transformers
 
+from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import CheckpointError
-from surgeon.importers._layout import Layout, Rule, rows, rule, setting
+from surgeon.importers._internvl_files import InternVLFiles
+from surgeon.importers._layout import Importer, Layout, Rule, rows, rule, setting
 from surgeon.importers._text_models import text_model
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 _VISION = "vision_config of config.json"
 
 
-def read(config: dict[str, Any], image_token_id: int) -> Layout:
-    """The layout of an internvl_chat config. Raises CheckpointError for what transformers' internvl is not."""
-    _refuse_other_models(config)
-    llm, vision = setting(config, "llm_config", dict), setting(config, "vision_config", dict)
-    name, text = text_model(llm)
+class InternVLChat(Importer):
+    """InternVL, which becomes transformers' internvl."""
+
+    model_type = "internvl_chat"
+
+    def read(self, source: Checkpoint, image_token_id: int | None = None) -> Layout:
+        """As `Importer.read`. Raises CheckpointError for what transformers' internvl is not."""
+        files = InternVLFiles.read(source, image_token_id)
+        config = source.config
+        _refuse_other_models(config)
+        llm, vision = setting(config, "llm_config", dict), setting(config, "vision_config", dict)
+        name, text = text_model(llm)
+        converted = _config(config, vision, text.config(llm), files.image_token_id)
+        files.image_processor = _image_processor(config, converted["vision_config"]["image_size"])
+        files.template = config.get("template")
+        layout = Layout(
+            config=converted,
+            rules=[*_vision_rules(), *_projector_rules(), *text.rules(llm)],
+            text_model=name,
+            side_files=files,
+            image_token_id=files.image_token_id,
+            warnings=list(files.warnings),
+        )
+        if config.get("dynamic_image_size") and not config.get("use_thumbnail"):
+            layout.warnings.append(
+                "use_thumbnail is off in config.json, and transformers' image processor always adds a thumbnail to "
+                "tiles: prompts with tiled pictures are not what the model was trained on"
+            )
+        return layout
+
+
+IMPORTER = InternVLChat()
+
+
+def _config(
+    config: dict[str, Any], vision: dict[str, Any], text_config: dict[str, Any], image_token_id: int
+) -> dict[str, Any]:
+    """config.json of transformers' internvl."""
     side = setting(vision, "image_size", int, _VISION)
     if config.get("force_image_size", side) not in (side, None):
         raise CheckpointError(
@@ -24,18 +59,16 @@ def read(config: dict[str, Any], image_token_id: int) -> Layout:
             "embeddings that are interpolated for each picture are not supported"
         )
     patch, ratio = setting(vision, "patch_size", int, _VISION), setting(config, "downsample_ratio", float)
-    tokens = int((side // patch) ** 2 * ratio**2)
-    text_config = text.config(llm)
     tie = bool(text_config.get("tie_word_embeddings", False))
     converted = {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
         "transformers_version": transformers.__version__,
-        "dtype": config.get("dtype") or config.get("torch_dtype") or llm.get("torch_dtype"),
+        "dtype": config.get("dtype") or config.get("torch_dtype") or config["llm_config"].get("torch_dtype"),
         "text_config": {**text_config, "tie_word_embeddings": tie},
         "vision_config": _vision_config(vision),
         "image_token_id": image_token_id,
-        "image_seq_length": tokens,
+        "image_seq_length": int((side // patch) ** 2 * ratio**2),
         "downsample_ratio": ratio,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": config.get("select_layer", -1),
@@ -47,19 +80,7 @@ def read(config: dict[str, Any], image_token_id: int) -> Layout:
     except (TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"config.json cannot become an internvl config: {reason}") from error
-    layout = Layout(
-        config=converted,
-        rules=[*_vision_rules(), *_projector_rules(), *text.rules(llm)],
-        text_model=name,
-        image_processor=_image_processor(config, side),
-        template=config.get("template"),
-    )
-    if config.get("dynamic_image_size") and not config.get("use_thumbnail"):
-        layout.warnings.append(
-            "use_thumbnail is off in config.json, and transformers' image processor always adds a thumbnail to tiles: "
-            "prompts with tiled pictures are not what the model was trained on"
-        )
-    return layout
+    return converted
 
 
 def _refuse_other_models(config: dict[str, Any]) -> None:

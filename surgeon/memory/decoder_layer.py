@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache
 
-from surgeon.memory.graft import Graft, read
-from surgeon.memory.visual_memory import Reading
+from surgeon.memory.graft import Graft
+from surgeon.memory.pickled import Rebuilt, named_after
+from surgeon.memory.reading import Reading
 
 
 class PreNormLayer:
@@ -36,7 +37,7 @@ class PreNormLayer:
             kwargs["position_ids"] = position_ids
         for graft in grafts_at(self, "before_layer"):
             if reading is not None:
-                hidden_states = apply(graft, self, hidden_states, reading)
+                hidden_states = graft(hidden_states, reading, entry_name(self, graft))
 
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
@@ -51,7 +52,7 @@ class PreNormLayer:
         hidden_states = residual + hidden_states
         for graft in grafts_at(self, "beside_mlp"):
             if reading is not None:
-                hidden_states = apply(graft, self, residual, reading, onto=hidden_states)
+                hidden_states = graft(residual, reading, entry_name(self, graft), onto=hidden_states)
         return hidden_states
 
 
@@ -68,14 +69,8 @@ def entry_name(layer: Any, graft: Graft) -> str:
     return f"{layer.self_attn.layer_idx}.{graft.kind}"
 
 
-def apply(graft: Graft, layer: Any, hidden_states: Tensor, reading: Reading, onto: Tensor | None = None) -> Tensor:
-    """What the graft computes of its entry in the memory, added to `onto` where that is given."""
-    keys, values = reading.entries[entry_name(layer, graft)]
-    rotary = reading.rotary.get(graft.kind)
-    return read(graft, hidden_states, keys, values, reading.mask, reading.visual_token_mask, rotary, onto)
-
-
 @cache
 def patched_layer_class(base: type, shape: str) -> type:
     """`base` with the forward of this shape. A subclass: isinstance, checkpointing and hooks of `base` still hold."""
-    return type(f"Patched{base.__name__}", (SHAPES[shape], base), {"__module__": __name__})
+    made_by = {"made_by": (patched_layer_class, (base, shape))}
+    return named_after(base, type(base.__name__, (Rebuilt, SHAPES[shape], base), made_by))

@@ -30,7 +30,7 @@ class FusedForm(Protocol):
         rotary: Rotary | None,
         onto: Tensor | None,
     ) -> Tensor:
-        """`graft(...)`, added to `onto` [B, S, d] where that is given."""
+        """`graft.read(...)`, added to `onto` [B, S, d] where that is given."""
 
     def project(self, graft: Any, visual_embeds: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """`graft.project(...)`."""

@@ -1,13 +1,18 @@
 """What every graft is: a module inside a decoder layer that reads the visual memory."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.memory.fused import FusedForm
+from surgeon.memory.fused import FusedForm, fused_form
+from surgeon.memory.reading import Reading
+from surgeon.memory.rms_norm import RMSNorm
 from surgeon.memory.rotary import Rope, Rotary
 
 
@@ -29,8 +34,10 @@ Initialiser = Normal | Constant
 class Graft(nn.Module, ABC):
     """A branch grafted into one decoder layer.
 
-    `project` turns visual embeddings into this layer's keys and values, once, when a picture enters; `forward` reads
-    them for every token. Nothing is kept on the module between calls.
+    `project` turns visual embeddings into this layer's keys and values, once, when a picture enters; `read` reads them
+    for every token. Both go through the modules that hold the weights, and happen in `forward`, so that adapters,
+    quantised layers, offloading and sharding work as they do for the backbone's layers. Nothing is kept on the module
+    between calls.
     """
 
     kind: ClassVar[str]
@@ -44,7 +51,7 @@ class Graft(nn.Module, ABC):
     rope: Rope | None = None
     """How its queries and keys turn with their positions; None where positions do not matter to it."""
     fused: FusedForm | None = None
-    """What `read` and `remember` take in its place on the form's devices."""
+    """What computes the same in its place on the form's devices."""
 
     @classmethod
     @abstractmethod
@@ -57,12 +64,16 @@ class Graft(nn.Module, ABC):
         Gates are zero, norms one, matrices normal: a second zero matrix behind a zero gate would leave both without
         gradient for ever.
         """
-        return {name: self._initialiser(name, std) for name, _ in self.named_parameters()}
+        return {
+            f"{path}.{name}" if path else name: self._initialiser(module, name, std)
+            for path, module in self.named_modules()
+            for name, _ in module.named_parameters(recurse=False)
+        }
 
-    def _initialiser(self, name: str, std: float) -> Initialiser:
-        if name in self.gates:
+    def _initialiser(self, module: nn.Module, name: str, std: float) -> Initialiser:
+        if module is self and name in self.gates:
             return Constant(0.0)
-        return Constant(1.0) if name.endswith("norm.weight") else Normal(std)
+        return Constant(1.0) if isinstance(module, RMSNorm) else Normal(std)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
@@ -81,7 +92,7 @@ class Graft(nn.Module, ABC):
         positions -> keys, values [B, Hm, M, hd]."""
 
     @abstractmethod
-    def forward(
+    def read(
         self,
         hidden_states: Tensor,
         keys: Tensor,
@@ -95,13 +106,78 @@ class Graft(nn.Module, ABC):
         None where there is none; rotary: the angles of the tokens' positions, for a graft with a `rope`
         -> [B, S, d]."""
 
+    def forward(self, hidden_states: Tensor, reading: Reading, entry: str, onto: Tensor | None = None) -> Tensor:
+        """hidden_states [B, S, d]; `entry`: its name in the memory -> what it reads there, [B, S, d], added to `onto`
+        [B, S, d] where that is given. What enters in this call is projected first."""
+        keys, values = reading.entry(entry, self.kind, hidden_states.dtype, self.remember)
+        mask, visual = reading.mask, reading.visual_token_mask
+        return self.recall(hidden_states, keys, values, mask, visual, reading.rotary.get(self.kind), onto)
+
+    def remember(self, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+        """`project(...)`, fused where it can be."""
+        form = self.fused_on(visual_embeds)
+        return self.project(visual_embeds, rotary) if form is None else form.project(self, visual_embeds, rotary)
+
+    def recall(
+        self,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        memory_mask: Tensor,
+        visual_token_mask: Tensor | None,
+        rotary: Rotary | None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """`read(...)`, fused where it can be, and added to `onto` [B, S, d] where that is given."""
+        form = self.fused_on(hidden_states)
+        if form is not None:
+            return form.forward(self, hidden_states, keys, values, memory_mask, visual_token_mask, rotary, onto)
+        output = self.read(hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
+        return output if onto is None else onto + output
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: not the fused form, which is of this installation."""
+        return {name: value for name, value in self.__dict__.items() if name != "fused"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.fused = fused_form(self.kind)
+
     def fused_on(self, tensor: Tensor) -> FusedForm | None:
-        """Its fused form, if it has one for the tensor's device. Under autocast it has none: the dtypes that it chooses
-        operator by operator are not those of one operator for all."""
+        """Its fused form, if it has one for the tensor's device and its projections are plain matrices. Under autocast
+        it has none: the dtypes that it chooses operator by operator are not those of one operator for all."""
         device = tensor.device.type
         if self.fused is None or device not in self.fused.devices or torch.is_autocast_enabled(device):
             return None
-        return self.fused
+        return self.fused if all(map(multiplies_by_a_matrix, self.children())) else None
+
+
+def multiplies_by_a_matrix(module: nn.Module) -> bool:
+    """Whether calling a projection is the product with `weight_of(projection)`, and nothing else. It is not where the
+    weight is elsewhere until the module is called (offloaded), is no plain tensor (sharded, quantised), or where an
+    adapter does more than add to it (dropout, DoRA)."""
+    if hasattr(module, "_hf_hook"):
+        return False
+    if hasattr(module, "get_delta_weight"):
+        active = not (module.merged or module.disable_adapters)
+        return multiplies_by_a_matrix(module.base_layer) and not (active and (module.training or any_dora(module)))  # type: ignore[arg-type]
+    if isinstance(module, RMSNorm):
+        return type(module.weight) is nn.Parameter
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
+
+
+def any_dora(adapted: Any) -> bool:
+    """Whether one of a PEFT layer's adapters scales what it is added to."""
+    return bool(getattr(adapted, "lora_variant", None)) or any(getattr(adapted, "use_dora", {}).values())
+
+
+Layer = Callable[[Tensor], Tensor]
+"""A projection or a norm: a module, or a weight and what is done with it."""
+
+
+def matrix(weight: Tensor) -> Layer:
+    """The projection that multiplies by a weight [out, in]."""
+    return partial(F.linear, weight=weight)
 
 
 def weight_of(linear: nn.Module) -> Tensor:
@@ -113,27 +189,3 @@ def weight_of(linear: nn.Module) -> Tensor:
         if adapter in linear.lora_A:  # type: ignore[operator]
             weight = weight + linear.get_delta_weight(adapter).to(weight.dtype)  # type: ignore[operator]
     return weight
-
-
-def read(
-    graft: Graft,
-    hidden_states: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    memory_mask: Tensor,
-    visual_token_mask: Tensor | None,
-    rotary: Rotary | None,
-    onto: Tensor | None = None,
-) -> Tensor:
-    """`graft(...)`, fused where it can be, and added to `onto` [B, S, d] where that is given -> [B, S, d]."""
-    form = graft.fused_on(hidden_states)
-    if form is not None:
-        return form.forward(graft, hidden_states, keys, values, memory_mask, visual_token_mask, rotary, onto)
-    output: Tensor = graft(hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
-    return output if onto is None else onto + output
-
-
-def remember(graft: Graft, visual_embeds: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-    """`graft.project(...)`, fused where it can be."""
-    form = graft.fused_on(visual_embeds)
-    return graft.project(visual_embeds, rotary) if form is None else form.project(graft, visual_embeds, rotary)

@@ -25,7 +25,7 @@ def drop_cached_pictures(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) 
         )
     if kwargs.get("memory_embeds") is not None:
         raise ValueError("a later turn is not supported where tiles go to the memory alone; pass no past_key_values")
-    runs = visual_runs(model.visual_token_mask(input_ids, None))
+    runs = visual_runs(model.base_model.visual_token_mask(input_ids, None))
     new = torch.tensor([start >= past_length for start, _ in runs], device=pixel_values.device)
     # pictures bring as many rows of pixel_values, patches or tiles, for each of their tokens
     rows, tokens = len(pixel_values), sum(length for _, length in runs)

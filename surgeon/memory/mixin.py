@@ -4,15 +4,55 @@ Source: "CoMemo: LVLMs Need Image Context with Image Memory", section 3, and the
 stays in the sequence as it was; this is a second way to it, which text that grows cannot dilute.
 """
 
+from functools import partial
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.memory.graft import Graft, weight_of
+from surgeon.memory.graft import Graft, Layer, matrix, weight_of
 from surgeon.memory.rms_norm import RMSNorm, rms_norm
 from surgeon.memory.rotary import Rope, Rotary, rotate
+
+
+def gated_cross_attention(
+    hidden_states: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    memory_mask: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm: Layer,
+    q_proj: Layer,
+    o_proj: Layer,
+    attn_gate: Tensor,
+    ffn_norm: Layer,
+    gate_proj: Layer,
+    up_proj: Layer,
+    down_proj: Layer,
+    ff_gate: Tensor,
+) -> Tensor:
+    """What a mixin layer makes of the residual stream.
+
+    hidden_states [B, S, d]. keys (already rotated) and values [B, H, M, hd], memory_mask bool [B, M] or [B, S, M]: the
+    visual memory. cos, sin [B, S, hd / 2]: of the tokens' own positions. Gates are [1]. Returns [B, S, d] in
+    hidden_states' dtype; a token with an empty memory keeps its value, feed-forward included.
+    """
+    query = q_proj(norm(hidden_states)).unflatten(-1, (-1, keys.shape[-1])).transpose(1, 2)
+    query = rotate(query, (cos, sin))
+
+    # A token without pictures has nothing to attend to: its softmax runs over padding, and the result is dropped below.
+    mask = memory_mask if memory_mask.ndim == 3 else memory_mask[:, None]
+    has_memory = mask.any(-1, keepdim=True)
+    seen = (mask | ~has_memory)[:, None].expand(-1, 1, query.shape[2], -1)
+    retrieved = F.scaled_dot_product_attention(query, keys, values, seen)
+    retrieved = o_proj(retrieved.transpose(1, 2).flatten(2))
+
+    attended = hidden_states + torch.tanh(attn_gate) * retrieved
+    normed = ffn_norm(attended)
+    fed = down_proj(F.silu(gate_proj(normed)) * up_proj(normed))
+    return torch.where(has_memory, attended + torch.tanh(ff_gate) * fed, hidden_states)
 
 
 def mixin(
@@ -33,39 +73,43 @@ def mixin(
     ff_gate: Tensor,
     eps: float,
 ) -> Tensor:
-    """What a mixin layer makes of the residual stream; the plain definition that every kernel must agree with.
+    """`gated_cross_attention` over weights alone, [out, in]; the plain definition that every kernel must agree with."""
+    return gated_cross_attention(
+        hidden_states,
+        keys,
+        values,
+        memory_mask,
+        cos,
+        sin,
+        partial(rms_norm, weight=norm, eps=eps),
+        matrix(q_proj),
+        matrix(o_proj),
+        attn_gate,
+        partial(rms_norm, weight=ffn_norm, eps=eps),
+        matrix(gate_proj),
+        matrix(up_proj),
+        matrix(down_proj),
+        ff_gate,
+    )
 
-    hidden_states [B, S, d]. keys (already rotated) and values [B, H, M, hd], memory_mask bool [B, M] or [B, S, M]: the
-    visual memory. cos, sin [B, S, hd / 2]: of the tokens' own positions. Weights are [out, in]; gates [1]. Returns
-    [B, S, d] in hidden_states' dtype; a token with an empty memory keeps its value, feed-forward included.
-    """
-    head_dim = keys.shape[-1]
-    query = F.linear(rms_norm(hidden_states, norm, eps), q_proj).unflatten(-1, (-1, head_dim)).transpose(1, 2)
-    query = rotate(query, (cos, sin))
 
-    # A token without pictures has nothing to attend to: its softmax runs over padding, and the result is dropped below.
-    mask = memory_mask if memory_mask.ndim == 3 else memory_mask[:, None]
-    has_memory = mask.any(-1, keepdim=True)
-    seen = (mask | ~has_memory)[:, None].expand(-1, 1, query.shape[2], -1)
-    retrieved = F.scaled_dot_product_attention(query, keys, values, seen)
-    retrieved = F.linear(retrieved.transpose(1, 2).flatten(2), o_proj)
-
-    attended = hidden_states + torch.tanh(attn_gate) * retrieved
-    normed = rms_norm(attended, ffn_norm, eps)
-    fed = F.linear(F.silu(F.linear(normed, gate_proj)) * F.linear(normed, up_proj), down_proj)
-    return torch.where(has_memory, attended + torch.tanh(ff_gate) * fed, hidden_states)
+def memorise(
+    visual_embeds: Tensor, cos: Tensor, sin: Tensor, norm: Layer, k_proj: Layer, v_proj: Layer
+) -> tuple[Tensor, Tensor]:
+    """The visual memory's keys, rotated, and values: visual_embeds [B, M, d], cos, sin [B, M, hd / 2]
+    -> [B, H, M, hd] each."""
+    normed = norm(visual_embeds)  # the same norm as the text's
+    heads = (-1, 2 * cos.shape[-1])
+    keys = k_proj(normed).unflatten(-1, heads).transpose(1, 2)
+    values = v_proj(normed).unflatten(-1, heads).transpose(1, 2)
+    return rotate(keys, (cos, sin)), values
 
 
 def project(
     visual_embeds: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, k_proj: Tensor, v_proj: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The visual memory's keys, rotated, and values: visual_embeds [B, M, d], cos, sin [B, M, hd / 2], weights
-    [out, in] -> [B, H, M, hd] each."""
-    normed = rms_norm(visual_embeds, norm, eps)  # the same norm as the text's
-    heads = (-1, 2 * cos.shape[-1])
-    keys = F.linear(normed, k_proj).unflatten(-1, heads).transpose(1, 2)
-    values = F.linear(normed, v_proj).unflatten(-1, heads).transpose(1, 2)
-    return rotate(keys, (cos, sin)), values
+    """`memorise` over weights alone, [out, in]."""
+    return memorise(visual_embeds, cos, sin, partial(rms_norm, weight=norm, eps=eps), matrix(k_proj), matrix(v_proj))
 
 
 class Mixin(Graft):
@@ -103,7 +147,7 @@ class Mixin(Graft):
 
     def project(self, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         assert rotary is not None
-        return project(visual_embeds, *rotary, *self.memory_weights(), self.eps)
+        return memorise(visual_embeds, *rotary, self.norm, self.k_proj, self.v_proj)
 
     def memory_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """The tensors that `project` takes after cos and sin, in its order."""
@@ -123,7 +167,7 @@ class Mixin(Graft):
             self.ff_gate,
         )
 
-    def forward(
+    def read(
         self,
         hidden_states: Tensor,
         keys: Tensor,
@@ -133,7 +177,22 @@ class Mixin(Graft):
         rotary: Rotary | None = None,
     ) -> Tensor:
         assert rotary is not None
-        return mixin(hidden_states, keys, values, memory_mask, *rotary, *self.weights(), self.eps)
+        return gated_cross_attention(
+            hidden_states,
+            keys,
+            values,
+            memory_mask,
+            *rotary,
+            self.norm,
+            self.q_proj,
+            self.o_proj,
+            self.attn_gate,
+            self.ffn_norm,
+            self.gate_proj,
+            self.up_proj,
+            self.down_proj,
+            self.ff_gate,
+        )
 
 
 GRAFT = Mixin

@@ -1,25 +1,32 @@
-"""The patched model: a transformers model class whose config records which grafts it has."""
+"""The patched model: transformers' own classes of a model, whose config records which grafts they have.
+
+What grafts need is at or below the base model, because trainers and servers call it and put a head of their own on it.
+"""
 
 import functools
+import inspect
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from surgeon.memory.decoder_layer import patched_layer_class
 from surgeon.memory.fused import fused_form
 from surgeon.memory.graft import Graft
 from surgeon.memory.later_turn import drop_cached_pictures
+from surgeon.memory.pickled import Rebuilt, named_after
 from surgeon.memory.text_model import patched_text_model_class
-from surgeon.memory.tiled import ROW_ALIGNED, continued_positions, has_pictures, resolve_tiles
+from surgeon.memory.tiled import ROW_ALIGNED, has_pictures, resolve_tiles
+from surgeon.memory.visibility import visibility_of
 from surgeon.memory.visual_memory import VisualMemory
 
 RECORD = "surgeon"
-"""The config key that holds the record: `{"grafts": [{"kind", "layers", ...options}], ...}`, and for tiled pictures
-`layout` (`side`, `thumbnail`), `positions` (`scheme`, `tile_order`) and `allocation`; see `tiled` and `rope_dhr`."""
+"""The config key that holds the record: `{"grafts": [{"kind", "layers", "visibility", ...options}], ...}`, and for
+tiled pictures `layout` (`side`, `thumbnail`), `positions` (`scheme`, `tile_order`) and `allocation`; see `tiled` and
+`rope_dhr`."""
 MODEL_TYPE_PREFIX = "surgeon_"
 
 
@@ -28,83 +35,85 @@ def patched_config_class(base: Any) -> type[PretrainedConfig]:
     """The config class of a patched `base`. Its model_type is its own, so that no loader mistakes the patched
     checkpoint for the plain model and drops the grafts."""
     name = f"Surgeon{base.__name__}"
-    return type(name, (base,), {"model_type": MODEL_TYPE_PREFIX + base.model_type, "__module__": __name__})
+    attributes = {"model_type": MODEL_TYPE_PREFIX + base.model_type, "__module__": __name__}
+    return type(name, (Rebuilt, base), {**attributes, "made_by": (patched_config_class, (base,))})
 
 
-def graft_model(model: PreTrainedModel, text_model: str, layer_shape: str, kinds: Mapping[str, type[Graft]]) -> None:
-    """Turn a plain model into a patched one, in place, by its config's record. Base parameters keep their names."""
-    decoder: Any = model.get_submodule(text_model)
+def graft_model(base_model: Any, text_model: str, layer_shape: str, kinds: Mapping[str, type[Graft]]) -> None:
+    """Give a plain base model its grafts, in place, by its config's record. Parameters that it had keep their names.
+
+    text_model: the decoder's path within it.
+    """
+    record = getattr(base_model.config, RECORD)
+    decoder: Any = base_model.get_submodule(text_model)
     plain: Any = type(decoder)
-    decoder.__class__ = patched_text_model_class(plain)
+    decoder.__class__ = patched_text_model_class(plain, visibility_of(record))
     for layer in decoder.layers:
         plain_layer: Any = type(layer)
         layer.__class__ = patched_layer_class(plain_layer, layer_shape)
-    for entry in getattr(model.config, RECORD)["grafts"]:
+    for entry in record["grafts"]:
         for index in entry["layers"]:
             graft = kinds[entry["kind"]].from_config(decoder.config, entry)
             graft.fused = fused_form(graft.kind)
             decoder.layers[index].add_module(entry["kind"], graft)
 
 
+class _WithGrafts:
+    """What a patched model and its base model share, in front of their transformers class."""
+
+    config: Any
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        if isinstance(module, Graft):
+            module.reset_parameters(self.config.get_text_config().initializer_range)
+        else:
+            super()._init_weights(module)  # type: ignore[misc]  # of the class behind
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """As in transformers, without its reentrant form. Raises ValueError for that."""
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            # It replays each layer with the gradients of its positional arguments alone: none would reach the pictures.
+            raise ValueError("use_reentrant=True does not work with grafted memories; use use_reentrant=False")
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)  # type: ignore[misc]
+
+
 @cache
-def _register_key_conversion(base: str, patched: str) -> None:
-    """Checkpoints with an older layout of keys load into the patched class as they do into the plain one: transformers
-    knows the layouts by the name of a class, or by a model_type."""
-    from transformers import conversion_mapping
+def patched_base_model_class(
+    base: Any, text_model: str, layer_shape: str, visual_token_keys: tuple[str, ...], *grafts: type[Graft]
+) -> Any:
+    """`base`, a model without a head, with grafts of the given kinds.
 
-    mapping = conversion_mapping.get_checkpoint_conversion_mapping(base)
-    if mapping is not None:
-        conversion_mapping.register_checkpoint_conversion_mapping(patched, mapping, overwrite=True)
-
-
-def patched_model_class(
-    base: type[PreTrainedModel],
-    text_model: str,
-    layer_shape: str,
-    visual_token_keys: tuple[str, ...],
-    *grafts: type[Graft],
-) -> type[PreTrainedModel]:
-    """`base` with grafts of the given kinds.
-
-    text_model: the decoder's module path. visual_token_keys: the config keys that hold the ids of visual tokens.
+    text_model: the decoder's path within it. visual_token_keys: the config keys that hold the ids of visual tokens.
     """
-    kinds = {graft.kind: graft for graft in grafts}
-    plain_config: Any = base.config_class
+    parameters = [name for name in inspect.signature(base.forward).parameters if name != "self"]
 
-    class Patched(base):
-        config_class = patched_config_class(plain_config)
+    class PatchedBaseModel(Rebuilt, _WithGrafts, base):
+        """Knows where the pictures of a call stand, and tells the decoder."""
+
+        made_by = (patched_base_model_class, (base, text_model, layer_shape, visual_token_keys, *grafts))
+        config_class = patched_config_class(base.config_class)
 
         def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            graft_model(self, text_model, layer_shape, kinds)
+            graft_model(self, text_model, layer_shape, {graft.kind: graft for graft in grafts})
             self.post_init()
 
-        def _init_weights(self, module: torch.nn.Module) -> None:
-            if isinstance(module, Graft):
-                module.reset_parameters(self.config.get_text_config().initializer_range)
-            else:
-                super()._init_weights(module)
-
         @functools.wraps(base.forward)
-        def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs |= dict(zip(parameters, args, strict=False))
             pictures = has_pictures(kwargs)
+            input_ids, inputs_embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
             if pictures and kwargs.get("visual_token_mask") is None:
                 kwargs["visual_token_mask"] = self.visual_token_mask(input_ids, inputs_embeds)
             if not pictures:  # what the prompt brought, which later calls of a generation are given again
                 kwargs = {name: value for name, value in kwargs.items() if name not in ROW_ALIGNED}
             record = getattr(self.config, RECORD)
             kwargs = resolve_tiles(self, record, kwargs.get("visual_token_mask"), kwargs)
-            if not record.get("positions"):
-                return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
-            tokens = input_ids if inputs_embeds is None else inputs_embeds
-            assert tokens is not None
-            kwargs = self._with_compressed_positions(tokens, kwargs)
-            outputs = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
-            cache, position_ids = outputs.past_key_values, kwargs.get("position_ids")
-            if cache is not None and position_ids is not None:
-                memory = VisualMemory.of(cache, self.config.get_text_config().num_hidden_layers)
-                memory.next_position = position_ids.max(-1).values + 1
-            return outputs
+            if record.get("positions"):
+                tokens = input_ids if inputs_embeds is None else inputs_embeds
+                assert tokens is not None
+                kwargs = self._with_compressed_positions(tokens, kwargs)
+            return super().forward(**kwargs, has_pictures=pictures)
 
         def _with_compressed_positions(self, tokens: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
             """What follows from position ids that do not rise by one; tokens [B, S, ...]."""
@@ -112,36 +121,12 @@ def patched_model_class(
             cache = kwargs.get("past_key_values")
             if kwargs.get("position_ids") is None and cache is not None:
                 memory = VisualMemory.of(cache, self.config.get_text_config().num_hidden_layers)
-                kwargs["position_ids"] = continued_positions(memory, length)
-            if kwargs.get("position_ids") is None:
-                return kwargs
-            if kwargs["position_ids"].shape[0] != batch_size:
-                kwargs["position_ids"] = kwargs["position_ids"].expand(batch_size, -1)
+                kwargs["position_ids"] = memory.following_positions(length)
             if cache is None and kwargs.get("attention_mask") is None and kwargs.get("sample_ids") is None:
                 # without one transformers takes every jump of the ids for the start of another packed sample
                 kwargs["attention_mask"] = torch.ones((batch_size, length), dtype=torch.int64, device=tokens.device)
             kwargs["compressed_positions"] = True
             return kwargs
-
-        @functools.wraps(base.generate)
-        def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            ids = kwargs.get("input_ids") if inputs is None else inputs
-            if ids is not None:
-                visual = self.visual_token_mask(ids, None) if has_pictures(kwargs) else None
-                kwargs = resolve_tiles(self, getattr(self.config, RECORD), visual, kwargs)
-                if kwargs.get("past_key_values") is not None:
-                    kwargs = drop_cached_pictures(self, ids, kwargs)
-            return super().generate(inputs, *args, **kwargs)
-
-        def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-            super()._validate_model_kwargs({n: v for n, v in model_kwargs.items() if n not in ROW_ALIGNED})
-
-        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-            """As in transformers, without its reentrant form. Raises ValueError for that."""
-            if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-                # It replays each layer apart from the graph that the grafts' keys and values share.
-                raise ValueError("use_reentrant=True does not work with grafted memories; use use_reentrant=False")
-            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
         def visual_token_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
             """Which positions hold a visual token, bool [B, S]: from ids [B, S] or else embeddings [B, S, d]."""
@@ -152,7 +137,66 @@ def patched_model_class(
             placeholders = self.get_input_embeddings()(ids.to(inputs_embeds.device))
             return (inputs_embeds[:, :, None] == placeholders).all(-1).any(-1)
 
+    _register_key_conversion((base.__name__,), f"Surgeon{base.__name__}")  # as a checkpoint's own code names it
+    return named_after(base, PatchedBaseModel)
+
+
+@cache
+def patched_model_class(
+    base: Any, text_model: str, layer_shape: str, visual_token_keys: tuple[str, ...], *grafts: type[Graft]
+) -> Any:
+    """`base`, a model with a head, on a patched base model; arguments as `patched_base_model_class`, text_model from
+    here."""
+    prefix = base.base_model_prefix
+    within = text_model.removeprefix(f"{prefix}.")
+    kinds = {graft.kind: graft for graft in grafts}
+
+    class Patched(Rebuilt, _WithGrafts, base):
+        made_by = (patched_model_class, (base, text_model, layer_shape, visual_token_keys, *grafts))
+        config_class = patched_config_class(base.config_class)
+
+        def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            base_model: Any = self.base_model
+            plain: Any = type(base_model)
+            graft_model(base_model, within, layer_shape, kinds)
+            # it has been made, and is grafted: of the class alone the methods are wanting
+            base_model.__class__ = patched_base_model_class(plain, within, layer_shape, visual_token_keys, *grafts)
+            self.post_init()
+
+        @functools.wraps(base.generate)
+        def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            ids = kwargs.get("input_ids") if inputs is None else inputs
+            if ids is not None:
+                visual = self.base_model.visual_token_mask(ids, None) if has_pictures(kwargs) else None
+                kwargs = resolve_tiles(self.base_model, getattr(self.config, RECORD), visual, kwargs)
+                if kwargs.get("past_key_values") is not None:
+                    kwargs = drop_cached_pictures(self, ids, kwargs)
+            return super().generate(inputs, *args, **kwargs)
+
+        def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+            super()._validate_model_kwargs({n: v for n, v in model_kwargs.items() if n not in ROW_ALIGNED})
+
     Patched.__name__ = Patched.__qualname__ = f"Surgeon{base.__name__}"
-    _register_key_conversion(base.__name__, Patched.__name__)
-    _register_key_conversion(plain_config.model_type, MODEL_TYPE_PREFIX + plain_config.model_type)
+    _register_key_conversions(base, Patched.__name__)
     return Patched
+
+
+def _register_key_conversions(base: Any, name: str) -> None:
+    """Checkpoints with an older layout of keys load into the patched class as they do into the plain one: transformers
+    knows the layouts by the name of a class, or by a model_type. `name`: the patched class's."""
+    model_type = base.config_class.model_type
+    _register_key_conversion((base.__name__,), name)
+    # a class of another name, as a checkpoint's own code has, is known by its model_type alone
+    _register_key_conversion((model_type, base.__name__), MODEL_TYPE_PREFIX + model_type)
+
+
+@cache
+def _register_key_conversion(plain: tuple[str, ...], patched: str) -> None:
+    """The first conversion that one of the plain names has becomes the patched one's too."""
+    from transformers import conversion_mapping
+
+    mappings = map(conversion_mapping.get_checkpoint_conversion_mapping, plain)
+    mapping = next((mapping for mapping in mappings if mapping is not None), None)
+    if mapping is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(patched, mapping, overwrite=True)

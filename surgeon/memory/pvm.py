@@ -4,15 +4,60 @@ Source: "Persistent Visual Memory: Sustaining Perception for Deep Generation in 
 implementation. Its attention is normalised over the visual tokens only, so text that grows cannot dilute it.
 """
 
+from functools import partial
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.memory.graft import Graft, weight_of
+from surgeon.memory.graft import Graft, Layer, matrix, weight_of
 from surgeon.memory.rms_norm import RMSNorm, rms_norm
 from surgeon.memory.rotary import Rotary
+
+
+def branch(
+    hidden_states: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    memory_mask: Tensor,
+    visual_token_mask: Tensor | None,
+    text_proj: Layer,
+    input_norm: Layer,
+    q_proj: Layer,
+    q_norm: Layer,
+    o_proj: Layer,
+    post_attention_norm: Layer,
+    gate_proj: Layer,
+    up_proj: Layer,
+    down_proj: Layer,
+    output_proj: Layer,
+    alpha: Tensor,
+    eps: float,
+) -> Tensor:
+    """The injection that a PVM branch adds to its layer's MLP.
+
+    hidden_states [B, S, d]: the residual stream after attention, not normalised. keys, values [B, Hm, M, hd] and
+    memory_mask bool [B, M] or [B, S, M]: the visual memory. visual_token_mask bool [B, S] or None: tokens that get
+    nothing. alpha [1]. Returns [B, S, d] in hidden_states' dtype; tokens with an empty memory get exactly zero.
+    """
+    query = q_proj(input_norm(text_proj(hidden_states))).unflatten(-1, (-1, keys.shape[-1]))
+    query = q_norm(query).transpose(1, 2)
+
+    # A token without pictures has nothing to attend to: its softmax runs over padding, and the result is dropped below.
+    mask = memory_mask if memory_mask.ndim == 3 else memory_mask[:, None]
+    has_memory = mask.any(-1, keepdim=True)
+    seen = (mask | ~has_memory)[:, None].expand(-1, 1, query.shape[2], -1)
+    grouped = bool(query.shape[1] != keys.shape[1])  # a symbol under torch.compile
+    retrieved = F.scaled_dot_product_attention(query, keys, values, seen, enable_gqa=grouped)
+    retrieved = o_proj(retrieved.transpose(1, 2).flatten(2))
+
+    normed = post_attention_norm(retrieved)
+    retrieved = retrieved + down_proj(F.silu(gate_proj(normed)) * up_proj(normed))
+
+    injection = alpha * rms_norm(output_proj(retrieved), None, eps)
+    gets_memory = has_memory if visual_token_mask is None else has_memory & ~visual_token_mask[..., None]
+    return injection * gets_memory
 
 
 def persistent_visual_memory(
@@ -34,43 +79,49 @@ def persistent_visual_memory(
     alpha: Tensor,
     eps: float,
 ) -> Tensor:
-    """The injection that a PVM branch adds to its layer's MLP; the plain definition that every kernel must agree with.
+    """`branch` over weights alone, [out, in]; the plain definition that every kernel must agree with."""
 
-    hidden_states [B, S, d]: the residual stream after attention, not normalised. keys, values [B, Hm, M, hd] and
-    memory_mask bool [B, M] or [B, S, M]: the visual memory. visual_token_mask bool [B, S] or None: tokens that get
-    nothing. Weights are [out, in]; alpha [1]. Returns [B, S, d] in hidden_states' dtype; tokens with an empty memory
-    get exactly zero.
-    """
-    head_dim = keys.shape[-1]
-    query = rms_norm(F.linear(hidden_states, text_proj), input_norm, eps)
-    query = F.linear(query, q_proj).unflatten(-1, (-1, head_dim))
-    query = rms_norm(query, q_norm, eps).transpose(1, 2)
+    def norm(weight: Tensor) -> Layer:
+        return partial(rms_norm, weight=weight, eps=eps)
 
-    # A token without pictures has nothing to attend to: its softmax runs over padding, and the result is dropped below.
-    mask = memory_mask if memory_mask.ndim == 3 else memory_mask[:, None]
-    has_memory = mask.any(-1, keepdim=True)
-    seen = (mask | ~has_memory)[:, None].expand(-1, 1, query.shape[2], -1)
-    grouped = bool(query.shape[1] != keys.shape[1])  # a symbol under torch.compile
-    retrieved = F.scaled_dot_product_attention(query, keys, values, seen, enable_gqa=grouped)
-    retrieved = F.linear(retrieved.transpose(1, 2).flatten(2), o_proj)
+    return branch(
+        hidden_states,
+        keys,
+        values,
+        memory_mask,
+        visual_token_mask,
+        matrix(text_proj),
+        norm(input_norm),
+        matrix(q_proj),
+        norm(q_norm),
+        matrix(o_proj),
+        norm(post_attention_norm),
+        matrix(gate_proj),
+        matrix(up_proj),
+        matrix(down_proj),
+        matrix(output_proj),
+        alpha,
+        eps,
+    )
 
-    normed = rms_norm(retrieved, post_attention_norm, eps)
-    retrieved = retrieved + F.linear(F.silu(F.linear(normed, gate_proj)) * F.linear(normed, up_proj), down_proj)
 
-    injection = alpha * rms_norm(F.linear(retrieved, output_proj), None, eps)
-    gets_memory = has_memory if visual_token_mask is None else has_memory & ~visual_token_mask[..., None]
-    return injection * gets_memory
+def memorise(
+    visual_embeds: Tensor, visual_proj: Layer, k_proj: Layer, v_proj: Layer, k_norm: Layer, head_dim: int
+) -> tuple[Tensor, Tensor]:
+    """The visual memory's keys and values: visual_embeds [B, M, d] -> [B, Hm, M, hd] each."""
+    latent = visual_proj(visual_embeds)
+    heads = (-1, head_dim)
+    keys = k_norm(k_proj(latent).unflatten(-1, heads)).transpose(1, 2)
+    values = v_proj(latent).unflatten(-1, heads).transpose(1, 2)
+    return keys, values
 
 
 def project(
     visual_embeds: Tensor, visual_proj: Tensor, k_proj: Tensor, v_proj: Tensor, k_norm: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The visual memory's keys and values: visual_embeds [B, M, d], weights [out, in] -> [B, Hm, M, hd] each."""
-    latent = F.linear(visual_embeds, visual_proj)
-    heads = (-1, k_norm.shape[0])
-    keys = rms_norm(F.linear(latent, k_proj).unflatten(-1, heads), k_norm, eps).transpose(1, 2)
-    values = F.linear(latent, v_proj).unflatten(-1, heads).transpose(1, 2)
-    return keys, values
+    """`memorise` over weights alone, [out, in]."""
+    norm = partial(rms_norm, weight=k_norm, eps=eps)
+    return memorise(visual_embeds, matrix(visual_proj), matrix(k_proj), matrix(v_proj), norm, k_norm.shape[0])
 
 
 class PersistentVisualMemory(Graft):
@@ -127,7 +178,7 @@ class PersistentVisualMemory(Graft):
         )
 
     def project(self, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
-        return project(visual_embeds, *self.memory_weights(), self.eps)
+        return memorise(visual_embeds, self.visual_proj, self.k_proj, self.v_proj, self.k_norm, self.head_dim)
 
     def memory_weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The tensors that `project` takes, in its order."""
@@ -149,7 +200,7 @@ class PersistentVisualMemory(Graft):
             self.alpha,
         )
 
-    def forward(
+    def read(
         self,
         hidden_states: Tensor,
         keys: Tensor,
@@ -158,8 +209,24 @@ class PersistentVisualMemory(Graft):
         visual_token_mask: Tensor | None,
         rotary: Rotary | None = None,
     ) -> Tensor:
-        return persistent_visual_memory(
-            hidden_states, keys, values, memory_mask, visual_token_mask, *self.weights(), self.eps
+        return branch(
+            hidden_states,
+            keys,
+            values,
+            memory_mask,
+            visual_token_mask,
+            self.text_proj,
+            self.input_norm,
+            self.q_proj,
+            self.q_norm,
+            self.o_proj,
+            self.post_attention_norm,
+            self.gate_proj,
+            self.up_proj,
+            self.down_proj,
+            self.output_proj,
+            self.alpha,
+            self.eps,
         )
 
 

@@ -8,16 +8,23 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from surgeon.memory.decoder_layer import entry_name
-from surgeon.memory.graft import Graft, remember
+from surgeon.memory.graft import Graft
+from surgeon.memory.pickled import Rebuilt, named_after
+from surgeon.memory.reading import Reading
 from surgeon.memory.rotary import Rotary, position_axes
-from surgeon.memory.tiled import Entering
-from surgeon.memory.visual_memory import Entries, Reading, VisualMemory
+from surgeon.memory.slots import Entering, Slots, token_places_if
+from surgeon.memory.visibility import Visibility
+from surgeon.memory.visual_memory import VisualMemory
 
 
 @cache
-def patched_text_model_class(base: type) -> type:
-    class PatchedTextModel(base):
+def patched_text_model_class(base: type, visibility: Visibility) -> type:
+    """`base`, whose tokens see pictures in the memory as `visibility` says."""
+
+    class PatchedTextModel(Rebuilt, base):
         """The decoder: lets visual embeddings enter the request's memory, and gives its layers what they read."""
+
+        made_by = (patched_text_model_class, (base, visibility))
 
         def forward(
             self,
@@ -27,43 +34,72 @@ def patched_text_model_class(base: type) -> type:
             attention_mask: Tensor | None = None,
             past_key_values: Cache | None = None,
             use_cache: bool | None = None,
+            has_pictures: bool | None = None,
             visual_token_mask: Tensor | None = None,
             memory_token_mask: Tensor | None = None,
             memory_embeds: Tensor | None = None,
             memory_embeds_mask: Tensor | None = None,
             memory_position_ids: Tensor | None = None,
+            memory_places: Tensor | None = None,
             sample_ids: Tensor | None = None,
             **kwargs: Any,
         ) -> Any:
-            """As the base's, and: visual_token_mask bool [B, S]; memory_token_mask bool [B, S], which of them enter the
-            memory, by default all; or memory_embeds [B, M, d] with mask and positions [B, M], which enter in their
-            place; sample_ids int64 [B, S]: which of a row's packed samples each token belongs to."""
+            """As the base's, and: has_pictures, which embeddings need; visual_token_mask bool [B, S]; memory_token_mask
+            bool [B, S], which of them enter the memory, by default all; or memory_embeds [B, M, d] with mask, positions
+            and places (counted from this call's first token) [B, M], which enter in their place; sample_ids int64
+            [B, S]: which of a row's packed samples each token belongs to.
+
+            Raises ValueError where embeddings come from elsewhere than the patched base model, so that nobody knows
+            whether pictures are among them.
+            """
             if inputs_embeds is None:
                 inputs_embeds = self.embed_tokens(input_ids)
+            elif has_pictures is None:
+                raise ValueError(
+                    "embeddings reached the decoder past the patched base model, so pictures among them could not "
+                    "enter the memory: call the model, or model.base_model; where a library replaced their forward, "
+                    "turn that off"
+                )
             use_cache = self.config.use_cache if use_cache is None else use_cache
             if use_cache and past_key_values is None:
                 past_key_values = DynamicCache(config=self.config)
             if past_key_values is None:
-                memory = VisualMemory()
+                memory, past_length = VisualMemory(), 0
             else:
                 memory = VisualMemory.of(past_key_values, self.config.num_hidden_layers)
+                past_length = past_key_values.get_seq_length()
             if sample_ids is not None and attention_mask is None:
                 attention_mask = packed_mask(sample_ids, inputs_embeds.dtype)
 
-            positions = self.token_positions(position_ids, inputs_embeds, past_key_values)
+            places = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            positions = position_axes(places if position_ids is None else position_ids, inputs_embeds.shape[0])
+            entering = None
             if memory_embeds is not None:
-                assert memory_position_ids is not None and memory_embeds_mask is not None
-                entering = Entering(memory_embeds, memory_position_ids[None], memory_embeds_mask)
-                self.enter(memory, entering)
+                assert memory_position_ids is not None and memory_embeds_mask is not None and memory_places is not None
+                standing = Slots(memory_embeds_mask, memory_places + past_length)
+                entering = Entering(memory_embeds, memory_position_ids[None], standing)
             elif visual_token_mask is not None:
                 enters = visual_token_mask if memory_token_mask is None else memory_token_mask[:, -positions.shape[2] :]
                 if bool(enters.any()):
-                    self.enter(memory, Entering.from_sequence(inputs_embeds, positions, enters, sample_ids))
+                    entering = Entering.from_sequence(inputs_embeds, positions, places, enters, sample_ids)
+
+            changes = entering is not None
+            slots = memory.slots
+            if slots is None and entering is None and self.training and torch.is_grad_enabled():
+                entering = Entering.nothing(inputs_embeds)
+            if entering is not None:
+                slots = entering.slots if slots is None else slots.followed_by(entering.slots)
             reading = None
-            if memory.mask is not None:
-                seen = memory.seen_by(sample_ids)
-                reading = Reading(memory.entries, seen, visual_token_mask, self.rotary(positions))
-            return super().forward(
+            if slots is not None:
+                reading = Reading(
+                    entries=memory.entries,
+                    mask=slots.seen_by(token_places_if(visibility, places, entering), sample_ids),
+                    visual_token_mask=visual_token_mask,
+                    rotary=rotary(self, positions),
+                    entering=None if entering is None else entering.embeds,
+                    entering_rotary={} if entering is None else rotary(self, entering.position_ids),
+                )
+            outputs = super().forward(
                 inputs_embeds=inputs_embeds,
                 position_ids=position_ids,
                 attention_mask=attention_mask,
@@ -72,38 +108,30 @@ def patched_text_model_class(base: type) -> type:
                 reading=reading,
                 **kwargs,
             )
+            memory.length = past_length + inputs_embeds.shape[1]
+            if changes and slots is not None and reading is not None:
+                memory.keep(dict(reading.joined), slots)
+            if kwargs.get("compressed_positions") and position_ids is not None:
+                memory.continue_positions(position_ids, past_length)
+            return outputs
 
-        def token_positions(self, position_ids: Tensor | None, inputs_embeds: Tensor, cache: Cache | None) -> Tensor:
-            """[A, B, S]: those given, or counted from the cache's length as the base does."""
-            if position_ids is None:
-                past = cache.get_seq_length() if cache is not None else 0
-                position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past
-            return position_axes(position_ids, inputs_embeds.shape[0])
+    return named_after(base, PatchedTextModel)
 
-        def grafts(self) -> dict[str, Graft]:
-            """Every graft, by its name in the memory."""
-            return {
-                entry_name(layer, graft): graft
-                for layer in self.layers
-                for graft in layer.children()
-                if isinstance(graft, Graft)
-            }
 
-        def rotary(self, position_ids: Tensor) -> dict[str, Rotary]:
-            """The angles of positions [A, B, S] for each kind of graft with a `rope`, which its layers share."""
-            ropes = {graft.kind: graft.rope for graft in self.grafts().values()}
-            return {kind: rope(position_ids) for kind, rope in ropes.items() if rope is not None}
+def grafts(decoder: Any) -> dict[str, Graft]:
+    """Every graft of a decoder, by its name in the memory."""
+    return {
+        entry_name(layer, graft): graft
+        for layer in decoder.layers
+        for graft in layer.children()
+        if isinstance(graft, Graft)
+    }
 
-        def enter(self, memory: VisualMemory, entering: Entering) -> None:
-            """Project what enters to keys and values [B, Hm, M, hd] of every graft, and append them to the memory."""
-            rotary = self.rotary(entering.position_ids)
-            entries: Entries = {
-                name: remember(graft, entering.embeds, rotary.get(graft.kind)) for name, graft in self.grafts().items()
-            }
-            memory.extend(entries, entering.mask, entering.sample_ids)
 
-    PatchedTextModel.__name__ = PatchedTextModel.__qualname__ = f"Patched{base.__name__}"
-    return PatchedTextModel
+def rotary(decoder: Any, position_ids: Tensor) -> dict[str, Rotary]:
+    """The angles of positions [A, B, S] for each kind of graft with a `rope`, which its layers share."""
+    ropes = {graft.kind: graft.rope for graft in grafts(decoder).values()}
+    return {kind: rope(position_ids) for kind, rope in ropes.items() if rope is not None}
 
 
 def packed_mask(sample_ids: Tensor, dtype: torch.dtype) -> Tensor:

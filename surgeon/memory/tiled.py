@@ -12,9 +12,8 @@ from torch import Tensor
 
 from surgeon.memory.rope_dhr import TileOrder, offsets_from_thumbnail, thumbnail_mask, tiles_per_picture
 from surgeon.memory.rope_dhr import position_ids as compressed_position_ids
-from surgeon.memory.visual_memory import VisualMemory, filled, gather_rows
 
-ROW_ALIGNED = ("memory_token_mask", "memory_embeds", "memory_embeds_mask", "memory_position_ids")
+ROW_ALIGNED = ("memory_token_mask", "memory_embeds", "memory_embeds_mask", "memory_position_ids", "memory_places")
 """The keywords that `resolve_tiles` makes for the decoder, beside `position_ids`."""
 PICTURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 
@@ -88,26 +87,35 @@ def _into_memory_alone(
     first = layout["thumbnail"] == "first"
     thumbnails = [pixels[:1] if first else pixels[-1:] for pixels in pixel_values.split(counts)]
 
-    plain = _plain_positions(visual, kwargs.get("attention_mask"))
-    starts = plain[visual].view(-1, side * side)[:, 0].tolist()
-    positions_of = [
-        start + offsets_from_thumbnail(rows, columns, side, layout["thumbnail"], tile_order)
-        for start, (rows, columns) in zip(starts, tile_grids.tolist(), strict=True)
+    offsets = [
+        offsets_from_thumbnail(rows, columns, side, layout["thumbnail"], tile_order)
+        for rows, columns in tile_grids.tolist()
     ]
+
+    def from_first_token(values: Tensor) -> list[Tensor]:
+        """For each picture the values [B, S] at the patches that its tokens cover, which go up by one."""
+        starts = values[visual].view(-1, side * side)[:, 0].tolist()
+        return [start + own for start, own in zip(starts, offsets, strict=True)]
+
+    positions_of = from_first_token(_plain_positions(visual, kwargs.get("attention_mask")))
+    places_of = from_first_token(torch.arange(visual.shape[1], device=visual.device).expand(visual.shape))
 
     per_row = (visual.sum(1) // (side * side)).tolist()
     lengths = [sum(map(len, own)) for own in _split(positions_of, per_row)]
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(visual.device)
     embeds = torch.zeros((*mask.shape, features.shape[-1]), dtype=features.dtype, device=features.device)
     positions = torch.zeros(mask.shape, dtype=torch.int64, device=visual.device)
+    places = torch.zeros_like(positions)
     embeds[mask] = torch.cat(pictures)
     positions[mask] = torch.cat(positions_of).to(visual.device)
+    places[mask] = torch.cat(places_of).to(visual.device)
     return {
         **kwargs,
         "pixel_values": torch.cat(thumbnails),
         "memory_embeds": embeds,
         "memory_embeds_mask": mask,
         "memory_position_ids": positions,
+        "memory_places": places,
     }
 
 
@@ -122,28 +130,3 @@ def _split(items: list[Tensor], counts: list[int]) -> list[list[Tensor]]:
 def _plain_positions(visual: Tensor, attention_mask: Tensor | None) -> Tensor:
     present = torch.ones_like(visual) if attention_mask is None else attention_mask.bool()
     return (present.long().cumsum(1) - 1).clamp(min=0)
-
-
-class Entering:
-    """What enters the memory in one call: embeddings [B, M, d], positions [A, B, M], mask bool [B, M]; and where
-    samples are packed each slot's sample [B, M]."""
-
-    def __init__(self, embeds: Tensor, position_ids: Tensor, mask: Tensor, sample_ids: Tensor | None = None) -> None:
-        self.embeds, self.position_ids, self.mask, self.sample_ids = embeds, position_ids, mask, sample_ids
-
-    @classmethod
-    def from_sequence(
-        cls, inputs_embeds: Tensor, position_ids: Tensor, entering: Tensor, sample_ids: Tensor | None
-    ) -> "Entering":
-        """The tokens `entering`, bool [B, S], of a sequence."""
-        positions = gather_rows(position_ids.permute(1, 2, 0), entering).permute(2, 0, 1)
-        samples = None if sample_ids is None else gather_rows(sample_ids, entering)
-        return cls(gather_rows(inputs_embeds, entering), positions, filled(entering), samples)
-
-
-def continued_positions(memory: VisualMemory, length: int) -> Tensor | None:
-    """The positions of `length` tokens that follow what `memory` travels with, [B, S]; None where those are counted
-    from the cache's length."""
-    if memory.next_position is None:
-        return None
-    return memory.next_position[:, None] + torch.arange(length, device=memory.next_position.device)

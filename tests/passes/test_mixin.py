@@ -44,8 +44,26 @@ def test_defaults_are_the_backbones(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", "internvl")
     graph, _ = planned(source, "mixin")
     sizes = {"num_heads": 4, "head_dim": 16, "intermediate": 128, "rope_theta": 1e6, "eps": 1e-6}
-    assert graph.record["grafts"] == [{"kind": "mixin", "layers": [3], **sizes}]
+    assert graph.record["grafts"] == [{"kind": "mixin", "layers": [3], **sizes, "visibility": "causal"}]
     assert "layout" not in graph.record
+
+
+def test_defaults_are_those_of_any_backbone(tmp_path: Path) -> None:
+    """None of them is the usual value of a published model."""
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    text = {"num_attention_heads": 2, "head_dim": 24, "intermediate_size": 72, "rms_norm_eps": 3e-6}
+    source = tiny_checkpoint(tmp_path / "source", "internvl", text_type="llama", rope_parameters=rope, **text)
+    (entry,) = planned(source, "mixin:layers=2")[0].record["grafts"]
+    assert {"num_heads": 2, "head_dim": 24, "intermediate": 72, "rope_theta": 5e5, "eps": 3e-6}.items() <= entry.items()
+
+
+@pytest.mark.parametrize(("limits", "expected"), [("3,max_tiles=3", (3, 3)), ("2,max_tiles=5", (2, 5)), ("4", (4, 6))])
+def test_limits_of_tiles(limits: str, expected: tuple[int, int], tmp_path: Path) -> None:
+    """As many at least as at most is every picture cut alike."""
+    source = tiny_checkpoint(tmp_path / "source", "internvl")
+    apply(source, tmp_path / "out", f"rope-dhr:min_tiles={limits}")
+    settings = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert (settings["min_patches"], settings["max_patches"]) == expected
 
 
 def test_own_sizes(tmp_path: Path) -> None:

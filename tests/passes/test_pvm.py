@@ -1,6 +1,7 @@
 """The PVM pass: what it adds, where, and what it refuses."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,19 @@ import torch
 from safetensors import safe_open
 
 import passes
-from checkpoints import MODEL_TYPES, tiny_checkpoint
-from patching import apply
+from checkpoints import MODEL_TYPES, TEXT_TYPES, tiny_checkpoint
+from patching import apply, batch, randomise_grafts
+from surgeon import models
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import SurgeonError
 from surgeon.memory.graft import Constant
 from surgeon.patch import plan
+from surgeon.pipeline import PreconditionError
 from surgeon.recipe import FILE_NAME, Recipe
 
 PUBLISHED = Path(__file__).parents[2] / "examples" / "recipes"
 QWEN3_VL = {
+    "2b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
     "8b": {"hidden_size": 4096, "intermediate_size": 12288},
     "4b": {"hidden_size": 2560, "intermediate_size": 9728},
 }
@@ -27,7 +31,6 @@ QWEN3_VL = {
 def config_alone(directory: Path, size: str) -> Path:
     """Qwen3-VL's published sizes, without weights."""
     text = {
-        **QWEN3_VL[size],
         "num_hidden_layers": 36,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
@@ -35,6 +38,7 @@ def config_alone(directory: Path, size: str) -> Path:
         "vocab_size": 151936,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+        **QWEN3_VL[size],
     }
     vision = {"out_hidden_size": QWEN3_VL[size]["hidden_size"]}
     config = {"model_type": "qwen3_vl", "text_config": text, "vision_config": vision, "torch_dtype": "bfloat16"}
@@ -74,7 +78,7 @@ def test_ways_to_name_layers(source: Path, layers: str, expected: list[int]) -> 
         graph, _ = plan(
             checkpoint, Recipe.from_arguments([f"pvm:layers={layers},latent=32"]).make_passes(passes.registry())
         )
-    assert graph.record["grafts"] == [{"kind": "pvm", "layers": expected, "latent": 32}]
+    assert graph.record["grafts"] == [{"kind": "pvm", "layers": expected, "latent": 32, "visibility": "causal"}]
     grafted = [i for i, layer in enumerate(graph.decoder.layers) if hasattr(layer, "pvm")]
     assert grafted == expected
 
@@ -110,7 +114,11 @@ def test_the_written_recipe_reproduces_the_output(source: Path, tmp_path: Path) 
     first, second, other = tmp_path / "first", tmp_path / "second", tmp_path / "other"
     apply(source, first, "pvm:layers=strided:2,latent=32", seed=7)
     recipe = Recipe.read(first / FILE_NAME)
-    assert recipe.seed == 7 and recipe.passes[0]["pvm"] == {"layers": [1, 2], "latent": 32}
+    assert recipe.seed == 7 and recipe.passes[0]["pvm"] == {
+        "layers": [1, 2],
+        "latent": 32,
+        "visibility": "causal",
+    }
     from surgeon.patch import patch
 
     threads = torch.get_num_threads()
@@ -160,6 +168,87 @@ def test_what_cannot_be_done_is_refused_with_a_way_out(
 ) -> None:
     with pytest.raises(SurgeonError) as caught:
         apply(source, tmp_path / "out", *arguments)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("latent", "said"),
+    [
+        (640, "makes 5 query heads of 128, which 2 key/value heads cannot share evenly; use 512 or 768"),
+        (896, "makes 7 query heads of 128, which 3 key/value heads cannot share evenly; use 768 or 1024"),
+        (
+            700,
+            "not divisible by the backbone's head_dim 128; use 512 or 768",
+        ),  # 640, the nearest multiple, does not work
+        (100, "not divisible by the backbone's head_dim 128; use 128"),
+    ],
+)
+def test_heads_that_do_not_divide_are_refused_in_the_plan(tmp_path: Path, latent: int, said: str) -> None:
+    """Qwen3-VL-2B shares a key/value head among two query heads."""
+    made = Recipe.from_arguments([f"pvm:layers=8,latent={latent}"]).make_passes(passes.registry())
+    opened = Checkpoint.open(config_alone(tmp_path, "2b"), weights="optional")
+    with opened as checkpoint, pytest.raises(PreconditionError) as caught:
+        plan(checkpoint, made)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("heads", "key_value_heads"), [(4, 2), (6, 2), (4, 1)])
+def test_what_is_planned_runs(heads: int, key_value_heads: int, tmp_path: Path) -> None:
+    """Every multiple of head_dim is either refused, naming two that are not, or computes."""
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads, "hidden_size": heads * 16}
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", num_hidden_layers=2, **sizes)
+    runs, named = set(), set()
+    for latent in range(16, 16 * 11, 16):
+        try:
+            apply(source, tmp_path / str(latent), f"pvm:layers=1,latent={latent}")
+        except PreconditionError as error:
+            named |= {int(number) for number in re.findall(r"\d+", str(error).rpartition("use ")[2])}
+            continue
+        model = models.load(tmp_path / str(latent))
+        image, grid = model.config.image_token_id, (1, 4, 4)
+        kwargs = batch(model, [[5, *[image] * 4, 6]], [grid])
+        kwargs["mm_token_type_ids"] = (kwargs["input_ids"] == image).long()
+        randomise_grafts(model)
+        with torch.no_grad():
+            assert model(**kwargs).logits.isfinite().all()
+        runs.add(latent)
+    assert named and runs >= {latent for latent in named if latent < 16 * 11}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text"),
+    [
+        *((model_type, {}) for model_type in MODEL_TYPES),
+        *((model_type, {"text_type": text}) for model_type in ("internvl", "ovis2") for text in TEXT_TYPES),
+        ("llava_onevision", {"text_type": "qwen2"}),
+        ("qwen3_vl", {"hidden_act": "swish"}),
+    ],
+)
+def test_every_family_as_published_is_patched(model_type: str, text: dict[str, Any], tmp_path: Path) -> None:
+    """Qwen2's and Qwen2.5-VL's attention has biases that no config asks for."""
+    source = tiny_checkpoint(tmp_path / "source", model_type, **text)
+    with Checkpoint.open(source) as checkpoint:
+        _, report = plan(checkpoint, Recipe.from_arguments(["pvm:layers=1,latent=32"]).make_passes(passes.registry()))
+    assert len(report.grafts) == 1
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text", "said"),
+    [
+        ("qwen3_vl", {"attention_bias": True}, "attention_bias=True, and the branch's projections have no bias"),
+        ("internvl", {"text_type": "llama", "attention_bias": True}, "attention_bias=True"),
+        ("internvl", {"text_type": "llama", "mlp_bias": True}, "mlp_bias=True, and the branch's projections have no"),
+        ("qwen2_5_vl", {"hidden_act": "gelu"}, "hidden_act='gelu', and the branch's MLP is SwiGLU"),
+        ("ovis2", {"attention_dropout": 0.1}, "attention_dropout=0.1, and the branch's attention has no dropout"),
+    ],
+)
+def test_a_backbone_of_another_form_is_refused_in_the_plan(
+    model_type: str, text: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint(tmp_path / "source", model_type, **text)
+    with pytest.raises(PreconditionError) as caught:
+        apply(source, tmp_path / "out", "pvm:layers=1,latent=32")
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -47,6 +47,14 @@ def test_distribution_is_that_of_transformers(sampling: Sampling, warpers: list)
     np.testing.assert_allclose(found, expected, atol=4 * math.sqrt(0.25 / 20_000))
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4), (1.0, 4)])
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: int) -> None:
+    """Four tokens of a quarter each, whose sums are exact: a set that sums to p is enough."""
+    logits = np.repeat(np.zeros((1, 4), dtype=np.float32), 200, 0)
+    sampling = Sampling(temperature=1.0, top_p=top_p)
+    assert set(sample(logits, sampling, sampling.generator()).tolist()) == set(range(kept))
+
+
 def test_a_seed_repeats_and_another_does_not() -> None:
     logits = np.repeat(LOGITS, 50, 0)
     first, again, other = (

@@ -234,13 +234,34 @@ def test_bad_pictures_are_told_by_name_and_reason(demo, tmp_path, monkeypatch, k
         (Prompt("see <|image_pad|>"), "1 image placeholder.s. .* for 0 picture"),
         (Prompt("see <|video_pad|>"), "video is not supported yet"),
         ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], "video is not supported yet"),
+        (
+            [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "a"}}]}],
+            "video is not supported yet",
+        ),
+        ([{"role": "user", "content": [{"video": "a.mp4"}]}], "video is not supported yet"),
+        ([{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}], "a part of type 'audio'"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}], "of type 'image_url'"),
+        ([{"role": "user", "content": [{"words": "hello"}]}], "a part of type None"),
+        ([{"role": "user", "content": ["hello"]}], "a part of the conversation is 'hello'"),
         ([{"role": "user", "content": [{"type": "image", "image": "https://a.b/c.png"}]}], "is not a file"),
         ([{"role": "user", "content": [{"type": "image", "picture": 3}]}], "its keys: .'picture', 'type'"),
     ],
 )
 def test_prompts_that_cannot_be_used(demo, prompt, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         demo.prepare([prompt])
+    assert "\n" not in str(caught.value)
+
+
+def test_parts_need_no_type(demo):
+    """`text` and `image` alone say what a part is, as the published chat templates take them."""
+    with_types = Prompt("What?", (noise(64, 64),)).messages()
+    without = [
+        {"role": m["role"], "content": [{k: v for k, v in c.items() if k != "type"} for c in m["content"]]}
+        for m in with_types
+    ]
+    expected, found = (demo.prepare([messages]) for messages in (with_types, without))
+    assert found.input_ids.tolist() == expected.input_ids.tolist()
 
 
 def test_no_prompt(demo):

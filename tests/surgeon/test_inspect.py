@@ -36,7 +36,9 @@ def test_parts_add_up_to_the_model(tmp_path: Path, model_type: str, tied: bool) 
     assert parts["projector"] == sum(p.numel() for p in model.model.visual.merger.parameters())
     assert parts["vision tower"] + parts["projector"] == sum(p.numel() for p in model.model.visual.parameters())
     assert len(found.files) > 1
-    assert sum(f.bytes for f in found.files) >= found.bytes
+    assert {f.name: f.bytes for f in found.files} == {
+        file.name: file.stat().st_size for file in path.glob("*.safetensors")
+    }
     assert sum(f.tensors for f in found.files) == len(model.state_dict()) - tied
 
 
@@ -46,9 +48,9 @@ def test_a_patched_checkpoint_names_each_graft(tmp_path: Path) -> None:
     found = inspect_checkpoint(tmp_path / "patched")
     assert {name: n for name, n in parts_of(found).items() if name.endswith(".pvm")} == report.grafts
     assert [(g.kind, g.layers, g.options, g.parameters) for g in found.grafts] == [
-        ("pvm", [1, 3], {"latent": 32}, report.new_parameters)
+        ("pvm", [1, 3], {"latent": 32, "visibility": "causal"}, report.new_parameters)
     ]
-    assert found.passes == [{"pvm": {"layers": [1, 3], "latent": 32}}]
+    assert found.passes == [{"pvm": {"layers": [1, 3], "latent": 32, "visibility": "causal"}}]
     assert found.source is not None and found.source["name"] == "source"
     assert parts_of(found)["decoder"] == parts_of(inspect_checkpoint(source))["decoder"]
     assert Inspection.model_validate_json(found.model_dump_json()) == found
@@ -84,7 +86,7 @@ def test_config_and_tensors_that_disagree_are_refused(tmp_path: Path) -> None:
 def test_passes_are_described_with_their_options() -> None:
     described = {each.name: each for each in describe_passes(passes.registry())}["pvm"]
     options = {option.name: option for option in described.options}
-    assert described.identity and list(options) == ["layers", "latent"]
+    assert described.identity and list(options) == ["layers", "latent", "visibility"]
     assert options["layers"].required and options["layers"].default is None
     assert (options["latent"].type, options["latent"].default) == ("int", 512)
     assert "head_dim" in options["latent"].description

@@ -38,7 +38,7 @@ class GraftFunction(ABC):
         visual_token_mask: Tensor,
         rotary: Rotary | None,
     ) -> Tensor:
-        """`graft(...)` as the operator; tensors as `Graft.forward` takes them."""
+        """`graft.read(...)` as the operator; tensors as `Graft.read` takes them."""
 
     def project(self, graft: Graft, visual_embeds: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """`graft.project(...)`, in operators that lower to one ONNX operator each."""

@@ -41,10 +41,12 @@ def Mixin(  # type: ignore[no-untyped-def]
     query = op.Transpose(op.Reshape(query, heads), perm=[0, 2, 1, 3])
     query = op.RotaryEmbedding(query, cos, sin, interleaved=0)
 
-    # A row without pictures attends to its padding, and the result is dropped below: no NaN from an empty softmax.
-    count = op.ReduceSum(op.Cast(memory_mask, to=INT32.dtype), op.Constant(value_ints=[1]), keepdims=1)
+    # A token without pictures attends to padding, and the result is dropped below: no NaN from an empty softmax.
+    slots = op.Concat(op.Constant(value_ints=[0, 1, -1]), op.Shape(keys, start=2, end=3), axis=0)
+    mask = op.Reshape(memory_mask, slots)  # of a row's tokens alike, or of each
+    count = op.ReduceSum(op.Cast(mask, to=INT32.dtype), op.Constant(value_ints=[3]), keepdims=1)
     has_memory = op.Cast(count, to=BOOL.dtype)
-    seen = op.Reshape(op.Or(memory_mask, op.Not(has_memory)), op.Constant(value_ints=[0, 1, 1, -1]))
+    seen = op.Or(mask, op.Not(has_memory))
     one = op.Constant(value_ints=[1])
     seen = op.Expand(seen, op.Concat(one, one, op.Shape(hidden_states, start=1, end=2), one, axis=0))
     retrieved = op.Attention(query, keys, values, seen)
@@ -56,7 +58,7 @@ def Mixin(  # type: ignore[no-untyped-def]
     mlp = op.Mul(op.Mul(gate, op.Sigmoid(gate)), op.Gemm(normed, up_proj, transB=1))
     fed = op.Add(attended, op.Mul(op.Tanh(ff_gate), op.Gemm(mlp, down_proj, transB=1)))
     fed = op.Reshape(fed, op.Shape(hidden_states))
-    return op.Where(op.Reshape(has_memory, op.Constant(value_ints=[0, 1, 1])), fed, hidden_states)
+    return op.Where(op.Reshape(has_memory, op.Constant(value_ints=[0, -1, 1])), fed, hidden_states)
 
 
 class _MixinFunction(GraftFunction):

@@ -40,10 +40,12 @@ def PersistentVisualMemory(  # type: ignore[no-untyped-def]
     query = op.RMSNormalization(op.Reshape(query, heads), q_norm, axis=-1, epsilon=eps)
     query = op.Transpose(query, perm=[0, 2, 1, 3])
 
-    # A row without pictures attends to its padding, and the result is dropped below: no NaN from an empty softmax.
-    count = op.ReduceSum(op.Cast(memory_mask, to=INT32.dtype), op.Constant(value_ints=[1]), keepdims=1)
+    # A token without pictures attends to padding, and the result is dropped below: no NaN from an empty softmax.
+    slots = op.Concat(op.Constant(value_ints=[0, 1, -1]), op.Shape(keys, start=2, end=3), axis=0)
+    mask = op.Reshape(memory_mask, slots)  # of a row's tokens alike, or of each
+    count = op.ReduceSum(op.Cast(mask, to=INT32.dtype), op.Constant(value_ints=[3]), keepdims=1)
     has_memory = op.Cast(count, to=BOOL.dtype)
-    seen = op.Reshape(op.Or(memory_mask, op.Not(has_memory)), op.Constant(value_ints=[0, 1, 1, -1]))
+    seen = op.Or(mask, op.Not(has_memory))
     one = op.Constant(value_ints=[1])
     seen = op.Expand(seen, op.Concat(one, one, op.Shape(hidden_states, start=1, end=2), one, axis=0))
     retrieved = op.Attention(query, keys, values, seen)
@@ -59,6 +61,7 @@ def PersistentVisualMemory(  # type: ignore[no-untyped-def]
     scale = op.Expand(alpha, op.Shape(hidden_states, start=2, end=3))
     injection = op.RMSNormalization(injection, scale, axis=-1, epsilon=eps)
     injection = op.Reshape(injection, op.Shape(hidden_states))
+    has_memory = op.Reshape(has_memory, op.Constant(value_ints=[0, -1]))
     gets_memory = op.Reshape(op.And(has_memory, op.Not(visual_token_mask)), op.Constant(value_ints=[0, 0, 1]))
     return op.Where(gets_memory, injection, op.CastLike(op.Constant(value_float=0.0), injection))
 

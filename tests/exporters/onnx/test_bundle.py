@@ -175,7 +175,7 @@ EMBEDDINGS = "model.language_model.embed_tokens.weight"
         (lambda t: t.pop(EMBEDDINGS), torch.float32, CheckpointError, EMBEDDINGS),
         (lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS][:100].clone()}), torch.float32, CheckpointError, r"\[100, 64\]"),
         (lambda t: t[EMBEDDINGS].mul_(1e6), torch.float16, BundleError, "bf16"),
-        (lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS].char()}), torch.float32, BundleError, "I8"),
+        (lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS].char()}), torch.float32, CheckpointError, "int8"),
     ],
 )
 def test_weights_that_cannot_be_used_are_named(

@@ -220,6 +220,7 @@ def test_it_streams_what_the_runtime_answers(model: Any, bundle: BundleRuntime) 
     ("inputs", "expected"),
     [
         ({"images": np.array([b"no picture"], dtype=object)}, "image-0 is not a picture"),
+        ({"images": np.array([b"\0\0\0 ftypisom" + b"\0" * 99], dtype=object)}, "video is not supported yet"),
         ({"positions": text("dhl")}, "positions is 'dhl'; there are dhr and plain"),
         ({"max_tokens": np.array([0], np.int32)}, "max_tokens is 0"),
         ({"temperature": np.array([np.nan], np.float32)}, "temperature is nan"),

@@ -22,7 +22,9 @@ TARGETS = "sm80,sm89,sm120"
 
 @pytest.fixture(scope="session")
 def bundle_of(export: Callable[..., Pair]) -> Callable[[Case], Pair]:
-    return lambda case: export(case.model_type, case.recipe, getattr(torch, case.dtype))
+    return lambda case: export(
+        case.model_type, case.recipe, getattr(torch, case.dtype), visibility=case.visibility
+    )
 
 
 @pytest.fixture(scope="session")

@@ -89,6 +89,24 @@ def test_pictures_of_patches_windows_and_tiles(bundle_of: BundleOf) -> None:
     assert set(both.sizes) == {"T", "M"} and both.sizes["T"].max == 10, "3 x 3 tiles and the whole"
 
 
+@pytest.mark.parametrize(
+    ("limits", "visual"),
+    [
+        ({}, "1..256"),
+        ({"prefill": "1..64"}, "1..64"),
+        ({"prefill": "1..64", "picture_tokens": "4..100"}, "1..100"),
+        ({"prefill": "1..64", "picture_tokens": "4..100", "visual_tokens": "1..300"}, "1..300"),
+    ],
+)
+def test_by_default_the_memory_holds_a_prefill_and_any_one_picture(
+    bundle_of: BundleOf, limits: dict[str, str], visual: str
+) -> None:
+    """A picture may come in several prefills, so it may have more tokens than one of them."""
+    found = profiles(bundle_of, QWEN3, **limits)
+    expected = Range.parse(visual, "--visual-tokens")
+    assert {profile.sizes["M"] for profile in (*found["memory"], *found["decoder"])} == {expected}
+
+
 def test_by_default_tiles_are_those_that_the_processor_cuts(bundle_of: BundleOf) -> None:
     settings = json.loads((bundle_of(INTERNVL).bundle / "processor" / "preprocessor_config.json").read_text())
     (vision,) = profiles(bundle_of, INTERNVL)["vision"]

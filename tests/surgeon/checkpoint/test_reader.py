@@ -144,7 +144,7 @@ def test_unaligned_tensors(tmp_path: Path) -> None:
 def test_side_files(single: Path) -> None:
     keep = ["chat_template.jinja", "generation_config.json", "merges.txt", "modeling.py", "tokenizer.model"]
     drop = [".gitattributes", "pytorch_model.bin", "optimizer.pt", "model.gguf", "extra.safetensors"]
-    drop += ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
+    drop += ["other.safetensors.index.json", "pytorch_model.bin.index.json"]
     for name in keep + drop:
         (single / name).touch()
     (single / "onnx").mkdir()

@@ -111,6 +111,21 @@ def test_rope_axes_turn_each_frequency_as_the_model_does(model):
     torch.testing.assert_close(keys(positions), torch.cat(expected, dim=-1))
 
 
+@pytest.mark.parametrize("sections", [[24, 20, 20], [22, 21, 21], [32, 20, 12], [28, 15, 21]])
+def test_interleaved_sections_of_any_length(sections):
+    """Time, height, width in turn, each as often as its own section says: as transformers lays the angles out."""
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": sections, "mrope_interleaved": True}
+    config = tiny_config("qwen3_vl", hidden_size=256, num_attention_heads=2, head_dim=128, rope_parameters=rope)
+    axes = family("qwen3_vl").rope_axes(config)
+    assert [axes.count(axis) for axis in range(3)] == sections
+    rotary = transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLTextRotaryEmbedding(config.text_config)
+    positions = torch.tensor([3, 50, 700])
+    cos, sin = rotary(torch.zeros(1), positions[:, None, None])
+    angles = positions[torch.tensor(axes)] * rotary.inv_freq
+    torch.testing.assert_close(cos[0, 0, :64], angles.cos())
+    torch.testing.assert_close(sin[0, 0, :64], angles.sin())
+
+
 @pytest.mark.parametrize("sections", [[24, 20, 20], [16, 24, 24]])
 def test_rope_axes_at_the_published_size(sections):
     name = "qwen3_vl" if sections[0] == 24 else "qwen2_5_vl"

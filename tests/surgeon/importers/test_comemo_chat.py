@@ -62,6 +62,7 @@ def test_the_record_says_how_it_was_trained(imported: Path) -> None:
             "intermediate": 128,
             "rope_theta": 1e6,
             "eps": 1e-5,
+            "visibility": "all",
         }
     ]
     assert record["positions"] == {"scheme": "rope_dhr", "tile_order": "column"}

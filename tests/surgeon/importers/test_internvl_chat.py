@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file
 
 from checkpoints import tiny_model
@@ -81,6 +83,48 @@ def test_every_tensor_comes_through_bit_for_bit(tmp_path: Path, text: str, optio
         assert torch.equal(
             imported(input_ids=ids, pixel_values=pixels).logits, model(input_ids=ids, pixel_values=pixels).logits
         )
+
+
+def test_what_a_config_leaves_out_is_what_the_authors_code_takes(tmp_path: Path) -> None:
+    """The defaults of the published InternLM2Config and InternVisionConfig."""
+    llm = {
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "rope_scaling": None,
+    }
+    vision = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "num_channels": 3, "initializer_range": 0.02}
+
+    def leave_out(config: dict[str, Any]) -> None:
+        for part, keys in (("llm_config", [*llm, "rope_theta"]), ("vision_config", vision)):
+            for key in keys:
+                config[part].pop(key, None)
+
+    import_checkpoint(golden_checkpoint(tmp_path / "source", change=leave_out), tmp_path / "out", image_token_id=500)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    text = config["text_config"]
+    assert text["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    llm.pop("rope_scaling")
+    assert {key: text[key] for key in llm} == llm
+    assert {key: config["vision_config"][key] for key in vision} == vision
+    assert load(tmp_path / "out").model.language_model.norm.variance_epsilon == 1e-6
+
+
+def test_pictures_are_scaled_as_the_authors_scale_them(tmp_path: Path) -> None:
+    """Bicubic, then ImageNet's mean and deviation."""
+    import_checkpoint(golden_checkpoint(tmp_path / "source"), tmp_path / "out", image_token_id=500)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    found = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"]
+    assert found.shape == (1, 3, 64, 64)
+    scaled = np.asarray(Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC)) / 255
+    expected = (scaled - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(found[0].transpose(1, 2, 0), expected, atol=1e-5)
 
 
 def test_dynamic_ntk_scaling_is_the_published_formula(tmp_path: Path) -> None:

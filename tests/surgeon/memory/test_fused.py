@@ -9,7 +9,6 @@ from torch import Tensor
 
 from exporters.kernels.operators import mixin, pvm
 from surgeon.memory import fused
-from surgeon.memory.graft import read, remember
 from surgeon.memory.pvm import PersistentVisualMemory
 
 
@@ -50,14 +49,14 @@ def test_it_is_taken_on_its_devices_alone_and_never_under_autocast() -> None:
     graft = PersistentVisualMemory(16, 8, 8, head_dim=8, num_key_value_heads=1, eps=1e-6).requires_grad_(False)
     graft.alpha.fill_(0.5)
     embeds = torch.randn(1, 3, 16)
-    keys, values = remember(graft, embeds, None)
+    keys, values = graft.remember(embeds)
     rest = (keys, values, torch.ones(1, 3, dtype=torch.bool), None, None)
-    plain = read(graft, embeds, *rest)
+    plain = graft.recall(embeds, *rest)
     graft.fused = Marked("cuda")
-    assert torch.equal(read(graft, embeds, *rest), plain)
-    assert torch.equal(remember(graft, embeds, None)[0], keys)
+    assert torch.equal(graft.recall(embeds, *rest), plain)
+    assert torch.equal(graft.remember(embeds)[0], keys)
     graft.fused = Marked("cuda", "cpu")
-    assert bool((read(graft, embeds, *rest) == 7).all())
-    assert float(remember(graft, embeds, None)[1]) == 8
+    assert bool((graft.recall(embeds, *rest) == 7).all())
+    assert float(graft.remember(embeds)[1]) == 8
     with torch.autocast("cpu", torch.bfloat16):
-        assert not bool((read(graft, embeds, *rest) == 7).any())
+        assert not bool((graft.recall(embeds, *rest) == 7).any())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exporters.kernels import operators, support
 from exporters.kernels.operators import mixin, pvm
-from surgeon.memory.graft import Graft, read, remember
+from surgeon.memory.graft import Graft
 from surgeon.memory.mixin import Mixin
 from surgeon.memory.pvm import PersistentVisualMemory
 from surgeon.memory.rotary import Rope
@@ -46,9 +46,9 @@ class Case:
 
     def compute(self) -> Tensor:
         """Through the memory, as a decoder layer does."""
-        keys, values = remember(self.graft, self.embeds, self.media)
+        keys, values = self.graft.remember(self.embeds, self.media)
         onto = self.onto if self.visual is not None else None
-        return read(self.graft, self.hidden_states, keys, values, self.mask, self.visual, self.text, onto)
+        return self.graft.recall(self.hidden_states, keys, values, self.mask, self.visual, self.text, onto)
 
 
 class OnCpu:
@@ -82,7 +82,7 @@ def test_the_operators_are_registered_soundly(kind: str) -> None:
     module: Any = pvm if kind == "pvm" else mixin
     angles = () if case.text is None else case.text
     media = () if case.media is None else case.media
-    keys, values = (t.detach() for t in remember(case.graft, case.embeds, case.media))
+    keys, values = (t.detach() for t in case.graft.remember(case.embeds, case.media))
     masks = (case.mask, case.visual) if kind == "pvm" else (case.mask,)
     weights = case.graft.weights()  # type: ignore[operator]
     operator = module.persistent_visual_memory if kind == "pvm" else module.mixin
@@ -108,7 +108,7 @@ def test_what_runs_on_a_gpu_equals_the_definition(kind: str) -> None:
     """The CUDA implementations themselves, kernels interpreted."""
     case = Case(kind)
     module: Any = pvm if kind == "pvm" else mixin
-    keys, values = remember(case.graft, case.embeds, case.media)
+    keys, values = case.graft.remember(case.embeds, case.media)
     arguments = (case.embeds, *(case.media or ()), *case.graft.memory_weights(), case.graft.eps)  # type: ignore[operator]
     with torch.no_grad():
         got_keys, got_values = module.fused_memory(*arguments)
@@ -142,7 +142,7 @@ def test_the_plain_definition_is_used_and_said_once() -> None:
     graft.alpha.fill_(0.5)
     keys, values = graft.project(torch.randn(1, 4, 48))
     arguments = (torch.randn(1, 2, 48), keys, values, torch.ones(1, 4, dtype=torch.bool), None)
-    want = graft(*arguments)
+    want = graft.read(*arguments)
     support.say_once.cache_clear()
     with pytest.warns(UserWarning, match="head_dim 24.*plain definition"):
         got = pvm.fused(*arguments, *graft.weights(), graft.eps, None)

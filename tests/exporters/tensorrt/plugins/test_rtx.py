@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from engines import Case
 from exporters.tensorrt.build import Built, Options, build_engines, plan_engines
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.manifest import EngineManifest
@@ -22,12 +23,14 @@ from pairs import Pair
 TARGETS = "sm80,sm89,sm120"
 PVM = ("pvm:layers=1,2,latent=64",)
 MIXIN = ("mixin:layers=0,2,num_heads=2,intermediate=48,rope_theta=5000",)
+ONE_OF_EACH = ("mixin:layers=0,num_heads=2,intermediate=48,rope_theta=5000", "pvm:layers=2,latent=64")
 CASES = [
-    ("qwen3_vl", PVM, torch.float16),
-    ("qwen3_vl", PVM, torch.bfloat16),
-    ("internvl", MIXIN, torch.float16),
-    ("internvl", MIXIN, torch.bfloat16),
+    Case("qwen3_vl", PVM, "float16", "causal"),
+    Case("qwen3_vl", ONE_OF_EACH, "bfloat16", "causal"),
+    Case("internvl", MIXIN, "float16", "causal"),
+    Case("internvl", ONE_OF_EACH, "bfloat16", "all"),
 ]
+FUNCTIONS = {"pvm": "PersistentVisualMemory", "mixin": "Mixin"}
 STEPS = {
     "pvm": ["pvm_attend", "pvm_down", "pvm_inject", "pvm_retrieve", "pvm_swiglu", "pvm_text"],
     "mixin": ["mixin_attend", "mixin_down", "mixin_query", "mixin_retrieve", "mixin_swiglu"],
@@ -37,6 +40,11 @@ STEPS = {
 def options(**more: Any) -> Options:
     limits = Limits(batch=Range.of(1, 2), prefill=Range.of(1, 16))
     return Options(**{"target": TARGETS, "limits": limits, "graphs": ("decoder",), "kernels": "fused"} | more)
+
+
+def bundle_of(export: Callable[..., Pair], case: Case) -> Path:
+    dtype = getattr(torch, case.dtype)
+    return export(case.model_type, case.recipe, dtype, visibility=case.visibility, head_dim=32).bundle
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +57,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(
     export: Callable[..., Pair], cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, Built]]:
-    made: dict[Any, tuple[Path, Built]] = {}
+    made: dict[Case, tuple[Path, Built]] = {}
 
-    def get(case: Any = CASES[0]) -> tuple[Path, Built]:
+    def get(case: Case = CASES[0]) -> tuple[Path, Built]:
         if case not in made:
             target = tmp_path_factory.mktemp("fused") / "out"
-            bundle = export(*case, head_dim=32).bundle
-            made[case] = target, build_engines(bundle, target, options(cache=cache))
+            made[case] = target, build_engines(bundle_of(export, case), target, options(cache=cache))
         return made[case]
 
     return get
@@ -71,13 +78,15 @@ def carried(engine: bytes) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[1][0].partition(':')[0]} {case[2]}")
-def test_an_engine_has_a_plugin_for_every_launch(case: Any, engine: Callable[..., tuple[Path, Built]]) -> None:
-    kind = case[1][0].partition(":")[0]
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_engine_has_a_plugin_for_every_launch(case: Case, engine: Callable[..., tuple[Path, Built]]) -> None:
     path, built = engine(case)
-    assert built.fused == {"decoder": {{"pvm": "PersistentVisualMemory", "mixin": "Mixin"}[kind]: 2}}
-    assert built.report.graphs["decoder"].network["PLUGIN_V3"] == 2 * len(STEPS[kind])
-    assert built.manifest.plugins == EngineManifest.load(path).plugins == [f"surgeon::{step}" for step in STEPS[kind]]
+    kinds = [entry.kind for entry in built.manifest.bundle.memory]
+    assert len(kinds) == 2
+    assert built.fused == {"decoder": {FUNCTIONS[kind]: kinds.count(kind) for kind in kinds}}
+    assert built.report.graphs["decoder"].network["PLUGIN_V3"] == sum(len(STEPS[kind]) for kind in kinds)
+    plugins = sorted(f"surgeon::{step}" for kind in set(kinds) for step in STEPS[kind])
+    assert built.manifest.plugins == EngineManifest.load(path).plugins == plugins
     assert built.manifest.engines["decoder"].rewrites["FusedKernels"] == 2
     # the backbone's attention is left to the library
     assert built.report.graphs["decoder"].count("Attention") == (3, 3)
@@ -97,7 +106,7 @@ def test_the_build_cache_knows_the_kernels(
     export: Callable[..., Pair], engine: Callable[..., tuple[Path, Built]], cache: Path, tmp_path: Path
 ) -> None:
     engine()  # another test may have built it in another process
-    bundle = export(*CASES[0], head_dim=32).bundle
+    bundle = bundle_of(export, CASES[0])
     again = build_engines(bundle, tmp_path / "again", options(cache=cache))
     assert again.seconds == {"decoder": 0.0} and again.manifest.plugins == [f"surgeon::{step}" for step in STEPS["pvm"]]
     standard = build_engines(bundle, tmp_path / "standard", options(cache=cache, kernels="standard"))
@@ -115,7 +124,7 @@ def test_a_head_that_no_kernel_takes_is_left_as_it_is_and_told_once(export: Call
 
 
 def test_a_gpu_without_kernels_is_refused(export: Callable[..., Pair], tmp_path: Path) -> None:
-    bundle = export(*CASES[0], head_dim=32).bundle
+    bundle = bundle_of(export, CASES[0])
     with pytest.raises(EngineError, match="need compute capability 8.0, and sm75 is older"):
         build_engines(bundle, tmp_path / "out", options(target="sm75"))
     assert not list(tmp_path.iterdir())

@@ -47,12 +47,29 @@ def test_the_same_numbers(dtype: str) -> None:
     assert not AdditiveMask()(model).modified
 
 
-def test_bfloat16_has_a_lowest_number_of_its_own() -> None:
-    model = graph("bfloat16")
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+def test_a_row_that_sees_nothing_stays_finite(dtype: str) -> None:
+    """A row without pictures: minus infinity everywhere would make its softmax NaN, and 0 times NaN is NaN."""
+    kind = {"float": np.float32, "float16": np.float16}[dtype]
+    rng = np.random.default_rng(1)
+    shapes = {"q": (2, 4, 3, 8), "k": (2, 2, 5, 8), "v": (2, 2, 5, 8)}
+    feeds = {name: rng.standard_normal(shape).astype(kind) for name, shape in shapes.items()}
+    feeds["memory_mask"] = np.array([[0, 0, 0, 0, 0], [1, 0, 0, 1, 1]], dtype=bool)
+    model, want = graph(dtype), run(graph(dtype), feeds)
+    AdditiveMask()(model)
+    for a, b in zip(run(model, feeds), want, strict=True):
+        assert np.isfinite(a.astype(float)).all()
+        assert np.abs(a[1].astype(float) - b[1].astype(float)).max() < {"float": 1e-6, "float16": 2e-3}[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float", "float16", "bfloat16"])
+def test_each_dtype_has_its_own_lowest_finite_number(dtype: str) -> None:
+    model = graph(dtype)
     AdditiveMask()(model)
     lowest = next(v for n, v in model.graph.initializers.items() if "lowest" in n).const_value
-    assert lowest is not None and lowest.dtype == ir.DataType.BFLOAT16
-    assert lowest.numpy() == ml_dtypes.finfo(ml_dtypes.bfloat16).min
+    assert lowest is not None and lowest.dtype == ir.DataType[dtype.upper()]
+    value = lowest.numpy()
+    assert value == ml_dtypes.finfo(value.dtype).min
 
 
 def test_the_mask_over_a_cache_and_numbers_stay() -> None:
