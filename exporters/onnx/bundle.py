@@ -130,8 +130,8 @@ def _write(
     for name, graph in made.items():
         _save(graph, directory / f"{name}.onnx")
     _copy_processor(checkpoint, directory / PROCESSOR)
-    weights = {file.path: directory / file.path for file in placed}
-    sha256 = sha256_of_files(list(weights.values()), progress) if digests else {}
+    paths = {file.path: directory / file.path for file in placed}
+    sha256 = sha256_of_files(list(paths.values()), progress) if digests else {}
 
     text, record = described.text_config(config), record_of(config)
     manifest = Manifest(
@@ -167,7 +167,7 @@ def _write(
             file.path: WeightFile(
                 bytes=(directory / file.path).stat().st_size,
                 header_sha256=str(manifests.header_sha256(directory / file.path)),
-                sha256=sha256.get(weights[file.path]),
+                sha256=sha256.get(paths[file.path]),
                 how=file.how,
             )
             for file in placed

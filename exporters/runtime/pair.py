@@ -12,7 +12,7 @@ from exporters.runtime.subject import BundleSubject, EngineSubject
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import SurgeonError
 from surgeon.families import family
-from surgeon.models import grafts_of, read_config
+from surgeon.models import config_of, grafts_of
 from surgeon.parity.subject import Subject
 from surgeon.parity.torch_subject import TorchSubject
 from surgeon.positions import Positions, record_of
@@ -84,7 +84,7 @@ def _described(
             bundle = BundleSubject(path, positions, provider)
             return lambda: bundle, bundle.runtime.config
     with Checkpoint.open(path, weights="optional") as checkpoint:
-        config = read_config(checkpoint.config)
+        config = config_of(checkpoint)
     return lambda: TorchSubject(path, dtype, positions=positions), config
 
 
