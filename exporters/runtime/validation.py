@@ -208,7 +208,7 @@ class _Pair:
         if known is None:
             report.notes.append("engines do not show their gates: where they are closed, the grafts were not judged")
             return
-        dim = {name for name in known if min((each or known).get(name, SHOWS) for each in (a, b)) < SHOWS}
+        dim = [name for name in known if min((each or known).get(name, SHOWS) for each in (a, b)) < SHOWS]
         if not dim:
             return
         what = f"{len(dim)} of {len(known)} gates are closed, or as good as ({_said({n: known[n] for n in dim})})"
