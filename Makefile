@@ -11,6 +11,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	# torch first and pinned: any other range may bring several GB of CUDA packages
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# outside of what processes import: beside a torch without CUDA its operators do not load, and tests define them
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(VENV)/torchvision torchvision
 	touch $@
 
 demo: $(VENV)/.ready

@@ -29,10 +29,23 @@ from cli._options import json_option, print_json
     help="fp16: run the graphs in fp32 over a few pictures and prompts, and keep in fp32 what would overflow. It takes "
     "the time of five prompts on this CPU.  [default: measure]",
 )
+@click.option(
+    "--digests/--no-digests",
+    default=True,
+    help="Record the SHA-256 of the weight files, for `surgeon validate --bytes`. It takes the time of reading them "
+    "once.  [default: digests]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace BUNDLE, once the new one is complete.")
 @json_option
 def export(
-    source: str, target: Path, dtype: str, max_length: int, measure: bool, overwrite: bool, as_json: bool
+    source: str,
+    target: Path,
+    dtype: str,
+    max_length: int,
+    measure: bool,
+    digests: bool,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Write an ONNX bundle of a checkpoint, plain or patched: the graphs, and everything a runtime needs to know.
 
@@ -53,6 +66,7 @@ def export(
             overwrite=overwrite,
             progress=progress,
             measure=measure,
+            digests=digests,
         )
     if measure and manifest.precision is not None and manifest.precision.skipped is not None:
         click.echo(f"warning: what overflows fp16 was not measured: {manifest.precision.skipped}", err=True)

@@ -11,11 +11,24 @@ from cli._options import backend_option, json_option, positions_option, print_js
 
 @click.command("validate")
 @click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("b", metavar="[B]", required=False)
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Your own picture; repeat.")
 @click.option("--prompt", help="Your own prompt, instead of the ones that come with the tool.")
 @click.option(
     "--steps", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded after each prompt."
+)
+@click.option(
+    "--backbone-tuned",
+    is_flag=True,
+    help="Of two checkpoints: the later may hold other values of the earlier one's tensors. What must hold then: its "
+    "grafts, their gates closed, change nothing of its own backbone.",
+)
+@click.option(
+    "--bytes",
+    "bytes_too",
+    is_flag=True,
+    help="First compare every file with the digests recorded when it was made, and what was made of the other with "
+    "that. Of a bundle or of engines alone, that is all.",
 )
 @positions_option
 @backend_option
@@ -24,10 +37,12 @@ from cli._options import backend_option, json_option, positions_option, print_js
 @json_option
 def validate(
     a: str,
-    b: str,
+    b: str | None,
     images: tuple[Path, ...],
     prompt: str | None,
     steps: int,
+    backbone_tuned: bool,
+    bytes_too: bool,
     positions: Literal["dhr", "plain"] | None,
     backend: str | None,
     report_file: Path | None,
@@ -37,12 +52,13 @@ def validate(
     """Prove that a later form of a model computes what an earlier one did. A and B: checkpoints, bundles or engines.
 
     Compared are the logits over each prompt and over every decoding step, and the greedy tokens; a failure names the
-    first layer that is wrong. What must hold depends on the two: a fresh patch gives its source's logits bit for bit,
-    an fp32 bundle the checkpoint's to 1e-4 with the same tokens, fp16 and bf16 ones to stated bounds. Exits with 1
-    where it does not hold.
+    first layer that is wrong. What must hold depends on the two: a patch holds its source's tensors, and with its gates
+    closed gives the source's logits bit for bit; an fp32 bundle gives the checkpoint's to 1e-4 with the same tokens,
+    fp16 and bf16 ones to stated bounds. Exits with 1 where it does not hold, and where nothing could be judged.
 
     \b
     surgeon validate CKPT PATCHED
+    surgeon validate BUNDLE --bytes
     surgeon validate PATCHED BUNDLE --image cat.png --prompt "What is this?" --report report.json
     """
     from surgeon import console
@@ -51,11 +67,18 @@ def validate(
         from surgeon.checkpoint import check_target
 
         check_target(report_file, overwrite, directory=False)
-    provider = provider_of(backend, a, b)
-    from exporters.runtime.validation import validate_pair
+    if b is None and not bytes_too:
+        raise click.UsageError("name two forms of a model, or with --bytes one")
+    provider = provider_of(backend, a, *([] if b is None else [b]))
+    from exporters.runtime.validation import validate_bytes, validate_pair
 
     with console.progress() as progress:
-        report = validate_pair(a, b, images, prompt, steps, progress, positions, provider)
+        if b is None:
+            report = validate_bytes(a, progress=progress)
+        else:
+            report = validate_pair(
+                a, b, images, prompt, steps, progress, positions, provider, backbone_tuned, bytes_too
+            )
     if report_file is not None:
         from surgeon.checkpoint import staged_file
 

@@ -17,7 +17,8 @@ from surgeon.doctor import Diagnosis
 from surgeon.inspect import Inspection, PassDescription
 
 if TYPE_CHECKING:
-    from surgeon.parity.validate import Report
+    from surgeon.parity.report import Report
+    from surgeon.parity.validate import Comparison
     from surgeon.patch import PatchReport
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -199,15 +200,28 @@ def show_patch(report: "PatchReport", target: Path | None) -> None:
 
 
 def show_report(report: "Report") -> None:
-    """The validator's verdict, one line a case."""
-    print(f"reference  {report.reference} ({report.stages[0]}, {report.dtypes[0]})")
-    print(f"subject    {report.subject} ({report.stages[1]}, {report.dtypes[1]})")
-    print(f"rung       {report.rung.name}: {report.rung.why}")
-    for note in report.notes:
+    """The validator's verdict, a table for each comparison and one line a case."""
+    if report.reference:
+        print(f"reference  {report.reference} ({report.stages[0]}, {report.dtypes[0]})")
+        print(f"subject    {report.subject} ({report.stages[1]}, {report.dtypes[1]})")
+    for check in report.checks:
+        print(f"{check.name:10} {'FAILED' if check.failures else check.said}")
+        for failure in check.failures:
+            print(f"{'':10} {failure}")
+    for note in report.all_notes():
         print(f"note       {note}")
+    for comparison in report.comparisons:
+        print()
+        _show_comparison(comparison)
     print()
+    shown = {"passed": "passed", "failed": "FAILED", "not judged": "NOT JUDGED"}[report.verdict]
+    print(f"{shown} in {report.seconds:.1f} s" + (f": {report.remedy}" if report.verdict == "not judged" else ""))
+
+
+def _show_comparison(comparison: "Comparison") -> None:
+    print(f"rung       {comparison.rung.name}, {comparison.state}: {comparison.rung.why}")
     rows = []
-    for case in report.cases:
+    for case in comparison.cases:
         worst = max(case.prefill.max_abs, case.decode.max_abs)
         bad = case.prefill.non_finite + case.decode.non_finite
         rows.append(
@@ -219,18 +233,18 @@ def show_report(report: "Report") -> None:
                 f"{max(case.prefill.kl_mean, case.decode.kl_mean):.1e}",
                 f"{min(case.prefill.top1, case.decode.top1):.4f}",
                 f"{case.tokens_equal}/{case.rows * case.steps}",
-                "FAILED" if case.failures else "reported" if report.rung.name == "tuned" else "held",
+                "FAILED" if case.failures else "held" if comparison.rung.judged else "reported",
             )
         )
     columns = ("case", "tokens", "max abs", "min cosine", "mean KL", "top-1", "greedy", "verdict")
     print_table(columns, rows)
-    for case in report.cases:
+    for failure in comparison.failures:
+        print(f"FAILED: {failure}")
+    for case in comparison.cases:
         for failure in case.failures:
             print(f"{case.name}: {failure}")
         if case.first_wrong:
             print(f"{case.name}: first wrong tensor {case.first_wrong}")
-    print()
-    print(f"{'passed' if report.passed else 'FAILED'} in {report.seconds:.1f} s")
 
 
 def show_bench(found: Sequence[Mapping[str, Any]]) -> None:

@@ -1,7 +1,8 @@
 """Pictures and prompts as model inputs, the same for torch and for bundles: what transformers' processor would give.
 
 The processor class itself is not used, because it cannot be made without torchvision (it insists on a video
-processor). Its parts are: the image processor, the tokenizer, the chat template and the family's placeholders.
+processor). Its parts are: the image processor, the tokenizer, the chat template and the family's placeholders. Where it
+can be made, the validator compares with it (`surgeon/parity/processor.py`).
 """
 
 import json
@@ -33,6 +34,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # photographs with a second frame (a depth map, a preview), not animations
 STILL_FORMATS = ("MPO",)
+IMAGE_BACKEND = "pil"
+"""What transformers' image processors compute with. By default they take torchvision where it is installed, whose
+pixels are slightly other ones: the same picture would be another question from machine to machine."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,12 @@ def _refuse_animation(image: Image.Image, name: str) -> None:
         raise InputError(f"{name} has {frames} frames: video is not supported yet, pass one frame as a picture")
 
 
+def image_processor_of(path: Path, config: PretrainedConfig) -> Any:
+    """transformers' image processor of a directory, the same on every machine. `config`: of the family, for settings
+    that do not name it. Raises what transformers raises."""
+    return AutoImageProcessor.from_pretrained(path, config=config, trust_remote_code=False, backend=IMAGE_BACKEND)
+
+
 class Inputs:
     """A checkpoint's (or bundle's) tokenizer, chat template and image processor."""
 
@@ -161,7 +171,7 @@ class Inputs:
         _require(path, IMAGE_PROCESSOR_FILES, "image processor")
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
-            image_processor = AutoImageProcessor.from_pretrained(path, config=config, trust_remote_code=False)
+            image_processor = image_processor_of(path, config)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"the tokenizer or image processor in {path} cannot be loaded: {reason}") from error

@@ -297,7 +297,8 @@ def demo_tokenizer(model_type: str) -> Any:
 
 
 def tile_preprocessing(directory: Path, config: PretrainedConfig) -> None:
-    """An image processor that cuts tiles of the vision tower's size, six at most (LLaVA-OneVision: nine)."""
+    """An image processor that cuts tiles of the vision tower's size, six at most (LLaVA-OneVision: nine), and what the
+    whole processor is told of their tokens."""
     size = config.vision_config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     settings: dict[str, Any] = {
@@ -322,6 +323,14 @@ def tile_preprocessing(directory: Path, config: PretrainedConfig) -> None:
             "max_patches": 6,
         }
     (Path(directory) / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    processor: dict[str, Any] = {"image_seq_length": 9}
+    if config.model_type == "llava_onevision":
+        processor = {
+            "num_image_tokens": 36,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": config.vision_aspect_ratio,
+        }
+    (Path(directory) / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
 def copy_preprocessing(directory: Path, model_type: str) -> None:

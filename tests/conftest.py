@@ -7,8 +7,13 @@ import tempfile
 import pytest
 from hypothesis import settings
 
+from torchvision_beside_cpu_torch import make_importable
+
 # Kernels run in Triton's interpreter here, which must be known before the first of them is defined.
 os.environ["TRITON_INTERPRET"] = "1"
+
+# Before the first test imports transformers, which asks once whether it is there.
+make_importable()
 
 # A busy machine is no failure: property tests are bounded by their examples, not by time.
 settings.register_profile("surgeon", deadline=None)

@@ -35,6 +35,7 @@ step "an fp32 bundle is exported" surgeon export "$out/patched" "$out/bundle-fp3
 step "a bf16 bundle is exported, its weights shared with the checkpoint" surgeon export "$out/patched" "$out/bundle-bf16" --dtype bf16 --max-length 1024
 step "the fp32 bundle computes what the checkpoint does: 1e-4, same tokens" surgeon validate "$out/patched" "$out/bundle-fp32" --steps 64 --report "$out/fp32.json"
 step "the bf16 bundle stays within bf16's bounds" surgeon validate "$out/patched" "$out/bundle-bf16" --steps 16 --report "$out/bf16.json"
+step "every file of the bundle is the one that was exported" surgeon validate "$out/bundle-bf16" --bytes
 step "checkpoint and bundle say the same about a picture" same_answer
 
 echo

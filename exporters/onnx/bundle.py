@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 import surgeon
 from exporters.onnx import manifest as manifests
 from exporters.onnx.decoder import decoder_graph
+from exporters.onnx.digests import sha256_of_files
 from exporters.onnx.embed import embed_graph
 from exporters.onnx.external_data import check_external_data
 from exporters.onnx.manifest import GraphFile, Manifest, Memory, Port, Sizes, Source, Tokens, WeightFile
@@ -54,13 +55,15 @@ def export_bundle(
     progress: Progress | None = None,
     graphs: Collection[str] | None = None,
     measure: bool = True,
+    digests: bool = True,
 ) -> Manifest:
     """Export a plain or patched checkpoint (a directory or a hub id) to a new directory `target`; -> its manifest.
 
     dtype: of the graphs, float32, float16 or bfloat16. max_length: slots of the key/value caches, prompt and answer
     together. graphs: some of `GRAPHS`; by default all that the model has. `progress(stage, done, total)` is called
     as the work goes on. No weight is loaded; weights of another dtype are converted one at a time. measure: whether
-    fp16 graphs are run, in fp32, to see what would overflow, and given fp32 there (docs/precision.md).
+    fp16 graphs are run, in fp32, to see what would overflow, and given fp32 there (docs/precision.md). digests: whether
+    the weight files are read once more for their SHA-256, which `surgeon validate --bytes` compares.
 
     Raises OptionError for a dtype, length or graph that cannot be, CheckpointError and FamilyError for the checkpoint,
     BundleError for a model that cannot be exported, TargetError for the target. `target` appears whole or not at all.
@@ -79,8 +82,8 @@ def export_bundle(
             files.check()
             check_external_data(directory, Manifest.load(directory))
 
-        with staged(target, overwrite, [opened.directory], verify=verify) as directory:
-            manifest = _write(opened, described, stored, directory, dtype, max_length, progress, graphs)
+        with staged(target, overwrite, protect=[opened.directory], verify=verify) as directory:
+            manifest = _write(opened, described, stored, directory, dtype, max_length, progress, graphs, digests)
             return _fit(directory, manifest, measure, progress) if dtype == torch.float16 else manifest
 
 
@@ -101,6 +104,7 @@ def _write(
     max_length: int,
     progress: Progress | None,
     graphs: Collection[str] | None,
+    digests: bool,
 ) -> Manifest:
     config, model, weights = stored
     decoder: Any = model.get_submodule(described.text_model)
@@ -132,6 +136,8 @@ def _write(
     for name, graph in made.items():
         _save(graph, directory / f"{name}.onnx")
     _copy_processor(checkpoint, directory / PROCESSOR)
+    paths = {file.path: directory / file.path for file in placed}
+    sha256 = sha256_of_files(list(paths.values()), progress) if digests else {}
 
     text, record = described.text_config(config), record_of(config)
     manifest = Manifest(
@@ -167,10 +173,12 @@ def _write(
             file.path: WeightFile(
                 bytes=(directory / file.path).stat().st_size,
                 header_sha256=str(manifests.header_sha256(directory / file.path)),
+                sha256=sha256.get(paths[file.path]),
                 how=file.how,
             )
             for file in placed
         },
+        processor={path.name: str(manifests.sha256(path)) for path in sorted((directory / PROCESSOR).iterdir())},
     )
     manifest.save(directory)
     return manifest

@@ -13,7 +13,7 @@ from surgeon.memory.visibility import Visibility
 FILE = "bundle.json"
 FORMAT = 3
 """1: without `layout`, `positions` and `allocation`, which it is read as, and without memories that need positions. 2:
-without `visibility`, which it is read as."""
+without `visibility`, which it is read as, and without digests of weight files and of the processor's."""
 
 
 class _Strict(BaseModel):
@@ -72,6 +72,8 @@ class GraphFile(_Strict):
 class WeightFile(_Strict):
     bytes: int
     header_sha256: str
+    sha256: str | None = None
+    """None where it was not computed: it takes the time of reading the file once."""
     how: Literal["reflink", "hardlink", "copy", "converted"]
 
 
@@ -149,6 +151,8 @@ class Manifest(_Strict):
     graphs: dict[str, GraphFile]
     weights: dict[str, WeightFile]
     """By path relative to the bundle."""
+    processor: dict[str, str] = {}
+    """The files of the folder `processor` -> their SHA-256."""
 
     def save(self, directory: Path) -> None:
         (directory / FILE).write_text(self.model_dump_json(indent=2) + "\n")
@@ -160,18 +164,23 @@ class Manifest(_Strict):
         Raises BundleError where there is no bundle, its format is of a newer version, or a file is missing or another.
         """
         directory = Path(directory)
+        manifest = cls.read(directory)
+        for graph in manifest.graphs.values():
+            _check(directory, graph.file, None, graph.sha256, sha256(directory / graph.file))
+        for path, weights in manifest.weights.items():
+            _check(directory, path, weights.bytes, weights.header_sha256, header_sha256(directory / path))
+        return manifest
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read a bundle's manifest, and compare nothing with it. Raises BundleError as `load`."""
         try:
             text = (directory / FILE).read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(f"{directory} is no bundle: it has no {FILE}; make one with `surgeon export`") from None
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"{directory / FILE}: cannot read it: {error}") from error
-        manifest = cls.parse(text, directory / FILE)
-        for graph in manifest.graphs.values():
-            _check(directory, graph.file, None, graph.sha256, sha256(directory / graph.file))
-        for path, weights in manifest.weights.items():
-            _check(directory, path, weights.bytes, weights.header_sha256, header_sha256(directory / path))
-        return manifest
+        return cls.parse(text, directory / FILE)
 
     @classmethod
     def parse(cls, text: str, path: Path) -> Self:

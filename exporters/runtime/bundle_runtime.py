@@ -36,11 +36,13 @@ class BundleRuntime(Runtime):
         low_memory: bool = False,
         fused_kernels: bool = True,
         extra_outputs: Sequence[str] = (),
+        overrides: Mapping[str, float] | None = None,
     ) -> None:
         """`threads`: of one operator; `low_memory`: map weights instead of packing them (slower); `fast_attention`:
         ONNX Runtime's own operators in place of standard Attention; `fused_kernels`: grafts by the project's kernels,
         where CUDA is the provider and they can be made; `extra_outputs`: names of values in decoder.onnx, such as
-        `hidden_states.3`, that each call leaves in `State.extra`. Sessions are made when first used.
+        `hidden_states.3`, that each call leaves in `State.extra`; `overrides`: parameters of decoder.onnx that hold one
+        other value throughout, in memory. Sessions are made when first used.
 
         Raises BundleError for a bundle that is missing or damaged, and for a provider that does not work here.
         """
@@ -49,6 +51,7 @@ class BundleRuntime(Runtime):
         fused = cuda_device() if fused_kernels and chosen == "cuda" and manifest.memory else None
         self.options = SessionOptions(chosen, threads, low_memory, fast_attention, fused)
         self.extra_outputs = tuple(extra_outputs)
+        self.overrides = dict(overrides or {})
         super().__init__(Path(path), manifest)
 
     # -- sessions ----------------------------------------------------------------------------------------------
@@ -69,7 +72,8 @@ class BundleRuntime(Runtime):
         return self._session("decoder", self.extra_outputs)
 
     def _session(self, name: str, extra_outputs: Sequence[str] = ()) -> Session:
-        return Session(self.path / self.manifest.graphs[name].file, self.options, extra_outputs)
+        overrides = self.overrides if name == "decoder" else {}
+        return Session(self.path / self.manifest.graphs[name].file, self.options, extra_outputs, overrides)
 
     # -- as every runtime --------------------------------------------------------------------------------------
     @property

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -114,15 +115,22 @@ class Session:
     names start with `past_`, `present_` or `memory_`.
     """
 
-    def __init__(self, path: Path, options: SessionOptions, extra_outputs: Sequence[str] = ()) -> None:
-        """`extra_outputs`: names of values inside the graph that are to be outputs too, after its own.
+    def __init__(
+        self,
+        path: Path,
+        options: SessionOptions,
+        extra_outputs: Sequence[str] = (),
+        overrides: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """`extra_outputs`: names of values inside the graph that are to be outputs too, after its own. `overrides`:
+        names of initialisers -> what all their elements are instead of what the file has.
 
         Raises BundleError for a graph that is missing or cannot be loaded, or a name that is not in it.
         """
         self.path, self.options = path, options
         if not path.is_file():
             raise BundleError(f"{path} is missing: the bundle is incomplete, export it again")
-        model, self.fused = _read(path, extra_outputs, options.fused)
+        model, self.fused = _read(path, extra_outputs, overrides, options.fused)
         self.graph_dtypes = {str(v.name): v.dtype for v in (*model.graph.inputs, *model.graph.outputs)}
         self.rewrites: dict[str, int] = {}
         """How many nodes each rewrite replaced."""
@@ -212,16 +220,18 @@ def _rewrites(model: ir.Model, options: SessionOptions) -> Iterator[Rewrite]:
     yield Float32Boundary(keep=stays_on_device)
 
 
-def _read(path: Path, extra_outputs: Sequence[str], device: Device | None) -> tuple[ir.Model, Fused | None]:
+def _read(
+    path: Path, extra_outputs: Sequence[str], overrides: Mapping[str, float], device: Device | None
+) -> tuple[ir.Model, Fused | None]:
     """A graph, with grafts as fused kernels where they compile."""
-    model = _with_outputs(path, extra_outputs)
+    model = _with_overrides(_with_outputs(path, extra_outputs), overrides)
     if device is None:
         return model, None
     try:
         return model, fuse(model, device)
     except SurgeonError as error:
         warnings.warn(f"{path.name}: {error}; standard operators stay", stacklevel=2)
-        return _with_outputs(path, extra_outputs), None
+        return _with_overrides(_with_outputs(path, extra_outputs), overrides), None
 
 
 def _with_outputs(path: Path, names: Sequence[str]) -> ir.Model:
@@ -235,6 +245,18 @@ def _with_outputs(path: Path, names: Sequence[str]) -> ir.Model:
             raise BundleError(f"{path.name} has no value named {name!r}{hint}")
         if values[name] not in model.graph.outputs:
             model.graph.outputs.append(values[name])
+    return model
+
+
+def _with_overrides(model: ir.Model, values: Mapping[str, float]) -> ir.Model:
+    """Give initialisers other values, in `model` itself."""
+    for name, value in values.items():
+        if name not in model.graph.initializers:
+            raise BundleError(f"the graph {model.graph.name} has no initialiser {name}")
+        initializer = model.graph.initializers[name]
+        assert initializer.shape is not None and initializer.dtype is not None
+        shape = tuple(int(size) for size in initializer.shape)  # type: ignore[arg-type]
+        initializer.const_value = ir.tensor(np.full(shape, value, initializer.dtype.numpy()), name=name)
     return model
 
 

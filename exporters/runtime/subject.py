@@ -1,23 +1,21 @@
-"""Bundles and engines as the validator sees them, and the pair of subjects that a comparison needs."""
+"""Bundles and engines as the validator sees them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from exporters.forms import FORMS, form_of
 from exporters.runtime.bundle_runtime import BundleRuntime
 from exporters.runtime.runtime import Runtime
 from exporters.runtime.session import Provider
-from surgeon.errors import SurgeonError
-from surgeon.inputs import Prompt
+from surgeon.errors import BundleError
+from surgeon.inputs import Inputs, Prompt
 from surgeon.memory.patched import RECORD
 from surgeon.models import graft_class
-from surgeon.parity.ladder import MOVED, TUNED, Rung, rung_between
-from surgeon.parity.subject import Subject, Trace
-from surgeon.parity.torch_subject import TorchSubject
+from surgeon.parity.subject import Trace
 from surgeon.positions import Positions
 
 
@@ -31,6 +29,10 @@ class RuntimeSubject:
         self.path, self.positions, self.runtime = str(runtime.path), positions, runtime
         self.dtype = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[runtime.manifest.dtype]
         self.record: Mapping[str, Any] | None = getattr(runtime.config, RECORD, None)
+
+    @property
+    def inputs(self) -> Inputs:
+        return self.runtime.inputs
 
     def trace(self, prompts: Sequence[Prompt], steps: int, tokens: np.ndarray | None = None) -> Trace:
         inputs = self.runtime.prepare(prompts, self.positions)
@@ -58,27 +60,50 @@ class BundleSubject(RuntimeSubject):
     def __init__(self, path: str | Path, positions: Positions | None = None, provider: Provider = "auto") -> None:
         super().__init__(BundleRuntime(path, provider=provider), positions)
         self.provider = provider
+        self._gates: Mapping[str, float] = {}
 
     def gates(self) -> dict[str, float]:
         """Every graft's gates, by parameter name: the value farthest from zero."""
-        gates = {gate for entry in (self.record or {}).get("grafts", []) for gate in graft_class(entry["kind"]).gates}
+        entries = (self.record or {}).get("grafts", [])
+        gates = {gate for entry in entries for gate in graft_class(entry["kind"]).gates}
         if not gates:
             return {}
         path = Path(self.path) / self.runtime.manifest.graphs["decoder"].file
-        found = {}
-        for name, value in ir.load(path).graph.initializers.items():
-            tensor = value.const_value
-            if name.rsplit(".", 1)[-1] in gates and isinstance(tensor, ir.ExternalTensor):
-                # read here: onnx-ir refuses files with several hard links, which a bundle's weights may be
-                file, dtype = path.parent / tensor.location, tensor.dtype.numpy()
-                values = np.fromfile(file, dtype, count=tensor.size, offset=tensor.offset or 0)
-                found[name] = float(np.abs(values.astype(np.float32)).max())
-        return found
+        values = {
+            name: float(np.abs(_values(value.const_value, path.parent)).max())
+            for name, value in ir.load(path).graph.initializers.items()
+            if name.rsplit(".", 1)[-1] in gates and value.const_value is not None
+        }
+        expected = sum(len(entry["layers"]) * len(graft_class(entry["kind"]).gates) for entry in entries)
+        if len(values) != expected:
+            raise BundleError(
+                f"{path} has {len(values)} gates, its config records grafts with {expected}: export the bundle again"
+            )
+        return values
+
+    @contextmanager
+    def with_gates(self, values: Mapping[str, float]) -> Iterator[None]:
+        known = self.gates()
+        before, changed = self._gates, {name: value for name, value in values.items() if name in known}
+        self._use(changed)
+        try:
+            yield
+        finally:
+            self._use(before)
+
+    def _use(self, gates: Mapping[str, float]) -> None:
+        """Go on with these gates. Sessions that have others are let go first: two decoders are twice the memory."""
+        if gates != self._gates:
+            self._gates = gates
+            self.runtime = self._opened()
+
+    def _opened(self, extra_outputs: Sequence[str] = ()) -> BundleRuntime:
+        return BundleRuntime(self.path, provider=self.provider, extra_outputs=extra_outputs, overrides=self._gates)
 
     def tensors(self, prompts: Sequence[Prompt]) -> dict[str, list[np.ndarray]]:
         layers = self.runtime.manifest.sizes.num_hidden_layers
         names = [f"hidden_states.{i}" for i in range(layers)]
-        searching = BundleRuntime(self.path, provider=self.provider, extra_outputs=names)
+        searching = self._opened(names)
         inputs = searching.prepare(prompts, self.positions)
         state, _ = searching.start(inputs)
         return {
@@ -97,89 +122,24 @@ class EngineSubject(RuntimeSubject):
 
         super().__init__(EngineRuntime(path), positions)
 
-    def gates(self) -> dict[str, float]:
-        raise SurgeonError(
-            f"{self.path} has grafts that the other has not, and engines do not show their gates: compare it with the "
-            "patched checkpoint or its bundle"
-        )
+    def gates(self) -> None:
+        return None
+
+    @contextmanager
+    def with_gates(self, values: Mapping[str, float]) -> Iterator[None]:
+        """Raises ValueError for any value: what is built into an engine cannot be changed."""
+        if values:
+            raise ValueError(f"the gates of engines are as they were built: {', '.join(values)}")
+        yield
 
     def tensors(self, prompts: Sequence[Prompt]) -> None:
         return None
 
 
-def open_pair(
-    a: str | Path, b: str | Path, positions: Positions | None = None, provider: Provider = "auto"
-) -> tuple[Subject, Subject, Rung]:
-    """Load two checkpoints, bundles or directories of engines, the reference first whichever way they were named, and
-    the rung between them.
-
-    The earlier form is the reference of the later; a checkpoint then runs in fp32, whatever it is stored in. An
-    unpatched checkpoint is the reference of a patched one. `positions` of both, where they offer a choice; `provider`
-    of bundles. Raises SurgeonError where the two are not forms of one model, or are asked with other tokens.
-    """
-    if FORMS.index(form_of(a)) > FORMS.index(form_of(b)):
-        a, b = b, a
-    alone = form_of(b) == "checkpoint"
-
-    def opened(path: str | Path) -> Any:
-        match form_of(path):
-            case "engines":
-                return EngineSubject(path, positions)
-            case "bundle":
-                return BundleSubject(path, positions, provider)
-        return TorchSubject(path, positions=positions) if alone else TorchSubject(path, "fp32", positions=positions)
-
-    subject, reference = opened(b), opened(a)  # the later first: what cannot be run says so before anything is loaded
-    if reference.stage == subject.stage and _comes_later(reference, subject):
-        reference, subject = subject, reference
-    _check_same_model(reference, subject)
-    _check_same_prompts(reference, subject)
-    moved = positions != "plain" and _scheme(reference) != _scheme(subject)
-    # Whether what one has and the other has not is still exactly nothing.
-    added = (_grafts(reference), _scheme(reference)) != (_grafts(subject), _scheme(subject))
-    closed = added and not any(subject.gates().values())
-    rung = rung_between((reference.stage, subject.stage), (reference.dtype, subject.dtype), closed)
-    if added:
-        rung = TUNED if not closed else MOVED if moved else rung
-    return reference, subject, rung
-
-
-_PRECISION = ("fp32", "fp16", "bf16")
-
-
-def _comes_later(a: Subject, b: Subject) -> bool:
-    """Whether `a` is the later form of the two."""
-
-    def age(subject: Subject) -> tuple[int, bool, int]:
-        return len(_grafts(subject)), _scheme(subject) is not None, _PRECISION.index(subject.dtype)
-
-    return age(a) > age(b)
-
-
-def _grafts(subject: Subject) -> list[Any]:
-    return list((subject.record or {}).get("grafts", []))
-
-
-def _scheme(subject: Subject) -> Any:
-    """Its position ids, where they are not the family's."""
-    return (subject.record or {}).get("positions")
-
-
-def _check_same_prompts(a: Subject, b: Subject) -> None:
-    allocations = [(subject.record or {}).get("allocation") == "memory" for subject in (a, b)]
-    if allocations[0] != allocations[1]:
-        raise SurgeonError(
-            f"{a.path} and {b.path} cannot be compared: in one of them tiles go to the memory alone (tiles=memory), so "
-            "the same pictures are other tokens; compare forms of one patched checkpoint"
-        )
-
-
-def _check_same_model(a: Subject, b: Subject) -> None:
-    sizes = []
-    for subject in (a, b):
-        config = subject.model.config if isinstance(subject, TorchSubject) else subject.runtime.config  # type: ignore[attr-defined]
-        text = config.get_text_config()
-        sizes.append((text.num_hidden_layers, text.hidden_size, text.vocab_size))
-    if sizes[0] != sizes[1]:
-        names = "layers, hidden size, vocabulary"
-        raise SurgeonError(f"{a.path} and {b.path} are not forms of one model ({names}): {sizes[0]} and {sizes[1]}")
+def _values(tensor: ir.TensorProtocol, folder: Path) -> np.ndarray:
+    """A tensor's values, fp32. External ones are read here: onnx-ir refuses files with several hard links, which a
+    bundle's weights may be."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor.numpy().astype(np.float32)
+    file, dtype = folder / tensor.location, tensor.dtype.numpy()
+    return np.fromfile(file, dtype, count=tensor.size, offset=tensor.offset or 0).astype(np.float32)

@@ -1,16 +1,36 @@
 """`surgeon validate`: two paths in, a verdict out."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from exporters.forms import form_of
+from exporters.runtime.integrity import check_bytes
+from exporters.runtime.pair import open_pair
+from exporters.runtime.runtime import PROCESSOR
 from exporters.runtime.session import Provider
-from exporters.runtime.subject import open_pair
-from surgeon.parity.cases import default_cases, own_case
-from surgeon.parity.ladder import TUNED
+from surgeon.errors import OptionError, SurgeonError
+from surgeon.parity.cases import Case, default_cases, own_case
+from surgeon.parity.ladder import MAX_EFFECT_ERROR, MOVED, TUNED, Rung, effect_failures, rung_between
+from surgeon.parity.metrics import compare_effect
+from surgeon.parity.processor import ProcessorUnavailable, check_inputs
+from surgeon.parity.report import Check, Report
+from surgeon.parity.subject import Subject
 from surgeon.parity.torch_subject import TorchSubject
-from surgeon.parity.validate import Progress, Report, validate
-from surgeon.parity.weights import changed_tensors
+from surgeon.parity.validate import AS_THEY_ARE, Comparison, Progress, validate
+from surgeon.parity.weights import compare_weights, take_weights
 from surgeon.positions import Positions
+
+OPENED = 2.0
+"""What closed gates are opened to: a mixin's, which is a tanh, then lets 0.96 through."""
+_ROUNDING = 2**-7
+"""Of bf16, with room."""
+_SMALLEST = 1e-7
+"""What fp16 rounds to zero."""
+SHOWS = 0.1
+"""A gate below this is as good as closed: whatever is behind it hardly reaches the logits."""
 
 
 def validate_pair(
@@ -22,29 +42,235 @@ def validate_pair(
     progress: Progress | None = None,
     positions: Positions | None = None,
     provider: Provider = "auto",
+    backbone_tuned: bool = False,
+    bytes_too: bool = False,
 ) -> Report:
     """Load two forms of a model, compare them over the default cases or the given pictures and prompt.
 
-    `positions`: dhr or plain, of both, where they offer RoPE-DHR; by default dhr. `provider`: what runs
-    bundles. Raises SurgeonError where one cannot be loaded, or the two are not forms of one model.
+    `positions`: dhr or plain, of both, where they offer RoPE-DHR; by default dhr. `provider`: what runs bundles.
+    `backbone_tuned`: of two checkpoints, the later may hold other values of the earlier one's tensors. `bytes_too`:
+    first as `validate_bytes`; files that are not those that were recorded are not loaded. Raises SurgeonError where one
+    cannot be loaded, or the two are not forms of one model.
     """
+    started = time.monotonic()
+    report = validate_bytes(a, b, progress) if bytes_too else None
+    if report is not None and not report.passed:
+        return report
     cases = own_case(images, prompt) if images or prompt is not None else default_cases()
     if progress is not None:
         progress("loading", 0, len(cases))
-    reference, subject, rung = open_pair(a, b, positions, provider)
-    report = validate(reference, subject, cases, rung, steps, progress)
-    if rung is TUNED:
-        report.notes += _what_changed(reference, subject)
+    reference, subject = open_pair(a, b, positions, provider)
+    pair = _Pair(reference, subject, cases, steps, progress, backbone_tuned)
+    report = Report(
+        checks=[] if report is None else report.checks,
+        subject=subject.path,
+        reference=reference.path,
+        stages=(reference.stage, subject.stage),
+        dtypes=(reference.dtype, subject.dtype),
+    )
+    pair.check(report)
+    pair.compare(report)
+    report.seconds = time.monotonic() - started
     return report
 
 
-def _what_changed(reference: object, subject: object) -> list[str]:
-    """For a model whose grafts were trained: its gates, and what else differs from the source."""
-    notes = []
-    if hasattr(subject, "gates"):
-        gates = ", ".join(f"{name.removesuffix('.alpha')} {value:.3g}" for name, value in subject.gates().items())
-        notes.append(f"gates, largest value: {gates or 'none'}")
-    if isinstance(reference, TorchSubject) and isinstance(subject, TorchSubject):
-        changed, missing = changed_tensors(reference.path, subject.path)
-        notes.append(f"{len(changed)} tensors of the source have other values, {len(missing)} are not there")
-    return notes
+def validate_bytes(a: str | Path, b: str | Path | None = None, progress: Progress | None = None) -> Report:
+    """Compare the files of one path, or of two, with the digests that were recorded when they were made. No model is
+    loaded. Raises SurgeonError where nothing is recorded, or a path is of no known form."""
+    started = time.monotonic()
+    paths = [str(path) for path in (a, b) if path is not None]
+    stages = tuple("engine" if form_of(path) == "engines" else form_of(path) for path in paths)
+    report = Report(subject=paths[-1], reference=None, stages=stages, dtypes=(), checks=check_bytes(a, b, progress))
+    report.seconds = time.monotonic() - started
+    return report
+
+
+@dataclass
+class _Pair:
+    """Two loaded forms of a model, what is asked of them, and what sets them apart."""
+
+    reference: Subject
+    subject: Subject
+    cases: Sequence[Case]
+    steps: int
+    progress: Progress | None
+    backbone_tuned: bool
+    trained: set[str] = field(default_factory=set)
+    """Gates of grafts that both have, with other values."""
+
+    def __post_init__(self) -> None:
+        if self.backbone_tuned and not self._checkpoints:
+            raise OptionError("--backbone-tuned is for two checkpoints; a bundle holds its checkpoint's own weights")
+        if self._grafts(self.reference) != self._grafts(self.subject):
+            for each in (self.reference, self.subject):
+                if each.gates() is None:
+                    raise SurgeonError(
+                        f"{each.path} has grafts that the other has not, and engines do not show their gates: compare "
+                        "it with the patched checkpoint or its bundle"
+                    )
+
+    @property
+    def _checkpoints(self) -> bool:
+        return isinstance(self.reference, TorchSubject) and isinstance(self.subject, TorchSubject)
+
+    # -- what is judged of itself ------------------------------------------------------------------------------
+    def check(self, report: Report) -> None:
+        """The prompts and, of two checkpoints, their tensors."""
+        loaded = isinstance(self.reference, TorchSubject)
+        folder = self.reference.directory if loaded else Path(self.reference.path) / PROCESSOR  # type: ignore[attr-defined]
+        try:
+            said, failures = check_inputs(self.reference.inputs, folder, self.cases)
+            report.checks.append(Check("inputs", said, failures))
+        except ProcessorUnavailable as reason:
+            report.notes.append(f"the inputs were not compared with transformers' own processor: {reason}")
+        if self._checkpoints:
+            self._check_weights(report)
+        else:
+            self._check_gates(report)
+
+    def _check_gates(self, report: Report) -> None:
+        """Forms of one patched model have its gates, as far as their dtypes can tell: a prompt may not show them."""
+        a, b = self.reference.gates() or {}, self.subject.gates() or {}
+        common = sorted(a.keys() & b.keys())
+        if not common:
+            return
+        failures = [
+            f"{name} is {a[name]:.4g} in the reference and {b[name]:.4g} in the subject"
+            for name in common
+            if not abs(a[name] - b[name]) <= _ROUNDING * abs(a[name]) + _SMALLEST
+        ]
+        report.checks.append(Check("gates", f"{len(common)} gates are the same in both", failures))
+
+    def _check_weights(self, report: Report) -> None:
+        assert isinstance(self.reference, TorchSubject) and isinstance(self.subject, TorchSubject)
+        difference = compare_weights(self.reference.model, self.subject.model)
+        changed = set(difference.changed)
+        grafts = self.reference.graft_tensors()
+        self.trained = {gate for gate, own in grafts.items() if changed & set(own)}
+        in_grafts = {name for own in grafts.values() for name in own}
+        backbone = [name for name in difference.changed if name not in in_grafts]
+        check = Check(
+            "weights", f"all {difference.compared} tensors of the reference are in the subject, value for value"
+        )
+        if difference.missing:
+            check.failures.append(f"{_first(difference.missing)} of the reference not in the subject")
+        if backbone:
+            said = f"{_first(backbone)} of the reference with other values in the subject"
+            if self.backbone_tuned:
+                check.said = f"{said}, as --backbone-tuned allows"
+            else:
+                check.failures.append(f"{said}; if the backbone was tuned, say so with --backbone-tuned")
+        if len(changed) > len(backbone):
+            report.notes.append(f"{len(changed) - len(backbone)} tensors of grafts that both have were trained further")
+        report.checks.append(check)
+
+    # -- what is judged by its logits --------------------------------------------------------------------------
+    def compare(self, report: Report) -> None:
+        a, b = self.reference.gates() or {}, self.subject.gates() or {}
+        added = a.keys() ^ b.keys()
+        apart = added | self.trained
+        closing = dict.fromkeys(apart, 0.0) if any(a.get(n) or b.get(n) for n in apart) else {}
+        moved = self.subject.positions != "plain" and self._scheme(self.reference) != self._scheme(self.subject)
+        rung = rung_between((self.reference.stage, self.subject.stage), (self.reference.dtype, self.subject.dtype))
+        said = ["gates closed"] * bool(closing) + ["plain positions"] * moved
+        state = f"{' and '.join(said)} in memory" if said else AS_THEY_ARE
+        if said or self.backbone_tuned:
+            # first as they are: the backbone that was tuned is then put into the reference
+            report.comparisons.append(self._run(MOVED if moved and not closing else TUNED))
+        if closing:
+            report.notes.append(f"gates, largest value: {_said({n: b.get(n, a.get(n, 0.0)) for n in sorted(apart)})}")
+        if self.backbone_tuned:
+            if not (added or moved):
+                report.remedy = (
+                    "with --backbone-tuned two checkpoints with the same grafts need not agree on anything; leave it "
+                    "out to have their tensors and logits compared"
+                )
+                return
+            assert isinstance(self.reference, TorchSubject) and isinstance(self.subject, TorchSubject)
+            take_weights(self.reference.model, self.subject.model)
+            state = f"{state}, the reference with the subject's backbone"
+        judged = self._run(rung, state, closing, moved)
+        report.comparisons.insert(0, judged)
+        self._open(report, judged, closing, moved)
+
+    def _open(self, report: Report, closed: Comparison, closing: Mapping[str, float], moved: bool) -> None:
+        """Compare again with the gates opened that are closed in both: a closed gate hides whatever is behind it."""
+        if self._checkpoints or not (self._grafts(self.reference) or self._grafts(self.subject)):
+            return
+        if not (self._grafts(self.reference) and self._grafts(self.subject)):
+            report.notes.append("the grafts were not judged, one of the two has none: compare patched forms")
+            return
+        if not any(prompt.images for case in self.cases for prompt in case.prompts):
+            report.notes.append("the grafts were not judged: no prompt has a picture")
+            return
+        a, b = self.reference.gates(), self.subject.gates()
+        known = a or b
+        if known is None:
+            report.notes.append("engines do not show their gates: where they are closed, the grafts were not judged")
+            return
+        dim = [name for name in known if min((each or known).get(name, SHOWS) for each in (a, b)) < SHOWS]
+        if not dim:
+            return
+        what = f"{len(dim)} of {len(known)} gates are closed, or as good as ({_said({n: known[n] for n in dim})})"
+        if a is None or b is None:
+            report.notes.append(
+                f"the grafts were not judged: {what}, and engines cannot be given others; compare a bundle, or engines "
+                "of a trained one"
+            )
+            return
+        report.notes.append(f"{what}: both were also compared with these opened to {OPENED:g} in memory")
+        opened = self._run(closed.rung, "gates opened in memory", {**closing, **dict.fromkeys(dim, OPENED)}, moved)
+        if opened.rung.name in MAX_EFFECT_ERROR:
+            self._judge_effect(closed, opened)
+        report.comparisons.insert(1, opened)
+
+    def _judge_effect(self, closed: Comparison, opened: Comparison) -> None:
+        if len(closed.after_pictures) != len(opened.after_pictures):  # other prompts: that has failed
+            return
+        effect = compare_effect(closed.after_pictures, opened.after_pictures)
+        failures, hidden = effect_failures(opened.rung, effect)
+        opened.failures += failures
+        opened.notes.append(
+            hidden
+            or f"opened, the grafts change the logits by {effect.size:.2g} of their size; the subject's change "
+            f"is off by {effect.error:.2g} of that"
+        )
+
+    def _run(
+        self, rung: Rung, state: str = AS_THEY_ARE, gates: Mapping[str, float] | None = None, plain: bool = False
+    ) -> Comparison:
+        with ExitStack() as stack:
+            for each in (self.reference, self.subject):
+                stack.enter_context(each.with_gates(gates or {}))
+                if plain:
+                    stack.enter_context(_plain_positions(each))
+            return validate(self.reference, self.subject, self.cases, rung, self.steps, self.progress, state)
+
+    @staticmethod
+    def _grafts(subject: Subject) -> list[object]:
+        return list((subject.record or {}).get("grafts", []))
+
+    @staticmethod
+    def _scheme(subject: Subject) -> object:
+        """Its position ids, where they are not the family's."""
+        return (subject.record or {}).get("positions")
+
+
+@contextmanager
+def _plain_positions(subject: Subject) -> Iterator[None]:
+    before, subject.positions = subject.positions, "plain"
+    try:
+        yield
+    finally:
+        subject.positions = before
+
+
+def _first(names: Sequence[str]) -> str:
+    count = f"{len(names)} tensors" if len(names) > 1 else "1 tensor"
+    return f"{count} ({names[0]}{' the first' if len(names) > 1 else ''})"
+
+
+def _said(gates: Mapping[str, float]) -> str:
+    """Some gates and their values, in words."""
+    some = [f"{name.removesuffix('.alpha')} {value:.3g}" for name, value in list(gates.items())[:4]]
+    return ", ".join(some) + (f" and {len(gates) - 4} more" if len(gates) > 4 else "")

@@ -75,6 +75,14 @@ class EngineManifest(_Strict):
         there are no engines, their format is of a newer version, or a file is missing, damaged or another.
         """
         directory = Path(directory)
+        manifest = cls.read(directory)
+        for engine in manifest.engines.values():
+            _check(directory / engine.file, engine, verify)
+        return manifest
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read a manifest, and compare nothing with it. Raises EngineError as `load`."""
         path = directory / FILE
         try:
             text = path.read_text(encoding="utf-8")
@@ -82,10 +90,7 @@ class EngineManifest(_Strict):
             raise EngineError(f"{directory} has no {FILE}: make engines of a bundle with `surgeon engine`") from None
         except (OSError, UnicodeDecodeError) as error:
             raise EngineError(f"{path}: cannot read it: {error}") from error
-        manifest = cls._parse(text, path)
-        for engine in manifest.engines.values():
-            _check(directory / engine.file, engine, verify)
-        return manifest
+        return cls._parse(text, path)
 
     @classmethod
     def _parse(cls, text: str, path: Path) -> Self:

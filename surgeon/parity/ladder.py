@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from surgeon.parity.metrics import LogitDifference
+from surgeon.parity.metrics import Effect, LogitDifference
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,12 @@ class Rung:
     """In nats. The share of changed tokens says little about a short prompt; how clear the lost choice was does."""
     layer_relative: float = 1e-3
     """From which relative difference on a layer counts as wrong, when a failed rung is searched."""
+
+    @property
+    def judged(self) -> bool:
+        """Whether anything but finite values must hold. A rung that judges nothing proves nothing."""
+        limits = (self.max_abs, self.min_cosine, self.max_kl_mean, self.min_top1, self.max_flip_margin)
+        return self.bit_equal or any(limit is not None for limit in limits)
 
     def failures(self, found: LogitDifference) -> list[str]:
         """What this difference breaks, in words; empty where the rung holds."""
@@ -51,17 +57,13 @@ def _over(value: float | None, limit: float | None) -> bool:
 
 IDENTITY = Rung(
     "identity",
-    "a fresh graft adds exactly nothing: same operators, same kernels, same order",
+    "what a closed gate lets through is exactly nothing: same operators, same kernels, same order",
     bit_equal=True,
     min_top1=1.0,
     layer_relative=0.0,
 )
-TUNED = Rung("tuned", "a trained graft is meant to change the answers: what changed is reported, not judged")
-MOVED = Rung(
-    "positions",
-    "tiles take other position ids, which changes the answers about them: reported, not judged; --positions plain "
-    "compares the rest",
-)
+TUNED = Rung("tuned", "training is meant to change the answers: what changed is reported, not judged")
+MOVED = Rung("positions", "tiles take other position ids, which changes the answers about them: reported, not judged")
 FP32 = Rung(
     "fp32",
     "the same arithmetic in another order: rounding of 2^-24 over some thousand additions a logit",
@@ -87,13 +89,33 @@ BF16 = Rung(
 )
 _BY_DTYPE = {"fp32": FP32, "fp16": FP16, "bf16": BF16}
 _PRECISION = ("fp32", "fp16", "bf16")
+MAX_EFFECT_ERROR = {"fp32": 0.01, "fp16": 0.25, "bf16": 0.7}
+"""By the name of a rung: how far what a graft does to the logits may be from what it does in the reference, as a share
+of that. Keys and values exchanged, or a graft left out, make it 1 and more; rounding makes it the smaller the more the
+graft does."""
 
 
-def rung_between(stages: tuple[str, str], dtypes: tuple[str, str], identity: bool) -> Rung:
-    """The rung from a reference to a subject.
+def rung_between(stages: tuple[str, str], dtypes: tuple[str, str]) -> Rung:
+    """What must hold from a reference to a subject where nothing sets them apart but their form and dtype.
 
-    stages: `checkpoint` or `bundle`, each. identity: whether every gate is closed, so that a patch promises equality.
+    stages: `checkpoint`, `bundle` or `engine`, each.
     """
-    if stages == ("checkpoint", "checkpoint"):
-        return IDENTITY if identity else TUNED
+    if stages == ("checkpoint", "checkpoint") and dtypes[0] == dtypes[1]:
+        return IDENTITY
     return _BY_DTYPE[max(dtypes, key=_PRECISION.index)]
+
+
+def effect_failures(rung: Rung, effect: Effect) -> tuple[list[str], str | None]:
+    """What an opened graft's effect breaks, in words, and where rounding hides the effect, which proves nothing, why it
+    was not judged."""
+    limit = MAX_EFFECT_ERROR[rung.name]
+    if math.isnan(effect.error):
+        return ["what the grafts change is NaN or infinite in one of the two"], None
+    if effect.noise > 0.85 * limit * effect.size:
+        return [], (
+            f"the grafts were not judged: opened, they change the logits by {effect.size:.2g} of their size, which "
+            f"{rung.name}'s rounding of {effect.noise:.2g} hides; compare an fp32 bundle"
+        )
+    if effect.error > limit:
+        return [f"what the grafts change is off by {effect.error:.3g} of it > {limit}"], None
+    return [], None

@@ -1,5 +1,6 @@
 """How far two tensors are from each other. Non-finite values are counted before anything is compared."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,18 @@ class LogitDifference(Difference):
     """The share of positions with the same most likely token."""
     flip_margin: float
     """The most, in nats, by which the reference preferred its own most likely token to the other's; 0 without flips."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What opening gates does to logits, all Euclidean norms over every row and token of the vocabulary."""
+
+    size: float
+    """Of the change in the reference's logits, over those logits."""
+    noise: float
+    """Of the other's difference from the reference before the gates were opened, over the reference's logits."""
+    error: float
+    """Of the difference between the two changes, over the reference's change."""
 
 
 def compare(reference: np.ndarray, other: np.ndarray) -> Difference:
@@ -66,6 +79,29 @@ def compare_logits(reference: np.ndarray, other: np.ndarray) -> LogitDifference:
     flip_margin = float((reference.max(-1) - chosen).max())
     values = {**vars(plain), "cosine": min(cosines)}
     return LogitDifference(**values, kl_mean=float(np.mean(kls)), kl_max=max(kls), top1=top1, flip_margin=flip_margin)
+
+
+def not_compared() -> LogitDifference:
+    """Of logits that have nothing to do with each other: every value NaN."""
+    nan = float("nan")
+    return LogitDifference(nan, nan, nan, nan, 0, False, kl_mean=nan, kl_max=nan, top1=nan, flip_margin=nan)
+
+
+def compare_effect(
+    before: Sequence[tuple[np.ndarray, np.ndarray]], after: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> Effect:
+    """`before`, `after`: pairs of the reference's and the other's logits, of one shape, for the same prompts. NaN
+    where a logit is not finite."""
+    total = change = noise = error = 0.0
+    for (a, b), (c, d) in zip(before, after, strict=True):
+        a, b, c, d = (np.where(np.isfinite(part), part, np.nan).astype(np.float64) for part in (a, b, c, d))
+        total += float(np.square(a).sum())
+        change += float(np.square(c - a).sum())
+        noise += float(np.square(b - a).sum())
+        error += float(np.square((d - b) - (c - a)).sum())
+    if not change:
+        return Effect(0.0, float(np.sqrt(noise / total)), float("inf") if error else 0.0)
+    return Effect(*(float(np.sqrt(x)) for x in (change / total, noise / total, error / change)))
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

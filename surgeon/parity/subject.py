@@ -1,12 +1,14 @@
 """What a validator needs of a model, whatever runs it."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from surgeon.inputs import Prompt
+from surgeon.inputs import Inputs, Prompt
+from surgeon.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,22 @@ class Trace:
 
 
 class Subject(Protocol):
-    """A checkpoint or a bundle, loaded."""
+    """A checkpoint, a bundle or engines, loaded."""
 
     path: str
     stage: str
-    """`checkpoint` or `bundle`."""
+    """`checkpoint`, `bundle` or `engine`."""
     dtype: str
     """`fp32`, `fp16` or `bf16`: what its activations are in."""
     record: Mapping[str, Any] | None
     """The pass record, None for an unpatched model."""
+
+    positions: Positions | None
+    """Which position ids tiles get in what it is asked next; None: those that it records."""
+
+    @property
+    def inputs(self) -> Inputs:
+        """What makes its prompts."""
 
     def trace(self, prompts: Sequence[Prompt], steps: int, tokens: np.ndarray | None = None) -> Trace:
         """Prefill and decode. `tokens` [B, steps] are fed instead of the greedy ones where given."""
@@ -41,3 +50,11 @@ class Subject(Protocol):
         """What is computed on the way through a prefill, in order: name -> each row's tensor, padding left out; None
         for a form that cannot be looked into. `hidden_states.<i>` [S_b, d] is decoder layer i's output, before
         DeepStack is added."""
+
+    def gates(self) -> dict[str, float] | None:
+        """Every graft's gates, by parameter name: the value farthest from zero. None for a form that does not show
+        them."""
+
+    def with_gates(self, values: Mapping[str, float]) -> AbstractContextManager[None]:
+        """Until the end of the `with`, the gates of these names have these values, in memory: no file is written.
+        Names that it does not have are left out."""

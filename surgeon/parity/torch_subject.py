@@ -1,6 +1,7 @@
 """A checkpoint as transformers runs it: the reference of every rung."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,38 @@ class TorchSubject:
         self.path, self.positions = str(path), positions
         self.model = models.load(path, dtype=DTYPES.get(dtype, "auto"), device=device)
         self.dtype = DTYPE_NAMES[self.model.dtype]
-        self.inputs = Inputs.from_directory(self.model.config._name_or_path or path)
+        self.directory = Path(self.model.config._name_or_path or path)
+        """Where it lies on this disk."""
+        self.inputs = Inputs.from_directory(self.directory)
         # Without an end token every row decodes for as long as it is asked to.
         self.model.generation_config = GenerationConfig(pad_token_id=self.inputs.pad_token_id)
         self.record: Mapping[str, Any] | None = getattr(self.model.config, RECORD, None)
 
     def gates(self) -> dict[str, float]:
         """Every graft's gates, by parameter name: the value farthest from zero."""
-        decoder = [(n, m) for n, m in self.model.named_modules() if hasattr(m, "gates")]
-        return {f"{n}.{g}": float(m.get_parameter(g).detach().abs().max()) for n, m in decoder for g in m.gates}
+        return {name: float(gate.abs().max()) for name, gate in self._gates().items()}
+
+    def graft_tensors(self) -> dict[str, list[str]]:
+        """Gate, by parameter name -> the names of all parameters of its graft."""
+        grafts = {name: module for name, module in self.model.named_modules() if hasattr(module, "gates")}
+        own = {path: [f"{path}.{name}" for name, _ in graft.named_parameters()] for path, graft in grafts.items()}
+        return {f"{path}.{gate}": own[path] for path, graft in grafts.items() for gate in graft.gates}
+
+    @contextmanager
+    def with_gates(self, values: Mapping[str, float]) -> Iterator[None]:
+        gates = {name: gate for name, gate in self._gates().items() if name in values}
+        before = {name: gate.clone() for name, gate in gates.items()}
+        try:
+            for name, gate in gates.items():
+                gate.fill_(values[name])
+            yield
+        finally:
+            for name, gate in gates.items():
+                gate.copy_(before[name])
+
+    def _gates(self) -> dict[str, torch.Tensor]:
+        """The parameters themselves, without gradient."""
+        return {name: self.model.get_parameter(name).detach() for name in self.graft_tensors()}
 
     @torch.inference_mode()
     def trace(self, prompts: Sequence[Prompt], steps: int, tokens: np.ndarray | None = None) -> Trace:

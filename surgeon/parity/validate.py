@@ -1,20 +1,20 @@
 """Compare two subjects over cases, and say where they part."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from surgeon import __version__
 from surgeon.errors import TooLongError
 from surgeon.parity.cases import Case
 from surgeon.parity.ladder import Rung
-from surgeon.parity.metrics import LogitDifference, compare, compare_logits
+from surgeon.parity.metrics import LogitDifference, compare, compare_logits, not_compared
 from surgeon.parity.subject import Subject, Trace
 
 Progress = Callable[[str, int, int], None]
+Verdict = Literal["passed", "failed", "not judged"]
+AS_THEY_ARE = "as they are"
 
 
 @dataclass
@@ -36,25 +36,35 @@ class CaseResult:
 
 
 @dataclass
-class Report:
-    """The verdict on a pair."""
+class Comparison:
+    """All cases through both subjects, and what came of it."""
 
-    reference: str
-    subject: str
-    stages: tuple[str, str]
-    dtypes: tuple[str, str]
     rung: Rung
+    state: str = AS_THEY_ARE
+    """What was changed in both, in memory, before they were compared."""
     cases: list[CaseResult] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Of all cases together."""
     notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    version: str = __version__
+    after_pictures: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
+    """Of each case's rows with pictures, the logits from which the first token was taken, fp32 [B, V]: the reference's
+    and the subject's."""
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.failures or any(case.failures for case in self.cases):
+            return "failed"
+        return "passed" if self.rung.judged and self.cases else "not judged"
 
     @property
     def passed(self) -> bool:
-        return bool(self.cases) and not any(case.failures for case in self.cases)
+        return self.verdict == "passed"
 
     def to_json(self) -> dict[str, Any]:
-        return {"passed": self.passed, **asdict(self)}
+        names = ("rung", "state", "cases", "failures", "notes")
+        shown = {name: getattr(self, name) for name in names}
+        shown |= {"rung": asdict(self.rung), "cases": [asdict(case) for case in self.cases]}
+        return {"verdict": self.verdict, **shown}
 
 
 def validate(
@@ -64,36 +74,38 @@ def validate(
     rung: Rung,
     steps: int = 32,
     progress: Progress | None = None,
-) -> Report:
+    state: str = AS_THEY_ARE,
+) -> Comparison:
     """Run every case through both and judge it by `rung`. `steps` tokens are decoded after each prompt.
 
     Cases that are longer than what one of the two was made for are left out with a note, as long as one is left. Raises
     TooLongError where none is.
     """
-    started = time.monotonic()
-    report = Report(
-        reference.path, subject.path, (reference.stage, subject.stage), (reference.dtype, subject.dtype), rung
-    )
+    comparison = Comparison(rung, state)
     for number, case in enumerate(cases):
         if progress is not None:
-            progress(case.name, number, len(cases))
+            progress(f"{case.name}, {state}", number, len(cases))
         try:
-            report.cases.append(_run(reference, subject, case, rung, steps))
+            _run(comparison, reference, subject, case, steps)
         except TooLongError as error:
-            report.notes.append(f"left out {case.name!r}: {error}")
-            if len(report.notes) == len(cases):
+            comparison.notes.append(f"left out {case.name!r}: {error}")
+            if len(comparison.notes) == len(cases):
                 raise
-    report.seconds = time.monotonic() - started
-    return report
+    return comparison
 
 
-def _run(reference: Subject, subject: Subject, case: Case, rung: Rung, steps: int) -> CaseResult:
+def _run(comparison: Comparison, reference: Subject, subject: Subject, case: Case, steps: int) -> None:
+    rung = comparison.rung
     expected = reference.trace(case.prompts, steps)
     found = subject.trace(case.prompts, steps, expected.tokens)
-    mismatch = _same_inputs(expected, found)
-    prefill = compare_logits(np.concatenate(expected.prompt_logits), np.concatenate(found.prompt_logits))
-    vocab = expected.step_logits.shape[-1]
-    decode = compare_logits(expected.step_logits.reshape(-1, vocab), found.step_logits.reshape(-1, vocab))
+    mismatch = _other_questions(expected, found) or _other_shapes(expected, found)
+    prefill = decode = not_compared()
+    if not mismatch:
+        vocab = expected.step_logits.shape[-1]
+        prefill = compare_logits(np.concatenate(expected.prompt_logits), np.concatenate(found.prompt_logits))
+        decode = compare_logits(expected.step_logits.reshape(-1, vocab), found.step_logits.reshape(-1, vocab))
+        pictures = [row for row, prompt in enumerate(case.prompts) if prompt.images]
+        comparison.after_pictures.append((expected.step_logits[pictures, 0], found.step_logits[pictures, 0]))
     result = CaseResult(
         name=case.name,
         rows=len(case.prompts),
@@ -102,7 +114,7 @@ def _run(reference: Subject, subject: Subject, case: Case, rung: Rung, steps: in
         steps=steps,
         prefill=prefill,
         decode=decode,
-        tokens_equal=int((found.step_logits.argmax(-1) == expected.tokens).sum()),
+        tokens_equal=0 if mismatch else int((found.step_logits.argmax(-1) == expected.tokens).sum()),
     )
     result.failures = mismatch or [
         f"{part}: {failure}"
@@ -111,15 +123,23 @@ def _run(reference: Subject, subject: Subject, case: Case, rung: Rung, steps: in
     ]
     if result.failures and not mismatch:
         result.first_wrong = first_wrong(reference, subject, case, rung)
-    return result
+    comparison.cases.append(result)
 
 
-def _same_inputs(expected: Trace, found: Trace) -> list[str]:
+def _other_questions(expected: Trace, found: Trace) -> list[str]:
     """The two must be asked the same: other tokens mean another tokenizer, template or picture size."""
+    if len(expected.prompt_ids) != len(found.prompt_ids):
+        return [f"{len(expected.prompt_ids)} rows in one and {len(found.prompt_ids)} in the other"]
     for row, (a, b) in enumerate(zip(expected.prompt_ids, found.prompt_ids, strict=True)):
         if not np.array_equal(a, b):
             return [f"row {row}: the prompt becomes {len(a)} tokens in one and {len(b)} in the other, or other ones"]
     return []
+
+
+def _other_shapes(expected: Trace, found: Trace) -> list[str]:
+    """Logits that cannot be set against each other: of another vocabulary, or of fewer positions or steps."""
+    shapes = [[list(part.shape) for part in (*trace.prompt_logits, trace.step_logits)] for trace in (expected, found)]
+    return [f"logits of other shapes: {a} and {b}" for a, b in zip(*shapes, strict=False) if a != b][:1]
 
 
 def first_wrong(reference: Subject, subject: Subject, case: Case, rung: Rung) -> str | None:
@@ -131,6 +151,8 @@ def first_wrong(reference: Subject, subject: Subject, case: Case, rung: Rung) ->
         if name not in found:
             return f"{name}: missing"
         for row, (a, b) in enumerate(zip(rows, found[name], strict=True)):
+            if a.shape != b.shape:
+                return f"{name}, row {row}: {list(b.shape)} instead of {list(a.shape)}"
             difference = compare(a, b)
             if difference.non_finite:
                 return f"{name}, row {row}: {difference.non_finite} NaN or infinite values"

@@ -1,22 +1,42 @@
-"""Which tensors of a checkpoint's backbone another checkpoint changed."""
+"""Whether one loaded model holds another's tensors."""
 
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
-from surgeon.checkpoint.reader import Checkpoint
+
+@dataclass(frozen=True)
+class WeightDifference:
+    """A reference's tensors against those of a later form, by the names that the loaded models give them."""
+
+    compared: int
+    changed: list[str]
+    """With other values, or of another shape."""
+    missing: list[str]
 
 
-def changed_tensors(source: str | Path, patched: str | Path) -> tuple[list[str], list[str]]:
-    """(tensors of `source` that `patched` holds with other values, those that it does not hold), by checkpoint key."""
-    changed, missing = [], []
-    with Checkpoint.open(source) as a, Checkpoint.open(patched) as b:
-        for name in a.tensors:
-            if name not in b.tensors:
-                missing.append(name)
-            elif not torch.equal(a.read(name), b.read(name)):
-                changed.append(name)
-            for checkpoint in (a, b):
-                if name in checkpoint.tensors:
-                    checkpoint.release(name)
-    return changed, missing
+def compare_weights(reference: nn.Module, other: nn.Module) -> WeightDifference:
+    """Every tensor of `reference` in `other`. Where the dtypes differ, the reference's values as the other's dtype
+    rounds them. Tensors that `other` alone has are not looked at."""
+    expected, found = reference.state_dict(), other.state_dict()
+    missing = [name for name in expected if name not in found]
+    changed = [name for name, tensor in expected.items() if name in found and not _equal(tensor, found[name])]
+    return WeightDifference(len(expected), changed, missing)
+
+
+def _equal(expected: Tensor, found: Tensor) -> bool:
+    if expected.shape != found.shape:
+        return False
+    expected = expected.to(found.device, found.dtype).contiguous().flatten()
+    # as bytes: NaN is equal to itself then, and zero has its sign
+    return torch.equal(expected.view(torch.uint8), found.contiguous().flatten().view(torch.uint8))
+
+
+@torch.no_grad()
+def take_weights(model: nn.Module, source: nn.Module) -> None:
+    """Give `model`, in memory, the values of every tensor that `source` has too, of the same shapes."""
+    values = source.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name in values:
+            tensor.copy_(values[name])

@@ -57,7 +57,8 @@ def test_a_batch_with_two_pictures_one_and_none(checkpoint, inputs):
         Prompt("Hello"),
     ]
     batch = inputs.prepare(prompts)
-    tokenizer, processor = AutoTokenizer.from_pretrained(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert batch.input_ids.dtype == batch.attention_mask.dtype == batch.mm_token_type_ids.dtype == np.int64
     assert [len(row) for row in batch.grids] == [len(row) for row in batch.pixel_values] == [2, 1, 0]
@@ -382,6 +383,22 @@ def test_model_kwargs_of_mixed_rows_run_the_model(plain_checkpoint):
 # ---------------------------------------------------------------- against transformers' processor
 
 
+@pytest.mark.parametrize("named", ["Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", None])
+def test_the_image_processor_is_the_same_on_every_machine(tmp_path, named):
+    """transformers takes torchvision's where it is installed, as here, whatever the settings say."""
+    pytest.importorskip("torchvision")
+    shutil.copytree(DEMO, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = tmp_path / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("image_processor_type", None)
+    path.write_text(json.dumps(settings | ({} if named is None else {"image_processor_type": named})))
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)).__name__ == "Qwen2VLImageProcessor"
+    inputs, picture = Inputs.from_directory(tmp_path), noise(300, 200)
+    assert type(inputs.image_processor).__name__ == "Qwen2VLImageProcessorPil"
+    expected = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")(picture, return_tensors="np")
+    np.testing.assert_array_equal(inputs.picture(picture)[0], expected["pixel_values"])
+
+
 class NoVideoProcessor:
     """Stands in for the one that cannot be made without torchvision; no video reaches it."""
 
@@ -398,28 +415,23 @@ PROCESSORS = {
 
 
 def make_processor(checkpoint, inputs, monkeypatch, stand_in):
-    """The checkpoint's processor: whole where torchvision is there, or with a stand-in for its video processor."""
-    processor_class = PROCESSORS[inputs.family.model_type]
-    options = {
-        "image_seq_length": 9,
-        "num_image_tokens": 36,
-        "vision_feature_select_strategy": "full",
-        "vision_aspect_ratio": getattr(inputs.config, "vision_aspect_ratio", None),
-    }
-    taken = inspect.signature(processor_class).parameters
-    options = {name: value for name, value in options.items() if name in taken}
+    """The checkpoint's processor: whole where torchvision is there, or with a stand-in for its video processor. Both
+    have the image processor that computes with Pillow: torchvision's pixels are slightly other ones."""
+    pillow = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
     if not stand_in:
         pytest.importorskip("torchvision")
-        return AutoProcessor.from_pretrained(checkpoint, **options)
+        processor = AutoProcessor.from_pretrained(checkpoint)
+        assert type(processor) is PROCESSORS[inputs.family.model_type]
+        processor.image_processor = pillow
+        return processor
+    processor_class = PROCESSORS[inputs.family.model_type]
+    taken = inspect.signature(processor_class).parameters
+    path = checkpoint / "processor_config.json"
+    options = json.loads(path.read_text()) if path.is_file() else {}
     monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
     if "video_processor" in taken:
         options["video_processor"] = NoVideoProcessor()
-    return processor_class(
-        AutoImageProcessor.from_pretrained(checkpoint),
-        inputs.tokenizer,
-        chat_template=inputs.tokenizer.chat_template,
-        **options,
-    )
+    return processor_class(pillow, inputs.tokenizer, chat_template=inputs.tokenizer.chat_template, **options)
 
 
 def assert_as_the_processor_does(inputs, processor, conversations):

@@ -8,19 +8,24 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints import has_tokenizer
+from checkpoints import has_tokenizer, tiny_checkpoint
 from command import run
 from exporters.bench.runners import open_runner
 from exporters.forms import form_of
-from exporters.runtime.subject import EngineSubject, open_pair
+from exporters.onnx.bundle import export_bundle
+from exporters.runtime.pair import open_pair
+from exporters.runtime.subject import EngineSubject
+from exporters.runtime.validation import validate_pair
 from exporters.tensorrt import runtime as runtimes
 from exporters.tensorrt.library import gpu
 from exporters.tensorrt.profiles import Limits, Range
 from pairs import MIXIN, PLAIN, PVM, Pair, picture
+from patching import apply
 from rehearsal import CpuDevice, make_engines
 from surgeon.errors import SurgeonError
 from surgeon.inputs import Prompt
 from surgeon.parity.cases import own_case
+from surgeon.parity.ladder import FP16
 from surgeon.parity.validate import validate
 
 pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint is not there")
@@ -65,18 +70,18 @@ def test_validate(pair: Pair, path: Path, image: Path, rehearsed: None) -> None:
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["passed"] and report["stages"] == ["checkpoint", "engine"] and report["dtypes"] == ["fp32", "fp16"]
-    assert report["cases"][0]["tokens_equal"] == 4
+    assert report["comparisons"][0]["cases"][0]["tokens_equal"] == 4
     assert run("validate", pair.bundle, path, "--image", image, "--prompt", "What?", "--steps", 2).exit_code == 0
 
 
 def test_wrong_engines_fail_and_no_layer_is_named(
     pair: Pair, path: Path, image: Path, rehearsed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference, subject, rung = open_pair(pair.bundle, path)
-    assert isinstance(subject, EngineSubject) and rung.name == "fp16"
+    reference, subject = open_pair(pair.bundle, path)
+    assert isinstance(subject, EngineSubject)
     started = subject.runtime.start
     monkeypatch.setattr(subject.runtime, "start", lambda *a, **k: (lambda s, x: (s, x[..., ::-1]))(*started(*a, **k)))
-    report = validate(reference, subject, own_case([image], "What?"), rung, 2)
+    report = validate(reference, subject, own_case([image], "What?"), FP16, 2)
     assert not report.passed and report.cases[0].first_wrong is None
 
 
@@ -84,7 +89,21 @@ def test_engines_with_grafts_are_not_compared_with_a_plain_model(
     export: Callable[..., Pair], path: Path, rehearsed: None
 ) -> None:
     with pytest.raises(SurgeonError, match="engines do not show their gates: compare it with the patched checkpoint"):
-        open_pair(export("qwen3_vl", PLAIN).checkpoint, path)
+        validate_pair(export("qwen3_vl", PLAIN).checkpoint, path)
+
+
+def test_engines_behind_closed_gates_say_that_grafts_were_not_judged(
+    tmp_path: Path, image: Path, rehearsed: None
+) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", num_hidden_layers=2)
+    apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
+    export_bundle(tmp_path / "patched", tmp_path / "bundle", dtype=torch.float16, max_length=128, measure=False)
+    fresh = Pair(tmp_path / "patched", tmp_path / "bundle")
+    engines = make_engines(fresh, tmp_path / "engines", LIMITS)
+    report = validate_pair(fresh.checkpoint, engines, [image], "What?", steps=2)
+    assert report.passed and len(report.comparisons) == 1
+    (note,) = [note for note in report.notes if "grafts" in note]
+    assert "the grafts were not judged: 1 of 1 gates are closed" in note and "engines cannot be given others" in note
 
 
 def test_bench(path: Path, rehearsed: None) -> None:

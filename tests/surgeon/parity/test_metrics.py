@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from surgeon.parity.metrics import compare, compare_logits
+from surgeon.parity.metrics import compare, compare_effect, compare_logits
 
 
 def test_difference_of_known_arrays() -> None:
@@ -42,3 +42,18 @@ def test_equal_logits() -> None:
     logits = np.random.default_rng(0).standard_normal((3, 10)).astype(np.float32)
     found = compare_logits(logits, logits.copy())
     assert found.equal and found.max_abs == found.kl_max == 0 and found.top1 == 1
+
+
+def test_the_effect_of_a_change() -> None:
+    before = [(np.array([[3.0, 4.0]]), np.array([[3.0, 4.0]]))]
+    after = np.array([[3.0, 5.0]])
+    same = compare_effect(before, [(after, after)])
+    assert (same.size, same.noise, same.error) == pytest.approx((0.2, 0, 0))
+    assert compare_effect(before, [(after, before[0][1])]).error == pytest.approx(1)  # left out
+    assert compare_effect(before, [(after, np.array([[4.0, 4.0]]))]).error == pytest.approx(2**0.5)  # another
+    off = [(before[0][0], before[0][1] + 0.1)]
+    steady = compare_effect(off, [(after, after + 0.1)])  # an error of the rest is no error of the change
+    assert (steady.noise, steady.error) == pytest.approx((0.1 * 2**0.5 / 5, 0))
+    nothing = compare_effect(before, before)
+    assert (nothing.size, nothing.error) == (0, 0)
+    assert np.isnan(compare_effect(before, [(after, np.array([[np.inf, 4.0]]))]).error)

@@ -1,6 +1,7 @@
 """The validator on subjects whose faults are known."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from surgeon.inputs import Prompt
 from surgeon.parity import ladder
 from surgeon.parity.cases import Case
+from surgeon.parity.metrics import Effect, LogitDifference, compare_logits
+from surgeon.parity.report import Check, Report
 from surgeon.parity.subject import Trace
 from surgeon.parity.validate import validate
 
@@ -58,9 +61,19 @@ class Toy:
 
 
 def test_the_same_model_passes_every_rung() -> None:
-    for rung in (ladder.IDENTITY, ladder.FP32, ladder.FP16, ladder.BF16, ladder.TUNED):
-        report = validate(Toy(), Toy(), CASES, rung, steps=5)
-        assert report.passed and [case.tokens_equal for case in report.cases] == [5, 10]
+    for rung in (ladder.IDENTITY, ladder.FP32, ladder.FP16, ladder.BF16):
+        comparison = validate(Toy(), Toy(), CASES, rung, steps=5)
+        assert comparison.passed and [case.tokens_equal for case in comparison.cases] == [5, 10]
+
+
+@pytest.mark.parametrize("rung", [ladder.TUNED, ladder.MOVED])
+def test_a_rung_that_judges_nothing_does_not_pass(rung: ladder.Rung) -> None:
+    for subject in (Toy(), Toy(lambda x: -x)):
+        comparison = validate(Toy(), subject, CASES, rung, steps=2)
+        assert comparison.verdict == "not judged" and not comparison.passed
+        report = Report("b", ("checkpoint",) * 2, ("fp32",) * 2, "a", [Check("weights", "equal")], [comparison])
+        assert report.verdict == "not judged" and not report.passed
+        assert report.to_json()["passed"] is False and report.to_json()["remedy"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +92,81 @@ def test_a_fault_fails_its_rung(fault: Fault, rung: ladder.Rung, said: str) -> N
     report = validate(Toy(), Toy(fault), CASES, rung, steps=5)
     assert not report.passed
     assert any(said in failure for case in report.cases for failure in case.failures)
-    assert report.to_json()["passed"] is False
+    assert report.to_json()["verdict"] == report.verdict == "failed"
+
+
+def only_decoding(subject: Toy, fault: Fault) -> Toy:
+    """A toy whose prompts are right, and whose steps after them are not."""
+    right = subject.trace
+
+    def trace(prompts: Sequence[Prompt], steps: int, tokens: np.ndarray | None = None) -> Trace:
+        found = right(prompts, steps, tokens)
+        return replace(found, step_logits=fault(found.step_logits))
+
+    subject.trace = trace  # type: ignore[method-assign]
+    return subject
+
+
+@pytest.mark.parametrize("rung", [ladder.IDENTITY, ladder.FP32, ladder.FP16, ladder.BF16])
+def test_a_fault_in_decoding_alone_fails(rung: ladder.Rung) -> None:
+    comparison = validate(Toy(), only_decoding(Toy(), lambda x: x * np.float32(1.5)), CASES, rung, steps=4)
+    assert not comparison.passed
+    for case in comparison.cases:
+        assert case.prefill.equal and case.failures and all(text.startswith("decode: ") for text in case.failures)
+
+
+def off_by(cosine: float) -> Fault:
+    """Logits turned so far that each row's cosine to what it was is this."""
+
+    def turn(x: np.ndarray) -> np.ndarray:
+        across = np.roll(x, 1, -1).astype(np.float64)
+        across -= x * (across * x).sum(-1, keepdims=True) / np.square(x).sum(-1, keepdims=True)
+        across *= np.linalg.norm(x, axis=-1, keepdims=True) / np.linalg.norm(across, axis=-1, keepdims=True)
+        return (cosine * x + np.sqrt(1 - cosine**2) * across).astype(np.float32)
+
+    return turn
+
+
+def likelier_by(nats: float) -> Fault:
+    """Each row's most likely token made less likely, and its least likely token likelier: by KL of about this."""
+
+    def scale(x: np.ndarray) -> np.ndarray:
+        low, high = 1.0, 3.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            enough = compare_logits(x, (x * np.float32(middle)).astype(np.float32)).kl_mean > nats
+            low, high = (low, middle) if enough else (middle, high)
+        return (x * np.float32(high)).astype(np.float32)
+
+    return scale
+
+
+@pytest.mark.parametrize(
+    ("rung", "limit", "fault", "said"),
+    [
+        (ladder.FP32, 1e-4, lambda x, off: x + np.float32(off), "max abs"),
+        (ladder.FP16, 1e-3, lambda x, off: off_by(1 - off)(x), "cosine"),
+        (ladder.BF16, 1e-2, lambda x, off: off_by(1 - off)(x), "cosine"),
+        (ladder.FP16, 2e-3, lambda x, off: likelier_by(off)(x), "mean KL"),
+        (ladder.BF16, 5e-2, lambda x, off: likelier_by(off)(x), "mean KL"),
+    ],
+)
+def test_each_limit_is_where_it_is_said_to_be(rung: ladder.Rung, limit: float, fault: Any, said: str) -> None:
+    """Half of what is allowed holds, twice as much fails."""
+    case = [Case("one", (Prompt("a"),))]
+    held = validate(Toy(), Toy(lambda x: fault(x, limit / 2)), case, rung, steps=1)
+    assert held.passed, held.cases[0].failures
+    failed = validate(Toy(), Toy(lambda x: fault(x, limit * 2)), case, rung, steps=1)
+    assert any(f"prefill: {said}" in text for text in failed.cases[0].failures)
+
+
+@pytest.mark.parametrize(("rung", "limit"), [(ladder.FP16, 0.1), (ladder.BF16, 0.8)])
+def test_another_token_is_allowed_where_the_choice_was_close(rung: ladder.Rung, limit: float) -> None:
+    def difference(margin: float) -> LogitDifference:
+        return compare_logits(np.array([[5.0, 5.0 - margin, 0]]), np.array([[5.0, 5.0001, 0]], np.float32))
+
+    assert not [text for text in rung.failures(difference(limit / 2)) if "nats" in text]
+    assert [text for text in rung.failures(difference(limit * 2)) if "nats" in text]
 
 
 def test_one_wrong_token_fails_fp32_however_small() -> None:
@@ -113,15 +200,39 @@ def test_no_case_is_no_proof() -> None:
     assert not validate(Toy(), Toy(), [], ladder.FP32).passed
 
 
+def test_prompts_and_logits_of_other_lengths_fail_in_words() -> None:
+    longer = Toy()
+    longer.ids = lambda prompt: np.arange(5)  # type: ignore[method-assign]
+    case = validate(Toy(), longer, CASES, ladder.FP32, steps=2).cases[0]
+    assert case.failures == ["row 0: the prompt becomes 3 tokens in one and 5 in the other, or other ones"]
+    smaller = Toy(lambda x: x[:, :-1])
+    case = validate(Toy(), smaller, CASES, ladder.FP32, steps=2).cases[0]
+    assert case.failures == [f"logits of other shapes: [3, {VOCAB}] and [3, {VOCAB - 1}]"]
+    assert not case.prefill.equal and np.isnan(case.prefill.max_abs) and case.first_wrong is None
+
+
 @pytest.mark.parametrize(
-    ("stages", "dtypes", "identity", "expected"),
+    ("stages", "dtypes", "expected"),
     [
-        (("checkpoint", "checkpoint"), ("bf16", "bf16"), True, ladder.IDENTITY),
-        (("checkpoint", "checkpoint"), ("bf16", "bf16"), False, ladder.TUNED),
-        (("checkpoint", "bundle"), ("fp32", "fp32"), False, ladder.FP32),
-        (("checkpoint", "bundle"), ("fp32", "fp16"), True, ladder.FP16),
-        (("bundle", "bundle"), ("fp16", "bf16"), True, ladder.BF16),
+        (("checkpoint", "checkpoint"), ("bf16", "bf16"), ladder.IDENTITY),
+        (("checkpoint", "checkpoint"), ("fp32", "bf16"), ladder.BF16),
+        (("checkpoint", "bundle"), ("fp32", "fp32"), ladder.FP32),
+        (("checkpoint", "bundle"), ("fp32", "fp16"), ladder.FP16),
+        (("bundle", "bundle"), ("fp16", "bf16"), ladder.BF16),
     ],
 )
-def test_rungs(stages: Any, dtypes: Any, identity: bool, expected: ladder.Rung) -> None:
-    assert ladder.rung_between(stages, dtypes, identity) is expected
+def test_rungs(stages: Any, dtypes: Any, expected: ladder.Rung) -> None:
+    assert ladder.rung_between(stages, dtypes) is expected
+
+
+@pytest.mark.parametrize(("rung", "limit"), [(ladder.FP32, 0.01), (ladder.FP16, 0.25), (ladder.BF16, 0.7)])
+def test_what_an_opened_graft_changes_is_judged_where_rounding_does_not_hide_it(
+    rung: ladder.Rung, limit: float
+) -> None:
+    quiet = limit * 0.01 / 2
+    assert ladder.effect_failures(rung, Effect(0.01, quiet, limit / 2)) == ([], None)
+    failures, hidden = ladder.effect_failures(rung, Effect(0.01, quiet, min(limit * 2, 1.0)))
+    assert hidden is None and "off by" in failures[0]
+    failures, hidden = ladder.effect_failures(rung, Effect(0.01, limit * 0.01, 1.0))
+    assert failures == [] and "the grafts were not judged" in (hidden or "")
+    assert ladder.effect_failures(rung, Effect(float("nan"), 0.0, float("nan")))[0]

@@ -1,0 +1,103 @@
+"""Prompts against transformers' own processor, which no part of this tool has a hand in."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoProcessor
+
+from checkpoints import MODEL_TYPES, PLAIN_TYPES, has_tokenizer, tiny_checkpoint
+from exporters.runtime.validation import validate_pair
+from patching import apply
+from surgeon.families.base import Family
+from surgeon.inputs import Inputs
+from surgeon.parity.cases import default_cases, own_case
+from surgeon.parity.processor import ProcessorUnavailable, check_inputs
+
+pytestmark = [
+    pytest.mark.skipif(not has_tokenizer(), reason="needs the demo checkpoint's tokenizer"),
+    pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not there"),
+]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return tiny_checkpoint(tmp_path / "source", "qwen3_vl", num_hidden_layers=1)
+
+
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *PLAIN_TYPES])
+def test_every_familys_inputs_are_the_processors(model_type: str, tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", model_type, num_hidden_layers=1)
+    apply(source, tmp_path / "patched", "mixin:layers=0")  # of a model_type that transformers does not know
+    for folder in (source, tmp_path / "patched"):
+        said, failures = check_inputs(Inputs.from_directory(folder), folder, default_cases())
+        assert failures == [] and "transformers' own" in said
+
+
+def longer_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    render = Inputs.render
+    monkeypatch.setattr(Inputs, "render", lambda *a, **k: render(*a, **k) + " ")
+
+
+def another_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    render = Inputs.render
+    monkeypatch.setattr(Inputs, "render", lambda *a, **k: render(*a, **k).replace("picture", "Picture"))
+
+
+def brighter_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Inputs.picture
+
+    def brighter(*arguments: Any, **keywords: Any) -> Any:
+        pixels, grid = picture(*arguments, **keywords)
+        return pixels + 1e-3, grid
+
+    monkeypatch.setattr(Inputs, "picture", brighter)
+
+
+def more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Family, "expand_placeholder", lambda self, config, grid, tokenizer: "<|image_pad|>" * 3)
+    monkeypatch.setattr("surgeon.families._qwen_vl.QwenVLFamily.image_tokens", lambda *a: 3)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (longer_prompt, "one picture: input_ids is [1, 26], transformers' processor gives [1, 25]"),
+        (another_letter, "input_ids"),
+        (brighter_picture, "one picture: pixel_values is not what transformers' processor gives"),
+        (more_tokens, "input_ids"),
+    ],
+)
+def test_a_wrong_prompt_is_seen(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, said: str) -> None:
+    fault(monkeypatch)
+    _, failures = check_inputs(Inputs.from_directory(checkpoint), checkpoint, default_cases())
+    assert said in failures[0]
+
+
+def test_a_prompt_that_is_wrong_on_both_sides_alike_fails_a_comparison(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply(checkpoint, tmp_path / "patched", "pvm:layers=0,latent=32")
+    assert validate_pair(checkpoint, tmp_path / "patched", prompt="Hello!", steps=1).passed
+    longer_prompt(monkeypatch)
+    report = validate_pair(checkpoint, tmp_path / "patched", prompt="Hello!", steps=1)
+    assert report.comparisons[0].passed and report.verdict == "failed"
+    (inputs,) = [check for check in report.checks if check.name == "inputs"]
+    assert inputs.failures[0].startswith("yours: input_ids is [1, ")
+
+
+def test_where_it_cannot_be_made_that_is_said(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ImportError("Qwen3VLVideoProcessor requires the Torchvision library but it was not found")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", refuse)
+    cases = own_case([], "Hello!")
+    with pytest.raises(ProcessorUnavailable, match="ImportError: Qwen3VLVideoProcessor requires"):
+        check_inputs(Inputs.from_directory(checkpoint), checkpoint, cases)
+    report = validate_pair(checkpoint, checkpoint, prompt="Hello!", steps=1)
+    assert report.passed and not [check for check in report.checks if check.name == "inputs"]
+    assert any("not compared with transformers' own processor: ImportError" in note for note in report.notes)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ProcessorUnavailable, match="torchvision is not installed"):
+        check_inputs(Inputs.from_directory(checkpoint), checkpoint, cases)
