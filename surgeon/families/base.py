@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from surgeon.errors import InputError
+from surgeon.sizes import Sizes, TextSizes, VisionSizes, check
 
 Grid = tuple[int, int, int]
 """One picture's grid: frames, rows, columns. Of patches before merging; of tiles where the family cuts tiles; where
@@ -74,6 +75,9 @@ class Family(ABC):
     """How a decoder layer's forward reads; see `surgeon/memory/decoder_layer.py`."""
     token_types: ClassVar[bool] = False
     """Whether the model takes `mm_token_type_ids` (1 at image tokens) beside the token ids."""
+    config_sizes: ClassVar[type[Sizes]] = Sizes
+    """What it reads of the config, apart from its two parts."""
+    vision_sizes: ClassVar[type[VisionSizes]]
 
     # -- config ------------------------------------------------------------------------------------------------
     def text_config(self, config: PretrainedConfig) -> Any:
@@ -81,6 +85,12 @@ class Family(ABC):
 
     def vision_config(self, config: PretrainedConfig) -> Any:
         return config.vision_config
+
+    def check_sizes(self, config: PretrainedConfig) -> None:
+        """Raises CheckpointError, with the key, for values in a config from outside that no such model can have."""
+        check(self.config_sizes, config)
+        check(TextSizes, self.text_config(config), "text_config")
+        check(self.vision_sizes, self.vision_config(config), "vision_config")
 
     def head_dim(self, config: PretrainedConfig) -> int:
         text = self.text_config(config)

@@ -5,11 +5,12 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from itertools import chain
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
@@ -18,6 +19,16 @@ from surgeon.errors import FamilyError, InputError
 from surgeon.families._plain import PlainPositionsFamily, check_image_processor
 from surgeon.families._vision import finish_export, image_attention
 from surgeon.families.base import Grid, VisionExport
+from surgeon.sizes import Size, Sizes, SquareTowerSizes, TokenId
+
+
+class LlavaOnevisionSizes(Sizes):
+    image_token_id: TokenId
+    video_token_id: TokenId
+    image_grid_pinpoints: Annotated[
+        Sequence[Annotated[Sequence[Size], Field(min_length=2, max_length=2)]], Field(min_length=1)
+    ]
+    vision_aspect_ratio: str
 
 
 class LlavaOnevision(PlainPositionsFamily):
@@ -27,6 +38,8 @@ class LlavaOnevision(PlainPositionsFamily):
     model_type = "llava_onevision"
     model_class = "LlavaOnevisionForConditionalGeneration"
     config_class = "LlavaOnevisionConfig"
+    config_sizes = LlavaOnevisionSizes
+    vision_sizes = SquareTowerSizes
     vision_tower = "model.vision_tower"
     projector = "model.multi_modal_projector"
     visual_token_keys = ("image_token_id", "video_token_id")

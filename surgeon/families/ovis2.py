@@ -1,10 +1,11 @@
 """Ovis2: the thumbnail, then tiles with separators; a ViT whose patches become mixtures of a visual vocabulary."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -13,12 +14,26 @@ from surgeon.errors import FamilyError
 from surgeon.families._tiled import TiledFamily
 from surgeon.families._vision import image_attention, tiles_export
 from surgeon.families.base import Grid, TileLayout, VisionExport
+from surgeon.sizes import Size, Sizes, SquareTowerSizes, TokenId
+
+
+class Ovis2Sizes(Sizes):
+    image_token_id: TokenId
+    visual_indicator_token_ids: Annotated[Sequence[TokenId], Field(min_length=5, max_length=5)]
+
+
+class Ovis2VisionSizes(SquareTowerSizes):
+    hidden_stride: Size
+    vocab_size: Size
+    num_visual_indicator_tokens: Literal[5]
 
 
 class Ovis2(TiledFamily):
     model_type = "ovis2"
     model_class = "Ovis2ForConditionalGeneration"
     config_class = "Ovis2Config"
+    config_sizes = Ovis2Sizes
+    vision_sizes = Ovis2VisionSizes
     vision_tower = "model.vision_tower"
     projector = "model.visual_embeddings_table"
     image_processor_class = "Ovis2ImageProcessor"
