@@ -40,23 +40,18 @@ def grafts_of(config: PretrainedConfig) -> list[dict[str, Any]]:
     return list((getattr(config, RECORD, None) or {}).get("grafts", []))
 
 
-def read_config(config: dict[str, Any]) -> PretrainedConfig:
-    """The transformers config of a checkpoint's config.json, plain or patched.
+def read_config(config: dict[str, Any], *, plain: bool = False) -> PretrainedConfig:
+    """The transformers config of a checkpoint's config.json, plain or patched. `plain`: of the family's own class in
+    any case, which is the one that transformers' Auto classes know; the record is an attribute of it.
 
     Raises FamilyError for an unsupported model_type, CheckpointError for values that no model can have, and for a
     record of grafts that is none. Whoever has the config may rely on its types, and on sizes that can be built.
     """
     described = family(model_type_of(config))
-    plain: Any = getattr(transformers, described.config_class)
-    if not has_record(config):
-        return parse_config(config, plain, described)
-    patched = parse_config(config, patched_config_class(plain), described)
-    check_record(described, patched)
-    return patched
-
-
-def parse_config(config: dict[str, Any], config_class: Any, described: Family) -> PretrainedConfig:
-    """A config.json from outside as transformers' `config_class`. Raises CheckpointError as `read_config`."""
+    patched = has_record(config)
+    config_class: Any = getattr(transformers, described.config_class)
+    if patched and not plain:
+        config_class = patched_config_class(config_class)
     try:
         parsed: PretrainedConfig = config_class.from_dict(
             {key: value for key, value in config.items() if key not in ("auto_map", "model_type")}
@@ -64,6 +59,8 @@ def parse_config(config: dict[str, Any], config_class: Any, described: Family) -
     except Exception as error:  # all of it is transformers' own, and what it trips over is the config
         raise _unusable(described, error) from error
     described.check_sizes(parsed)
+    if patched:
+        check_record(described, parsed)
     return parsed
 
 

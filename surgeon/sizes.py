@@ -107,15 +107,15 @@ class SquareTowerSizes(VisionSizes):
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def check(model: type[_Model], value: Any, part: str = "") -> _Model:
-    """`value`, which is config.json's or its `part`, as `model` has it. Raises CheckpointError, with the key, for what
-    that refuses."""
+def check(model: type[_Model], value: Any, part: str = "", file: str = "config.json") -> _Model:
+    """`value`, which is a file's content or its `part`, as `model` has it. Raises CheckpointError, with the key, for
+    what that refuses."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, filter(None, (part, *first["loc"])))) or "the config"
-        raise CheckpointError(f"config.json: {key}: {_reason(first)}; {_REMEDY}") from error
+        raise CheckpointError(f"{file}: {key}: {_reason(first)}; copy it from where the checkpoint was made") from error
 
 
 def _reason(error: Any) -> str:
@@ -127,6 +127,29 @@ def _reason(error: Any) -> str:
     # of a whole object the reason names the values
     plain = isinstance(value, str | int | float | list | tuple | None)
     return f"{message[:1].lower()}{message[1:]}" + (f", found {short(value)}" if plain else "")
+
+
+class PixelLimits(Sizes):
+    """Pixels of a picture after it is scaled, least and most."""
+
+    shortest_edge: Annotated[int, Field(gt=0, le=1 << 27)]
+    longest_edge: Annotated[int, Field(gt=0, le=1 << 27)]
+
+
+class TileSize(Sizes):
+    height: Annotated[int, Field(gt=0, le=1 << 14)]
+    width: Annotated[int, Field(gt=0, le=1 << 14)]
+
+
+Pinpoints = Annotated[Sequence[Annotated[Sequence[Size], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+"""Heights and widths that a picture may be scaled to."""
+
+
+class GenerationTokens(Sizes):
+    """What is read of a generation_config.json."""
+
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: int | None = None
 
 
 def check_indexes(name: str, indexes: Sequence[int], count: int) -> None:
@@ -145,6 +168,3 @@ def short(value: Any) -> str:
     """A value in a message."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-_REMEDY = "copy config.json from where the checkpoint was made"

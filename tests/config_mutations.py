@@ -90,16 +90,16 @@ def mutations(sources: dict[str, Path], count: int, seed: int) -> Iterator[Mutat
     for number in range(count):
         name = names[number % len(names)]
         config = copy.deepcopy(configs[name])
-        what = [_mutate(config, rng) for _ in range(rng.choice((1, 1, 1, 2)))]
+        what = [mutate(config, rng) for _ in range(rng.choice((1, 1, 1, 2)))]
         yield Mutation(number, name, "; ".join(what), config)
 
 
-def _mutate(config: dict[str, Any], rng: random.Random) -> str:
+def mutate(config: dict[str, Any], rng: random.Random) -> str:
     """Make one mistake in `config`, in place."""
     places = list(_places(config))
     ofrecord = [p for p in places if p[0] == "surgeon" and "passes" not in p and "source" not in p]
     sizes = [p for p in places if any(part in _SIZES for part in p) and p[0] != "surgeon"]
-    chosen = rng.choices((ofrecord or sizes, sizes, places), (3, 5, 2))[0]
+    chosen = rng.choices((ofrecord or sizes or places, sizes or places, places), (3, 5, 2))[0]
     path = rng.choice(chosen)
     parent = config
     for part in path[:-1]:

@@ -14,8 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from surgeon import ops
 from surgeon.errors import CheckpointError, InputError
 from surgeon.families import _qwen_host as host
-from surgeon.families.base import Family, Grid, VisionExport, check_rows
-from surgeon.sizes import Size, Sizes, TokenId, VisionSizes, check
+from surgeon.families.base import Family, Grid, VisionExport, check_rows, process_images
+from surgeon.sizes import PixelLimits, Size, Sizes, TokenId, VisionSizes, check
 
 
 class QwenSizes(Sizes):
@@ -36,6 +36,13 @@ class QwenVisionSizes(VisionSizes):
     out_hidden_size: Size
 
 
+class QwenImageProcessorSizes(Sizes):
+    size: PixelLimits
+    patch_size: Size
+    temporal_patch_size: Size
+    merge_size: Size
+
+
 class QwenVLFamily(Family):
     """Qwen-VL: three position axes (time, height, width), patches merged in square blocks, one placeholder each."""
 
@@ -43,6 +50,7 @@ class QwenVLFamily(Family):
     token_types = True
     config_sizes = QwenSizes
     vision_sizes: ClassVar[type[VisionSizes]] = QwenVisionSizes
+    image_processor_sizes = QwenImageProcessorSizes
 
     def check_sizes(self, config: PretrainedConfig) -> None:
         super().check_sizes(config)
@@ -52,6 +60,20 @@ class QwenVLFamily(Family):
             raise CheckpointError(
                 f"config.json: vision_config.out_hidden_size is {width}, and the decoder's hidden_size {expected}"
             )
+
+    def check_image_processor(self, config: PretrainedConfig, image_processor: Any) -> None:
+        super().check_image_processor(config, image_processor)
+        vision = self.vision_config(config)
+        for name, expected in (
+            ("patch_size", vision.patch_size),
+            ("temporal_patch_size", vision.temporal_patch_size),
+            ("merge_size", vision.spatial_merge_size),
+        ):
+            if getattr(image_processor, name) != expected:
+                raise CheckpointError(
+                    f"preprocessor_config.json: {name} is {getattr(image_processor, name)}, and the vision tower's "
+                    f"{expected}; copy it from where the checkpoint was made"
+                )
 
     def position_ids(
         self,
@@ -81,7 +103,7 @@ class QwenVLFamily(Family):
         self, config: PretrainedConfig, image_processor: Any, image: Image.Image, alone: bool = True
     ) -> tuple[np.ndarray, Grid]:
         """-> patches fp32 [N, C], and the grid of patches."""
-        processed = image_processor(images=[image], return_tensors="pt")
+        processed = process_images(image_processor, [image])
         frames, height, width = processed["image_grid_thw"][0].tolist()
         return processed["pixel_values"].numpy(), (frames, height, width)
 

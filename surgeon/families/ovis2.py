@@ -13,7 +13,7 @@ from surgeon import ops
 from surgeon.errors import FamilyError
 from surgeon.families._tiled import TiledFamily
 from surgeon.families._vision import image_attention, tiles_export
-from surgeon.families.base import Grid, TileLayout, VisionExport
+from surgeon.families.base import Grid, TileLayout, VisionExport, token_of
 from surgeon.sizes import Size, Sizes, SquareTowerSizes, TokenId
 
 
@@ -65,8 +65,8 @@ class Ovis2(TiledFamily):
 
     def expand_placeholder(self, config: PretrainedConfig, grid: Grid, tokenizer: Any) -> str:
         """The thumbnail's image tokens, then each tile's, with the indicators around and between them."""
-        start, tiles, column, row, end = tokenizer.convert_ids_to_tokens(list(self.indicator_token_ids(config)))
-        tile = tokenizer.convert_ids_to_tokens(self.image_token_id(config)) * self.tile_layout(config).side ** 2
+        start, tiles, column, row, end = (token_of(tokenizer, each) for each in self.indicator_token_ids(config))
+        tile = token_of(tokenizer, self.image_token_id(config)) * self.tile_layout(config).side ** 2
         _, rows, columns = grid
         cut = row.join([column.join([tile] * columns)] * rows) if rows * columns > 1 else ""
         return f"{start}{tile}{tiles}{cut}{end}"
