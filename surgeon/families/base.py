@@ -190,11 +190,11 @@ class Family(ABC):
 
 def token_of(tokenizer: Any, token_id: int) -> str:
     """The text of a token. Raises CheckpointError where the tokenizer has none of this id."""
-    token = tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
+    token = tokenizer.convert_ids_to_tokens(token_id)
     if token is None:
         raise CheckpointError(
-            f"the tokenizer has {len(tokenizer)} tokens and none of id {token_id}, which config.json names: tokenizer and "
-            "config are of different models; copy both from one"
+            f"the tokenizer has no token of id {token_id}, which config.json names: they are of different models; copy "
+            "both from one"
         )
     return str(token)
 
