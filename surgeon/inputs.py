@@ -5,25 +5,27 @@ processor). Its parts are: the image processor, the tokenizer, the chat template
 can be made, the validator compares with it (`surgeon/parity/processor.py`).
 """
 
-import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 import torch
-import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig
 
+from surgeon import rendering
 from surgeon.errors import CheckpointError, InputError
 from surgeon.families import Family, Grid
 from surgeon.families import family as find_family
+from surgeon.json_file import read_object
+from surgeon.models import read_config
 from surgeon.positions import Positions, choose_positions, grid_in_sequence, record_of
+from surgeon.sizes import GenerationTokens, check, one_line
 from surgeon.video import is_video
 
 Picture = Image.Image | Path | str
@@ -99,25 +101,38 @@ def load_picture(picture: Picture) -> Image.Image:
     processor makes it RGB). Raises InputError for what is missing, damaged, animated, too large or a video."""
     if isinstance(picture, Image.Image):
         _refuse_animation(picture, "the picture")
+        _refuse_large(picture, "the picture")
         return picture
     path = Path(picture)
     try:
         if is_video(path):
             raise InputError(f"{path} is a video: video is not supported yet, pass pictures")
         with warnings.catch_warnings():
-            # a large photograph is no attack; beyond twice Pillow's limit it raises
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # told by the next but one line
             with Image.open(path) as image:
+                _refuse_large(image, str(path))
                 _refuse_animation(image, str(path))
+                # a picture inside another's frame (an icon) says its size only now
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
                 return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"picture {path} does not exist") from None
     except UnidentifiedImageError:
         raise InputError(f"{path} is not a picture that Pillow can read: pass a PNG, JPEG, WebP or the like") from None
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"picture {path} is too large: {error}; scale it down first") from None
     except (OSError, SyntaxError, ValueError) as error:  # Pillow reports damage as any of these
         raise InputError(f"picture {path} cannot be read: {error}") from None
+
+
+def _refuse_large(image: Image.Image, name: str) -> None:
+    """By what the file says of itself; no pixel is read for it."""
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        raise InputError(
+            f"{name} is too large: {image.width} x {image.height} pixels, and {most / 1e6:.0f} million are read; scale "
+            "it down first"
+        )
 
 
 def _refuse_animation(image: Image.Image, name: str) -> None:
@@ -162,24 +177,27 @@ class Inputs:
         config_dict = _read_json(path / "config.json")
         if config_dict is None:
             raise CheckpointError(f"{path} has no config.json: pass the directory of a checkpoint or bundle")
-        family = family or find_family(str(config_dict.get("model_type")))
         # a patched checkpoint's own model_type is unknown to transformers; its inputs are the family's
-        for key in ("auto_map", "model_type"):
-            config_dict.pop(key, None)
-        config: PretrainedConfig = getattr(transformers, family.config_class).from_dict(config_dict)
+        config = read_config(config_dict, plain=True)
+        if family is not None and family.model_type != config.model_type:
+            raise CheckpointError(
+                f"{path / 'config.json'} is of a {config.model_type}, another model's: expected {family.model_type}"
+            )
         _require(path, TOKENIZER_FILES, "tokenizer")
         _require(path, IMAGE_PROCESSOR_FILES, "image processor")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
-            image_processor = image_processor_of(path, config)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"the tokenizer or image processor in {path} cannot be loaded: {reason}") from error
+        rendering.start()
+        load_tokenizer = partial(AutoTokenizer.from_pretrained, config=config, trust_remote_code=False)
+        tokenizer = _load("tokenizer", path, load_tokenizer)
+        image_processor = _load("image processor", path, partial(image_processor_of, config=config))
+        described = find_family(config.model_type)
+        described.check_image_processor(config, image_processor)
         # as the processor does: the older file, where there is one, goes before the tokenizer's own template
         template = (_read_json(path / "chat_template.json") or {}).get("chat_template")
         if template is None and not tokenizer.chat_template:
             raise CheckpointError(f"{path} has no chat template: copy chat_template.jinja from the model's source")
-        return cls(family, config, tokenizer, image_processor, template, _read_json(path / "generation_config.json"))
+        generation_config = _read_json(path / "generation_config.json") or {}
+        check(GenerationTokens, generation_config, file="generation_config.json")
+        return cls(described, config, tokenizer, image_processor, template, generation_config)
 
     # -- preparing ---------------------------------------------------------------------------------------------
     def prepare(
@@ -234,15 +252,13 @@ class Inputs:
     def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
         """The chat template's text, with one placeholder for each picture."""
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except jinja2.TemplateError as error:
-            raise InputError(f"the chat template does not take this conversation: {error}") from None
-        return str(text)
+            template = self.tokenizer.get_chat_template(self.chat_template)
+        except ValueError as error:
+            raise CheckpointError(f"there is no chat template to choose: {one_line(error)}") from None
+        # as transformers gives them to a template: what is None is left out
+        told = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        variables = {**self.tokenizer.special_tokens_map, "add_generation_prompt": add_generation_prompt}
+        return rendering.render(template, told, variables)
 
     def tokenize(self, text: str, grids: Sequence[Grid]) -> list[int]:
         """Token ids of rendered text, each placeholder expanded to its picture's tokens."""
@@ -255,7 +271,7 @@ class Inputs:
         expanded = [self.family.expand_placeholder(self.config, grid, self.tokenizer) for grid in grids]
         text = parts[0] + "".join(chain.from_iterable(zip(expanded, parts[1:], strict=True)))
         starts_itself = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"]
+        ids = self._encode(text, add_special_tokens=not starts_itself)
         image = self.family.image_token_id(self.config)
         if ids.count(image) != sum(self.family.image_tokens(self.config, grid) for grid in grids):
             token = self.tokenizer.convert_ids_to_tokens(image)
@@ -263,6 +279,16 @@ class Inputs:
         other = set(self.family.visual_token_ids(self.config)) - {image}
         if other.intersection(ids):
             raise InputError("the prompt has video tokens: video is not supported yet, pass pictures")
+        return ids
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        except Exception as error:  # all of it is transformers' own, which takes any text: what is left is its settings
+            raise CheckpointError(
+                f"the tokenizer does not work as its files set it: {type(error).__name__}: {one_line(error)}; copy "
+                "tokenizer.json and tokenizer_config.json from the model's source"
+            ) from error
         return ids
 
     # -- tokens ------------------------------------------------------------------------------------------------
@@ -332,15 +358,15 @@ def _take_picture(item: Message, pictures: list[Picture]) -> Message:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, None where there is no file."""
-    if not path.is_file():
-        return None
+    return read_object(path, CheckpointError) if path.is_file() else None
+
+
+def _load(what: str, path: Path, loader: Callable[..., Any]) -> Any:
+    """A part that transformers loads. Raises CheckpointError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds {type(found).__name__}, expected an object")
-    return found
+        return loader(path)
+    except Exception as error:  # all of it is transformers' own, and what it trips over is the files
+        raise CheckpointError(f"the {what} in {path} cannot be loaded: {one_line(error)}") from error
 
 
 def _require(path: Path, names: Sequence[str], what: str) -> None:

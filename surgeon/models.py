@@ -13,7 +13,8 @@ from surgeon.errors import CheckpointError
 from surgeon.families import Family, family
 from surgeon.memory.graft import Graft
 from surgeon.memory.patched import RECORD, patched_config_class, patched_model_class
-from surgeon.record import check_record
+from surgeon.record import check_record, has_record
+from surgeon.sizes import one_line
 from surgeon.weights import WeightPlan, stored_weights
 
 
@@ -38,19 +39,40 @@ def grafts_of(config: PretrainedConfig) -> list[dict[str, Any]]:
     return list((getattr(config, RECORD, None) or {}).get("grafts", []))
 
 
-def read_config(config: dict[str, Any]) -> PretrainedConfig:
-    """The transformers config of a checkpoint's config.json, plain or patched.
+def read_config(config: dict[str, Any], *, plain: bool = False) -> PretrainedConfig:
+    """The transformers config of a checkpoint's config.json, plain or patched. `plain`: of the family's own class in
+    any case, which is the one that transformers' Auto classes know; the record is an attribute of it.
 
-    Raises FamilyError for an unsupported model_type, CheckpointError for values that transformers refuses.
+    Raises FamilyError for an unsupported model_type, CheckpointError for values that no model can have, and for a
+    record of grafts that is none. Whoever has the config may rely on its types, and on sizes that can be built.
     """
-    described = family(config["model_type"])
-    check_record(config)
-    plain: Any = getattr(transformers, described.config_class)
-    config_class = patched_config_class(plain) if config.get(RECORD) else plain
+    described = family(model_type_of(config))
+    patched = has_record(config)
+    config_class: Any = getattr(transformers, described.config_class)
+    if patched and not plain:
+        config_class = patched_config_class(config_class)
     try:
-        return config_class.from_dict({k: v for k, v in config.items() if k not in ("auto_map", "model_type")})
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"config.json is not a usable {described.model_type} config: {error}") from error
+        parsed: PretrainedConfig = config_class.from_dict(
+            {key: value for key, value in config.items() if key not in ("auto_map", "model_type")}
+        )
+    except Exception as error:  # all of it is transformers' own, and what it trips over is the config
+        raise _unusable(described, error) from error
+    described.check_sizes(parsed)
+    if patched:
+        check_record(described, parsed)
+    return parsed
+
+
+def model_type_of(config: dict[str, Any]) -> str:
+    """Raises CheckpointError where a config.json does not say."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError("config.json has no model_type: copy it from where the checkpoint was made")
+    return model_type
+
+
+def _unusable(described: Family, error: Exception) -> CheckpointError:
+    return CheckpointError(f"config.json is not a usable {described.model_type} config: {one_line(error)}")
 
 
 def model_class(described: Family, config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -64,11 +86,35 @@ def model_class(described: Family, config: PretrainedConfig) -> type[PreTrainedM
 
 
 def build_meta(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a config on the meta device: every parameter has its name, shape and dtype, and no bytes."""
+    """The model of a config on the meta device: every parameter has its name, shape and dtype, and no bytes.
+
+    Raises CheckpointError for a config of which transformers cannot make a model.
+    """
     described = family(config.model_type)
-    with torch.device("meta"):
-        model = model_class(described, config)._from_config(config, dtype=dtype)
+    chosen: Any = model_class(described, config)
+    try:
+        model: PreTrainedModel = _on_meta(chosen, config, dtype)
+    except Exception as error:
+        if not is_patched(config) or not _builds(described, config, dtype):
+            raise _unusable(described, error) from error
+        raise  # the model is sound without its grafts: a fault of their code
     return model.eval()
+
+
+def _on_meta(chosen: Any, config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        return chosen._from_config(config, dtype=dtype)
+
+
+def _builds(described: Family, config: PretrainedConfig, dtype: torch.dtype) -> bool:
+    """Whether transformers makes a model of a patched config without its grafts."""
+    values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", RECORD)}
+    try:
+        plain = getattr(transformers, described.config_class).from_dict(values)
+        _on_meta(getattr(transformers, described.model_class), plain, dtype)
+    except Exception:  # whatever it is, the caller has its like and tells it
+        return False
+    return True
 
 
 class StoredModel(NamedTuple):

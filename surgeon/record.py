@@ -1,87 +1,189 @@
-"""The record in a patched checkpoint's config: what has to be in it before a model can be made of it."""
+"""What a patched config records, checked where it is read: whoever uses the record may rely on its types."""
 
+import importlib.util
 from collections import Counter
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from transformers import PretrainedConfig
 
 from surgeon.errors import CheckpointError
+from surgeon.families import Family
 from surgeon.memory.patched import MODEL_TYPE_PREFIX, RECORD
+from surgeon.memory.visibility import Visibility
+from surgeon.sizes import Positive, Size, check
+
+_REMEDY = "copy config.json from where the checkpoint was made, or patch the source again"
 
 
-class _Part(BaseModel):
-    """Keys that are not named here are another version's, or a graft's own options."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class _Graft(_Part):
-    kind: str
-    layers: list[NonNegativeInt] = Field(min_length=1)
-    visibility: Literal["causal", "all"] = "all"
+class Layout(_Strict):
+    """How a picture's visual tokens lie in the sequence: side * side for each tile, row by row, and for the thumbnail,
+    which is there unless there is one tile only."""
 
-
-class _Layout(_Part):
-    side: PositiveInt
+    side: Size
     thumbnail: Literal["first", "last"]
 
 
-class _Positions(_Part):
+class Positions(_Strict):
+    """How position ids are made where they are not the family's own; the rule is in docs/bundle.md."""
+
     scheme: Literal["rope_dhr"]
     tile_order: Literal["row", "column"]
 
 
-class _Record(_Part):
-    grafts: list[_Graft]
-    passes: list[dict[str, Any]] = []
-    layout: _Layout | None = None
-    positions: _Positions | None = None
-    allocation: Literal["both", "context", "memory"] = "both"
-    source: dict[str, Any] | None = None
+Allocation = Literal["both", "context", "memory"]
+"""Where a picture's tiles go beside its thumbnail: into the sequence and the memory, or into one of them."""
 
 
-def check_record(config: dict[str, Any]) -> None:
-    """Raises CheckpointError for a config.json whose model_type says that the model is patched and which does not
-    record how, and for a record that no model can be made of. A plain model's config passes."""
-    patched = str(config.get("model_type")).startswith(MODEL_TYPE_PREFIX)
-    if not patched and config.get(RECORD) is None:
-        return
-    content = config.get(RECORD)
-    if not content:
+class AnyGraft(BaseModel):
+    """What the entry of a graft of any kind has, beside options of its own."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    kind: str
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    visibility: Visibility = "all"
+
+
+class GraftRecord(AnyGraft):
+    """The entry of a graft of one kind, with all of its options."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    def misfit(self, described: Family, config: PretrainedConfig) -> str | None:
+        """Why it cannot be a graft of a model of these sizes; None where it can."""
+        return None
+
+
+class PvmRecord(GraftRecord):
+    latent: Size
+
+    def misfit(self, described: Family, config: PretrainedConfig) -> str | None:
+        head_dim = described.head_dim(config)
+        if self.latent % head_dim:
+            return f"latent {self.latent} is not divisible by the backbone's head_dim {head_dim}"
+        return None
+
+
+class MixinRecord(GraftRecord):
+    num_heads: Size
+    head_dim: Annotated[Size, Field(multiple_of=2)]
+    intermediate: Size
+    rope_theta: Positive
+    eps: Positive
+    rope_axes: list[int] | None = None
+    """For each rotary frequency the axis of positions that it turns with; none where there is one axis."""
+
+    def misfit(self, described: Family, config: PretrainedConfig) -> str | None:
+        if self.rope_axes is not None:
+            axes = set(described.rope_axes(config))
+            if len(self.rope_axes) != self.head_dim // 2 or not axes.issuperset(self.rope_axes):
+                frequencies = self.head_dim // 2
+                return f"rope_axes does not name one of the axes {sorted(axes)} for each of {frequencies} frequencies"
+        return None
+
+
+class OtherGraft(GraftRecord):
+    """Of a kind whose options are not described here: it checks them itself."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+GRAFTS: dict[str, type[GraftRecord]] = {"pvm": PvmRecord, "mixin": MixinRecord}
+"""By kind, which is also the name of its file in `surgeon/memory`."""
+
+
+class SourceRecord(_Strict):
+    """What was patched."""
+
+    name: str
+    model_type: str
+    fingerprint: str
+
+
+class Record(_Strict):
+    """The value of the config's key `surgeon`, without the options of each kind of graft."""
+
+    grafts: list[dict[str, Any]]
+    passes: list[Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=1)]] = []
+    version: str | None = None
+    source: SourceRecord | None = None
+    layout: Layout | None = None
+    positions: Positions | None = None
+    allocation: Allocation = "both"
+
+    @model_validator(mode="after")
+    def _says_where_tiles_lie(self) -> "Record":
+        if self.layout is None and (self.positions is not None or self.allocation != "both"):
+            raise ValueError("positions and allocation are of tiles, whose layout is missing")
+        return self
+
+
+def has_record(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of a patched model. Raises CheckpointError where its model_type says so and its record
+    does not."""
+    model_type = str(config.get("model_type"))
+    if not model_type.startswith(MODEL_TYPE_PREFIX) and config.get(RECORD) is None:
+        return False
+    if not config.get(RECORD):
         raise CheckpointError(
-            f"config.json is of model_type {config.get('model_type')!r}, a patched model, and its record {RECORD!r} is "
-            f"{'missing' if RECORD not in config else 'empty'}, so its grafts are not known; copy config.json again "
-            "from where the checkpoint was written"
+            f"config.json is of model_type {model_type!r}, and its record {RECORD!r} is "
+            f"{'empty' if RECORD in config else 'missing'}, so its grafts are not known; {_REMEDY}"
         )
-    try:
-        record = _Record.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, (RECORD, *first["loc"])))
-        raise CheckpointError(
-            f"config.json: {where}: {first['msg'][:1].lower()}{first['msg'][1:]} (it holds {first['input']!r:.80}); "
-            "copy config.json again from where the checkpoint was written"
-        ) from error
-    if not record.grafts and record.layout is None:
-        raise CheckpointError(
-            f"config.json: the record {RECORD!r} has neither grafts nor tile positions, so the model is not patched; "
-            "copy config.json again from where the checkpoint was written"
-        )
-    if len({graft.visibility for graft in record.grafts}) > 1:
-        raise CheckpointError(
-            f"config.json: {RECORD}.grafts have different visibilities, and grafts of one model read one memory; copy "
-            "config.json again from where the checkpoint was written"
-        )
-    _check_layers(record.grafts, config)
+    return True
 
 
-def _check_layers(grafts: list[_Graft], config: dict[str, Any]) -> None:
-    text = config.get("text_config")
-    depth = text.get("num_hidden_layers") if isinstance(text, dict) else None
-    for (kind, layer), times in Counter((graft.kind, layer) for graft in grafts for layer in graft.layers).items():
+def check_record(described: Family, config: PretrainedConfig) -> None:
+    """Raises CheckpointError, with the key, where what a patched config records is no record of this tool's, or none
+    that a model of these sizes can have."""
+    record = check(Record, getattr(config, RECORD), RECORD)
+    if not record.grafts and record.positions is None:
+        raise CheckpointError(f"config.json: {RECORD} records neither grafts nor tile positions; {_REMEDY}")
+    if record.layout is not None:
+        _check_layout(record.layout, described, config)
+    entries = {f"{RECORD}.grafts.{number}": entry for number, entry in enumerate(record.grafts)}
+    grafts = [check(AnyGraft, entry, where) for where, entry in entries.items()]
+    _check_layers(grafts, described.text_config(config).num_hidden_layers)
+    if len({graft.visibility for graft in grafts}) > 1:
+        raise CheckpointError(f"config.json: {RECORD}.grafts read one memory, with unlike visibility; {_REMEDY}")
+    for where, entry in entries.items():
+        misfit = check(_record_of(entry["kind"]), entry, where).misfit(described, config)
+        if misfit is not None:
+            raise CheckpointError(f"config.json: {where}: {misfit}; {_REMEDY}")
+
+
+def _check_layout(layout: Layout, described: Family, config: PretrainedConfig) -> None:
+    own = described.tile_layout(config)
+    if own is None or (own.side, own.thumbnail) != (layout.side, layout.thumbnail):
+        expected = "cuts no tiles" if own is None else f"has side {own.side}, thumbnail {own.thumbnail!r}"
+        raise CheckpointError(
+            f"config.json: {RECORD}.layout has side {layout.side}, thumbnail {layout.thumbnail!r}, and this "
+            f"{described.model_type} {expected}; {_REMEDY}"
+        )
+
+
+def _check_layers(grafts: Sequence[AnyGraft], depth: int) -> None:
+    placed = Counter((graft.kind, layer) for graft in grafts for layer in graft.layers)
+    for (kind, layer), times in placed.items():
         if times > 1:
-            raise CheckpointError(f"config.json: {RECORD}.grafts has two grafts {kind} at layer {layer}")
-        if type(depth) is int and layer >= depth:
+            raise CheckpointError(f"config.json: {RECORD}.grafts has two grafts {kind} at layer {layer}; {_REMEDY}")
+        if layer >= depth:
             raise CheckpointError(
-                f"config.json: {RECORD}.grafts has a graft {kind} at layer {layer}, and the decoder has {depth} layers"
+                f"config.json: {RECORD}.grafts has a graft {kind} at layer {layer}, and the decoder has {depth} "
+                f"layers; {_REMEDY}"
             )
+
+
+def _record_of(kind: str) -> type[GraftRecord]:
+    if kind in GRAFTS:
+        return GRAFTS[kind]
+    if importlib.util.find_spec(f"surgeon.memory.{kind}") is None:
+        raise CheckpointError(
+            f"the checkpoint holds grafts of kind {kind!r}, which this version does not know; use a newer one"
+        )
+    return OtherGraft

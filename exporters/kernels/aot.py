@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache as remembered
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from exporters.child_process import ProcessError, run_child
 from exporters.kernels.folder import VARIABLE
@@ -43,6 +45,26 @@ class CompileError(SurgeonError):
     """A kernel that does not compile for a target, or does not fit it."""
 
     exit_code = 3
+
+
+class _Compiled(BaseModel):
+    """What the child tells of a kernel, and what a cache entry is."""
+
+    model_config = ConfigDict(strict=True)
+
+    entry: Annotated[str, Field(min_length=1)]
+    ptx: str
+    shared: Annotated[int, Field(ge=0)]
+    num_warps: Annotated[int, Field(gt=0, le=32)]
+    scratch: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if not self.ptx.rstrip().endswith("}"):
+            raise ValueError("the PTX does not end")
+        if not re.search(rf"\.entry\s+{re.escape(self.entry)}\s*\(", self.ptx):
+            raise ValueError(f"the PTX has no entry {self.entry}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -221,10 +243,9 @@ def _kept(cache: Path | None, key: str) -> dict[str, Any] | None:
     if cache is None:
         return None
     try:
-        found: dict[str, Any] = json.loads((cache / f"{key}.json").read_text())
+        return _Compiled.model_validate_json((cache / f"{key}.json").read_text()).model_dump()
     except (OSError, ValueError):  # not there, or damaged: compiled again
         return None
-    return found
 
 
 def _keep(cache: Path, key: str, found: dict[str, Any]) -> None:

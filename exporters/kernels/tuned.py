@@ -18,6 +18,8 @@ from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule
 from surgeon.checkpoint import staged_file
 
 _FORMAT = 1
+_MOST = {"num_warps": 32, "num_stages": 16}
+"""Of each field of Blocks that no larger launch can have; of the others no tile is as large as 2^16."""
 Kept = dict[str, Blocks]
 
 
@@ -113,12 +115,12 @@ class Tuned:
 
 def load(path: Path) -> Tuned:
     """A file that `keep` wrote, wherever it lies. Raises OSError, and ValueError for what is no such file."""
-    content = json.loads(path.read_text(encoding="utf-8"))
     try:
+        content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
             raise ValueError(f"it is of format {content['format']!r}, not {_FORMAT}")
         return Tuned(str(content["gpu"]), {name: _sound(e["blocks"]) for name, e in content["launches"].items()})
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"it is no file of measured blocks ({type(error).__name__}: {error})") from error
 
 
@@ -128,7 +130,8 @@ def _sound(values: Mapping[str, Any]) -> Blocks:
         value = getattr(blocks, field.name)
         least = 16 if field.name in ("inner", "slots") or (field.name == "outputs" and blocks.tokens > 1) else 1
         powers = field.name != "num_stages"
-        if type(value) is not int or value < least or (powers and value & (value - 1)):
+        most = _MOST.get(field.name, 1 << 16)
+        if type(value) is not int or not least <= value <= most or (powers and value & (value - 1)):
             raise ValueError(f"{field.name} is {value!r}")
     if 1 < blocks.tokens < 16:
         raise ValueError(f"tokens is {blocks.tokens}")

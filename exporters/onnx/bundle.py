@@ -1,7 +1,7 @@
 """A bundle: a checkpoint's ONNX graphs, the weight files they point into, and what a runtime needs beside them."""
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from exporters.onnx.decoder import decoder_graph
 from exporters.onnx.digests import sha256_of_files
 from exporters.onnx.embed import embed_graph
 from exporters.onnx.external_data import check_external_data
-from exporters.onnx.manifest import GraphFile, Manifest, Memory, Port, Sizes, Source, Tokens, WeightFile
+from exporters.onnx.graph_file import ports_of
+from exporters.onnx.manifest import GraphFile, Manifest, Memory, Sizes, Source, Tokens, WeightFile
 from exporters.onnx.memory import memory_entries, memory_graph
 from exporters.onnx.precision.fit import fit_float16, not_measured
 from exporters.onnx.precision.policy import Float32Operators
@@ -24,11 +25,13 @@ from exporters.onnx.rope import position_axes
 from exporters.onnx.vision import vision_graph
 from exporters.onnx.weights import Progress, bind
 from surgeon.checkpoint import Checkpoint, SourceFiles, share_file, staged
-from surgeon.errors import OptionError
+from surgeon.errors import CheckpointError, OptionError
 from surgeon.families import Family, family
+from surgeon.json_file import read_object
 from surgeon.memory.visibility import visibility_of
 from surgeon.models import StoredModel, grafts_of, read_model
 from surgeon.positions import record_of
+from surgeon.sizes import GenerationTokens, check
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRAPHS = ("embed", "vision", "memory", "decoder")
@@ -36,13 +39,6 @@ PROCESSOR = "processor"
 """The folder with config.json, tokenizer, chat template, image processor and generation config."""
 
 _PROCESSOR_SUFFIXES = (".json", ".jinja", ".txt", ".model")
-_NUMPY_NAMES = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.INT64: "int64",
-    ir.DataType.BOOL: "bool",
-}
 
 
 def export_bundle(
@@ -218,16 +214,9 @@ def _describe(graph: ir.Model, path: Path) -> GraphFile:
     return GraphFile(
         file=path.name,
         sha256=str(manifests.sha256(path)),
-        inputs=list(_ports(graph.graph.inputs)),
-        outputs=list(_ports(graph.graph.outputs)),
+        inputs=ports_of(graph.graph.inputs),
+        outputs=ports_of(graph.graph.outputs),
     )
-
-
-def _ports(values: Collection[ir.Value]) -> Iterator[Port]:
-    for value in values:
-        assert value.shape is not None and value.dtype is not None
-        shape = [size if isinstance(size, int) else str(size) for size in value.shape]
-        yield Port(name=str(value.name), dtype=_NUMPY_NAMES[value.dtype], shape=shape)
 
 
 def _copy_processor(checkpoint: Checkpoint, folder: Path) -> None:
@@ -243,7 +232,8 @@ def _tokens(checkpoint: Checkpoint, described: Family, config: PretrainedConfig)
     generation: dict[str, Any] = {}
     path = checkpoint.directory / "generation_config.json"
     if path.is_file():
-        generation = json.loads(path.read_text())
+        generation = read_object(path, CheckpointError)
+        check(GenerationTokens, generation, file=path.name)
 
     def lookup(key: str) -> Any:
         for value in (

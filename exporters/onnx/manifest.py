@@ -1,10 +1,10 @@
 """bundle.json: everything about a bundle that whoever runs it needs, and what tells a damaged one."""
 
 import hashlib
-from pathlib import Path
-from typing import Any, Literal, Self
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from surgeon.checkpoint.headers import header_bytes
 from surgeon.errors import BundleError, CheckpointError
@@ -20,6 +20,18 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path)
+    if not path or parts.is_absolute() or ".." in parts.parts:
+        raise ValueError(f"{path!r} is no path inside the bundle")
+    return path
+
+
+_Inside = Annotated[str, AfterValidator(_inside)]
+_Size = Annotated[int, Field(strict=True, gt=0, le=1 << 32)]
+_Count = Annotated[int, Field(strict=True, ge=0, le=1 << 32)]
+
+
 class Source(_Strict):
     """The checkpoint that was exported."""
 
@@ -32,38 +44,38 @@ class Source(_Strict):
 
 
 class Sizes(_Strict):
-    num_hidden_layers: int
-    num_key_value_heads: int
-    head_dim: int
-    hidden_size: int
-    vocab_size: int
-    position_axes: int
-    deepstack: int
+    num_hidden_layers: _Size
+    num_key_value_heads: _Size
+    head_dim: _Size
+    hidden_size: _Size
+    vocab_size: _Size
+    position_axes: _Size
+    deepstack: _Count
     """How many DeepStack features vision.onnx gives and decoder.onnx takes; 0 where there is none."""
 
 
 class Tokens(_Strict):
-    image: int
-    visual: list[int]
+    image: _Count
+    visual: list[_Count]
     """Every token id whose embedding is a visual one."""
-    indicators: list[int] = []
+    indicators: list[_Count] = []
     """The ids that get the embeddings `indicators` of vision.onnx, in their order, in a row with pictures."""
-    eos: list[int]
-    pad: int | None
+    eos: list[_Count]
+    pad: _Count | None
 
 
 class Port(_Strict):
     """An input or output of a graph."""
 
     name: str
-    dtype: str
+    dtype: Annotated[str, Field(pattern="^(float32|float16|bfloat16|int64|bool)$")]
     """As numpy writes it: "float32", "float16", "int64", "bool"; and "bfloat16"."""
     shape: list[int | str]
     """Sizes, or the symbols of docs/bundle.md."""
 
 
 class GraphFile(_Strict):
-    file: str
+    file: _Inside
     sha256: str
     inputs: list[Port]
     outputs: list[Port]
@@ -80,17 +92,17 @@ class WeightFile(_Strict):
 class Memory(_Strict):
     """A graft's entry in the visual memory: `memory_keys.<layer>.<kind>` and `memory_values.<layer>.<kind>`."""
 
-    layer: int
+    layer: _Count
     kind: str
-    num_key_value_heads: int
-    head_dim: int
+    num_key_value_heads: _Size
+    head_dim: _Size
 
 
 class Layout(_Strict):
     """How a picture's visual tokens lie in the sequence: side * side for each tile, row by row, and for the thumbnail,
     which is there unless there is one tile only."""
 
-    side: int
+    side: _Size
     thumbnail: Literal["first", "last"]
 
 
@@ -134,7 +146,7 @@ class Manifest(_Strict):
     tool_version: str
     source: Source
     dtype: Literal["float32", "float16", "bfloat16"]
-    max_length: int
+    max_length: _Size
     sizes: Sizes
     tokens: Tokens
     layout: Layout | None = None
@@ -149,7 +161,7 @@ class Manifest(_Strict):
     """Of fp16 bundles."""
     memory: list[Memory]
     graphs: dict[str, GraphFile]
-    weights: dict[str, WeightFile]
+    weights: dict[_Inside, WeightFile]
     """By path relative to the bundle."""
     processor: dict[str, str] = {}
     """The files of the folder `processor` -> their SHA-256."""

@@ -21,6 +21,7 @@ from exporters.runtime.session import (
     stays_on_device,
 )
 from exporters.runtime.state import State, Tokens
+from surgeon.errors import BundleError
 
 
 class BundleRuntime(Runtime):
@@ -72,8 +73,11 @@ class BundleRuntime(Runtime):
         return self._session("decoder", self.extra_outputs)
 
     def _session(self, name: str, extra_outputs: Sequence[str] = ()) -> Session:
+        described = self.manifest.graphs.get(name)
+        if described is None:
+            raise BundleError(f"{self.path} has no graph {name}: export it without --graph, which left it out")
         overrides = self.overrides if name == "decoder" else {}
-        return Session(self.path / self.manifest.graphs[name].file, self.options, extra_outputs, overrides)
+        return Session(self.path / described.file, self.options, extra_outputs, described, overrides)
 
     # -- as every runtime --------------------------------------------------------------------------------------
     @property

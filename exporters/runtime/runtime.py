@@ -1,6 +1,5 @@
 """What every runtime does on the host: pictures and prompts in, logits out, token by token."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -13,14 +12,17 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from exporters.onnx.manifest import Manifest
+from exporters.onnx.rope import position_axes
 from exporters.runtime.placement import Entering, Picture, Placement, padded
 from exporters.runtime.state import State, Tokens, Wanted, rows_of, stack
-from surgeon.errors import BundleError, TooLongError
-from surgeon.families import family
+from surgeon.errors import BundleError, CheckpointError, SurgeonError, TooLongError
+from surgeon.families import Family, family
 from surgeon.inputs import Inputs, Message, ModelInputs, Prompt
+from surgeon.json_file import read_object
+from surgeon.memory.patched import MODEL_TYPE_PREFIX
 from surgeon.memory.visibility import causally
-from surgeon.models import read_config
-from surgeon.positions import Positions, choose_positions, grid_in_sequence, position_ids
+from surgeon.models import grafts_of, read_config
+from surgeon.positions import Positions, choose_positions, grid_in_sequence, position_ids, record_of
 
 PROCESSOR = "processor"
 """The folder of a bundle with tokenizer, chat template, image processor and config."""
@@ -41,6 +43,7 @@ class Runtime(ABC):
         self.path, self.manifest = path, manifest
         self.family = family(manifest.source.model_type)
         self.config = _config(path / PROCESSOR / "config.json")
+        _check_agreement(manifest, self.family, self.config)
         self.placement = Placement(self.config)
         self.max_length = manifest.max_length
 
@@ -271,6 +274,33 @@ _MEMORY = ("memory_keys.", "memory_values.")
 
 def _config(path: Path) -> PretrainedConfig:
     try:
-        return read_config(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read ({error}): the bundle is damaged, export it again") from None
+        return read_config(read_object(path, CheckpointError))
+    except SurgeonError as error:
+        raise BundleError(f"{path} cannot be used: the bundle is damaged, export it again ({error})") from error
+
+
+def _check_agreement(manifest: Manifest, described: Family, config: PretrainedConfig) -> None:
+    """Raises BundleError where bundle.json and the processor's config.json are of different models."""
+    text, record = described.text_config(config), record_of(config)
+    sizes, tokens = manifest.sizes, manifest.tokens
+    compared = {
+        "source.model_type": (described.model_type, config.model_type.removeprefix(MODEL_TYPE_PREFIX)),
+        "source.grafts": (manifest.source.grafts, grafts_of(config)),
+        "sizes.num_hidden_layers": (sizes.num_hidden_layers, text.num_hidden_layers),
+        "sizes.num_key_value_heads": (sizes.num_key_value_heads, text.num_key_value_heads),
+        "sizes.head_dim": (sizes.head_dim, described.head_dim(config)),
+        "sizes.hidden_size": (sizes.hidden_size, text.hidden_size),
+        "sizes.vocab_size": (sizes.vocab_size, text.vocab_size),
+        "sizes.position_axes": (sizes.position_axes, position_axes(described, config)),
+        "sizes.deepstack": (sizes.deepstack, described.deepstack_layers(config)),
+        "tokens.image": (tokens.image, described.image_token_id(config)),
+        "layout": (manifest.layout and manifest.layout.model_dump(), record.get("layout")),
+        "positions": (manifest.positions and manifest.positions.model_dump(), record.get("positions")),
+        "allocation": (manifest.allocation, record.get("allocation", "both")),
+    }
+    for key, (stated, expected) in compared.items():
+        if stated != expected:
+            raise BundleError(
+                f"bundle.json says that {key} is {stated}, and {PROCESSOR}/config.json {expected}: the bundle is "
+                "damaged, export it again"
+            )

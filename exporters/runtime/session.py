@@ -2,7 +2,7 @@
 
 import difflib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
+from exporters.onnx.graph_file import read_graph
+from exporters.onnx.manifest import GraphFile
 from exporters.onnx.rewrite import Rewrite
 from exporters.runtime.custom_ops import Device, Fused, fuse
 from exporters.runtime.rewrites import (
@@ -24,6 +26,7 @@ from exporters.runtime.rewrites import (
     RoundFloat16,
 )
 from surgeon.errors import BundleError, SurgeonError
+from surgeon.sizes import one_line
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt-rtx"]
 Chosen = Literal["cpu", "cuda", "tensorrt-rtx"]
@@ -120,26 +123,38 @@ class Session:
         path: Path,
         options: SessionOptions,
         extra_outputs: Sequence[str] = (),
+        described: GraphFile | None = None,
         overrides: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """`extra_outputs`: names of values inside the graph that are to be outputs too, after its own. `overrides`:
-        names of initialisers -> what all their elements are instead of what the file has.
+        """`extra_outputs`: names of values inside the graph that are to be outputs too, after its own. `described`:
+        what bundle.json says of the graph. `overrides`: names of initialisers -> what all their elements are instead of
+        what the file has.
 
-        Raises BundleError for a graph that is missing or cannot be loaded, or a name that is not in it.
+        Raises BundleError for a graph that is missing, damaged or not as described, or a name that is not in it.
         """
         self.path, self.options = path, options
-        if not path.is_file():
-            raise BundleError(f"{path} is missing: the bundle is incomplete, export it again")
-        model, self.fused = _read(path, extra_outputs, overrides, options.fused)
-        self.graph_dtypes = {str(v.name): v.dtype for v in (*model.graph.inputs, *model.graph.outputs)}
         self.rewrites: dict[str, int] = {}
         """How many nodes each rewrite replaced."""
-        for rewrite in _rewrites(model, options):
-            rewrite(model)
-            self.rewrites[type(rewrite).__name__] = rewrite.replaced
-        self.session = _load(model, path, options, self.fused)
+        original = read_graph(path, described)
+        self.graph_dtypes = {str(v.name): v.dtype for v in (*original.graph.inputs, *original.graph.outputs)}
+        try:
+            self.session = self._make(
+                original, lambda model: _with_overrides(_with_outputs(model, path, extra_outputs), overrides)
+            )
+        except SurgeonError:
+            raise
+        except Exception:
+            _check_loads(path)  # a graph that is none; else a fault of the rewrites
+            raise
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
+
+    def _make(self, model: ir.Model, changed: Callable[[ir.Model], ir.Model]) -> ort.InferenceSession:
+        model, self.fused = _fuse(model, self.path, self.options.fused, changed)
+        for rewrite in _rewrites(model, self.options):
+            rewrite(model)
+            self.rewrites[type(rewrite).__name__] = rewrite.replaced
+        return _load(model, self.path, self.options, self.fused)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a floating input, as the session takes it."""
@@ -220,23 +235,22 @@ def _rewrites(model: ir.Model, options: SessionOptions) -> Iterator[Rewrite]:
     yield Float32Boundary(keep=stays_on_device)
 
 
-def _read(
-    path: Path, extra_outputs: Sequence[str], overrides: Mapping[str, float], device: Device | None
+def _fuse(
+    model: ir.Model, path: Path, device: Device | None, changed: Callable[[ir.Model], ir.Model]
 ) -> tuple[ir.Model, Fused | None]:
-    """A graph, with grafts as fused kernels where they compile."""
-    model = _with_overrides(_with_outputs(path, extra_outputs), overrides)
+    """A graph, read from `path`, after `changed`, with grafts as fused kernels where they compile."""
+    model = changed(model)
     if device is None:
         return model, None
     try:
         return model, fuse(model, device)
     except SurgeonError as error:
         warnings.warn(f"{path.name}: {error}; standard operators stay", stacklevel=2)
-        return _with_overrides(_with_outputs(path, extra_outputs), overrides), None
+        return changed(read_graph(path)), None
 
 
-def _with_outputs(path: Path, names: Sequence[str]) -> ir.Model:
+def _with_outputs(model: ir.Model, path: Path, names: Sequence[str]) -> ir.Model:
     """A graph with some of its values as outputs too."""
-    model = ir.load(path)
     values = {str(value.name): value for node in model.graph for value in node.outputs}
     for name in names:
         if name not in values:
@@ -277,6 +291,17 @@ def _load(model: ir.Model, path: Path, options: SessionOptions, fused: Fused | N
         return ort.InferenceSession(ir.to_proto(model).SerializeToString(), settings, providers=providers)
     except _LOAD_ERRORS as error:
         raise BundleError(f"{path}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from error
+
+
+def _check_loads(path: Path) -> None:
+    """Raises BundleError for a file that onnxruntime does not take as it is."""
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 4
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        ort.InferenceSession(path, settings, providers=[_PROVIDERS["cpu"]])
+    except _LOAD_ERRORS as error:
+        raise BundleError(f"{path}: onnxruntime cannot load it: {one_line(error)}; export the bundle again") from error
 
 
 _native = ort.capi.onnxruntime_pybind11_state

@@ -96,9 +96,9 @@ class Builder:
         spec = self._spec(graph, engine, self._compile(graph))
         key = None if self.cache is None else BuildCache.key(self._made_of(graph, spec))
         if self.cache is not None and key is not None:
-            kept = self.cache.take(key, engine)
-            if kept is not None:
-                return Made(GraphLayers.model_validate(kept["layers"]), 0.0, 0)
+            layers = self.cache.take(key, engine, lambda kept: GraphLayers.model_validate(kept["layers"]))
+            if layers is not None:
+                return Made(layers, 0.0, 0)
         made = self._run(graph, spec, start)
         if self.cache is not None and key is not None:
             self.cache.put(key, engine, {"layers": made.layers.model_dump()})

@@ -5,9 +5,9 @@ import json
 import mmap
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx_ir as ir
 
@@ -19,6 +19,7 @@ _FORMAT = 1
 """Raised when what an entry holds, or what is built from the same things, changes."""
 _ENGINE, _RESULT = "engine", "result.json"
 _CHUNK = 64 << 20
+_Kept = TypeVar("_Kept")
 
 
 def graph_digest(model: bytes) -> str:
@@ -64,22 +65,23 @@ class BuildCache:
         text = json.dumps({"format": _FORMAT, **made_of}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def take(self, key: str, engine: Path) -> dict[str, Any] | None:
-        """Put the kept engine at `engine` -> what was kept with it; None where there is none."""
+    def take(self, key: str, engine: Path, parse: Callable[[Any], _Kept]) -> _Kept | None:
+        """Put the kept engine at `engine` -> what was kept with it; None where there is none. `parse` makes something
+        of the JSON that was kept, and raises ValueError, KeyError or TypeError where that is not what was put there."""
         entry = self.folder / key
         try:
-            result: dict[str, Any] = json.loads((entry / _RESULT).read_text())
+            result: Any = json.loads((entry / _RESULT).read_text())
+            kept = parse(result["kept"])
             sound = digest(entry / _ENGINE) == result["sha256"]
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             sound = False
         if not sound:
             warnings.warn(f"{entry} is damaged: it is built again", stacklevel=2)
             shutil.rmtree(entry, ignore_errors=True)
             return None
         share_file(entry / _ENGINE, engine)
-        kept: dict[str, Any] = result["kept"]
         return kept
 
     def put(self, key: str, engine: Path, kept: Mapping[str, Any]) -> None:

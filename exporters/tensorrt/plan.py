@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import onnx_ir as ir
 
+from exporters.onnx.graph_file import read_graph
 from exporters.onnx.manifest import Manifest, Port
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.library import BACKENDS, Backend
@@ -127,7 +128,7 @@ def _graph(
     bundle: Path, manifest: Manifest, name: str, profiles: list[Profile], kernels: Kernels, tuned: "Tuned | None"
 ) -> GraphPlan:
     path = bundle / manifest.graphs[name].file
-    model = ir.load(path)
+    model = read_graph(path, manifest.graphs[name])
     measured: set[str] = set()
     fusion = _fusion(profiles, tuned, measured) if kernels == "fused" else None
     replaced = rewrite(model, () if fusion is None else (fusion,))

@@ -4,18 +4,20 @@ The graphs' symbols are those of docs/architecture.md: B rows, S new tokens, T w
 vision.onnx M is of one picture, W counts windows of it, T tiles; a dimension may be a multiple of a symbol.
 """
 
-import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
 from exporters.onnx.manifest import GraphFile, Manifest, Port
 from exporters.tensorrt.errors import EngineError
+from surgeon.errors import BundleError
+from surgeon.json_file import read_object
+from surgeon.sizes import Pinpoints, Size, Sizes, TileSize, check
 
 LOGITS = 64
 """Positions of a prefill that one call gives logits of, at most: a vocabulary is wide, and a prefill long."""
@@ -248,20 +250,22 @@ def _windows(graph: GraphFile, tokens: Range) -> Range:
 
 def _most_tiles(bundle: Path) -> int:
     """Tiles of one picture, the thumbnail included, that the bundle's image processor cuts at most."""
-    settings = _json(bundle / "processor" / "preprocessor_config.json")
-    pinpoints = settings.get("image_grid_pinpoints")
-    size = settings.get("size", {})
-    if pinpoints and isinstance(size.get("height"), int):
-        return max(height * width for height, width in pinpoints) // (size["height"] * size["width"]) + 1
-    return int(settings.get("max_patches") or _MANY_TILES) + 1
+    path = bundle / "processor" / "preprocessor_config.json"
+    if not path.is_file():
+        return _MANY_TILES + 1  # a bundle may come without an image processor: the usual numbers hold then
+    settings = check(_Tiles, read_object(path, BundleError), file=path.name)
+    if settings.image_grid_pinpoints and settings.size is not None:
+        largest = max(height * width for height, width in settings.image_grid_pinpoints)
+        return largest // (settings.size.height * settings.size.width) + 1
+    return (settings.max_patches or _MANY_TILES) + 1
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # a bundle may come without an image processor: the usual numbers hold then
-    return found
+class _Tiles(Sizes):
+    """What an image processor's settings say of tiles."""
+
+    image_grid_pinpoints: Pinpoints | None = None
+    size: TileSize | None = None
+    max_patches: Size | None = None
 
 
 def cache_bytes(manifest: Manifest, profiles: Mapping[str, Sequence[Profile]], prefixes: tuple[str, ...]) -> int:

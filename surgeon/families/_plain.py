@@ -51,7 +51,7 @@ class PlainPositionsFamily(Family):
         return position_ids[None], following
 
 
-def check_image_processor(image_processor: Any, expected: str) -> None:
+def check_image_processor_class(image_processor: Any, expected: str) -> None:
     """Raises CheckpointError unless it is of the class `expected`, which may have a suffix for the library it computes
     with."""
     found = type(image_processor).__name__

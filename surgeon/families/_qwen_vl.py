@@ -2,18 +2,45 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from surgeon import ops
-from surgeon.errors import InputError
+from surgeon.errors import CheckpointError, InputError
 from surgeon.families import _qwen_host as host
-from surgeon.families.base import Family, Grid, VisionExport, check_rows
+from surgeon.families.base import Family, Grid, VisionExport, check_rows, process_images
+from surgeon.sizes import PixelLimits, Size, Sizes, TokenId, VisionSizes, check
+
+
+class QwenSizes(Sizes):
+    image_token_id: TokenId
+    video_token_id: TokenId
+
+
+class QwenRopeSizes(Sizes):
+    mrope_section: Annotated[Sequence[Size], Field(min_length=3, max_length=3)] = (16, 24, 24)
+    """How many frequencies turn with each axis of positions."""
+
+
+class QwenVisionSizes(VisionSizes):
+    in_channels: Size
+    patch_size: Size
+    temporal_patch_size: Size
+    spatial_merge_size: Size
+    out_hidden_size: Size
+
+
+class QwenImageProcessorSizes(Sizes):
+    size: PixelLimits
+    patch_size: Size
+    temporal_patch_size: Size
+    merge_size: Size
 
 
 class QwenVLFamily(Family):
@@ -21,6 +48,32 @@ class QwenVLFamily(Family):
 
     visual_token_keys = ("image_token_id", "video_token_id")
     token_types = True
+    config_sizes = QwenSizes
+    vision_sizes: ClassVar[type[VisionSizes]] = QwenVisionSizes
+    image_processor_sizes = QwenImageProcessorSizes
+
+    def check_sizes(self, config: PretrainedConfig) -> None:
+        super().check_sizes(config)
+        check(QwenRopeSizes, self.text_config(config).rope_parameters, "text_config.rope_parameters")
+        width, expected = self.vision_config(config).out_hidden_size, self.text_config(config).hidden_size
+        if width != expected:
+            raise CheckpointError(
+                f"config.json: vision_config.out_hidden_size is {width}, and the decoder's hidden_size {expected}"
+            )
+
+    def check_image_processor(self, config: PretrainedConfig, image_processor: Any) -> None:
+        super().check_image_processor(config, image_processor)
+        vision = self.vision_config(config)
+        for name, expected in (
+            ("patch_size", vision.patch_size),
+            ("temporal_patch_size", vision.temporal_patch_size),
+            ("merge_size", vision.spatial_merge_size),
+        ):
+            if getattr(image_processor, name) != expected:
+                raise CheckpointError(
+                    f"preprocessor_config.json: {name} is {getattr(image_processor, name)}, and the vision tower's "
+                    f"{expected}; copy it from where the checkpoint was made"
+                )
 
     def position_ids(
         self,
@@ -50,7 +103,7 @@ class QwenVLFamily(Family):
         self, config: PretrainedConfig, image_processor: Any, image: Image.Image, alone: bool = True
     ) -> tuple[np.ndarray, Grid]:
         """-> patches fp32 [N, C], and the grid of patches."""
-        processed = image_processor(images=[image], return_tensors="pt")
+        processed = process_images(image_processor, [image])
         frames, height, width = processed["image_grid_thw"][0].tolist()
         return processed["pixel_values"].numpy(), (frames, height, width)
 

@@ -3,15 +3,23 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 from transformers import PretrainedConfig
 
 from surgeon.errors import InputError
-from surgeon.families._plain import PlainPositionsFamily, check_image_processor
-from surgeon.families.base import Grid, TileLayout
+from surgeon.families._plain import PlainPositionsFamily, check_image_processor_class
+from surgeon.families.base import Grid, TileLayout, process_images
+from surgeon.sizes import Sizes, TileSize
+
+
+class TilesSizes(Sizes):
+    size: TileSize
+    min_patches: Annotated[int, Field(gt=0, le=1024)]
+    max_patches: Annotated[int, Field(gt=0, le=1024)]
 
 
 class TiledFamily(PlainPositionsFamily):
@@ -22,6 +30,12 @@ class TiledFamily(PlainPositionsFamily):
     """Name of the transformers image processor, which may have a suffix for the library it computes with."""
     processor_kwargs: ClassVar[Mapping[str, Any]] = {}
     """What the family's transformers processor tells the image processor whatever the latter's settings say."""
+
+    image_processor_sizes = TilesSizes
+
+    def check_image_processor(self, config: PretrainedConfig, image_processor: Any) -> None:
+        check_image_processor_class(image_processor, self.image_processor_class)
+        super().check_image_processor(config, image_processor)
 
     @abstractmethod
     def tile_layout(self, config: PretrainedConfig) -> TileLayout:
@@ -43,8 +57,7 @@ class TiledFamily(PlainPositionsFamily):
         self, config: PretrainedConfig, image_processor: Any, image: Image.Image, alone: bool = True
     ) -> tuple[np.ndarray, Grid]:
         """-> tiles fp32 [T, 3, H, W], and their grid (1, rows, columns)."""
-        check_image_processor(image_processor, self.image_processor_class)
-        processed = image_processor(images=[image], return_tensors="pt", **self.processor_kwargs)
+        processed = process_images(image_processor, [image], **self.processor_kwargs)
         pixel_values: np.ndarray = processed["pixel_values"].numpy()
         grid = (1, *self.tile_grid(image_processor, image, processed))
         self.check_tiles(config, pixel_values, grid)

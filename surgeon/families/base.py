@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from surgeon.errors import InputError
+from surgeon.errors import CheckpointError, InputError
+from surgeon.sizes import Sizes, TextSizes, VisionSizes, check, one_line
 
 Grid = tuple[int, int, int]
 """One picture's grid: frames, rows, columns. Of patches before merging; of tiles where the family cuts tiles; where
@@ -77,6 +78,11 @@ class Family(ABC):
     """How a decoder layer's forward reads; see `surgeon/memory/decoder_layer.py`."""
     token_types: ClassVar[bool] = False
     """Whether the model takes `mm_token_type_ids` (1 at image tokens) beside the token ids."""
+    config_sizes: ClassVar[type[Sizes]] = Sizes
+    """What it reads of the config, apart from its two parts."""
+    vision_sizes: ClassVar[type[VisionSizes]]
+    image_processor_sizes: ClassVar[type[Sizes]] = Sizes
+    """What has to hold of the image processor's settings for it to end."""
 
     @property
     def base_model_class(self) -> str:
@@ -89,6 +95,16 @@ class Family(ABC):
 
     def vision_config(self, config: PretrainedConfig) -> Any:
         return config.vision_config
+
+    def check_sizes(self, config: PretrainedConfig) -> None:
+        """Raises CheckpointError, with the key, for values in a config from outside that no such model can have."""
+        check(self.config_sizes, config)
+        check(TextSizes, self.text_config(config), "text_config")
+        check(self.vision_sizes, self.vision_config(config), "vision_config")
+
+    def check_image_processor(self, config: PretrainedConfig, image_processor: Any) -> None:
+        """Raises CheckpointError for an image processor that is not set for this family, or that nothing can pass."""
+        check(self.image_processor_sizes, image_processor, file="preprocessor_config.json")
 
     def head_dim(self, config: PretrainedConfig) -> int:
         text = self.text_config(config)
@@ -149,12 +165,11 @@ class Family(ABC):
 
     def placeholder(self, config: PretrainedConfig, tokenizer: Any) -> str:
         """What the chat template writes where a picture is."""
-        return str(tokenizer.convert_ids_to_tokens(self.image_token_id(config)))
+        return token_of(tokenizer, self.image_token_id(config))
 
     def expand_placeholder(self, config: PretrainedConfig, grid: Grid, tokenizer: Any) -> str:
         """What replaces one picture's placeholder in the chat template's text."""
-        image_token = str(tokenizer.convert_ids_to_tokens(self.image_token_id(config)))
-        return image_token * self.image_tokens(config, grid)
+        return token_of(tokenizer, self.image_token_id(config)) * self.image_tokens(config, grid)
 
     @abstractmethod
     def model_kwargs(
@@ -179,6 +194,31 @@ class Family(ABC):
     @abstractmethod
     def vision_inputs(self, config: PretrainedConfig, pixel_values: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
         """The graph inputs of `vision_export` for one picture, computed on the host from its grid, in numpy."""
+
+
+def token_of(tokenizer: Any, token_id: int) -> str:
+    """The text of a token. Raises CheckpointError where the tokenizer has none of this id."""
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    if token is None:
+        raise CheckpointError(
+            f"the tokenizer has no token of id {token_id}, which config.json names: they are of different models; copy "
+            "both from one"
+        )
+    return str(token)
+
+
+def process_images(image_processor: Any, images: Sequence[Any], **settings: Any) -> Any:
+    """What transformers' image processor gives for `images`. Raises ValueError for a picture that it does not take, and
+    CheckpointError where its own settings keep it from working."""
+    try:
+        return image_processor(images=images, return_tensors="pt", **settings)
+    except ValueError:
+        raise
+    except Exception as error:  # all of it is transformers' own: what is left is how it is set
+        raise CheckpointError(
+            f"the image processor does not work as preprocessor_config.json sets it: {type(error).__name__}: "
+            f"{one_line(error)}; copy that file from where the checkpoint was made"
+        ) from error
 
 
 def check_rows(attention_mask: np.ndarray, grids: Sequence[Sequence[Grid]]) -> None:

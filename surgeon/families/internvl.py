@@ -1,10 +1,11 @@
 """InternVL (2.5 to 3, and converted InternVL2): tiles, then the thumbnail; a ViT with a class token, pixel shuffle."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from PIL import Image
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
@@ -14,6 +15,24 @@ from surgeon.errors import FamilyError
 from surgeon.families._tiled import TiledFamily
 from surgeon.families._vision import image_attention, tiles_export
 from surgeon.families.base import Grid, TileLayout, VisionExport
+from surgeon.sizes import Size, Sizes, TokenId, VisionSizes
+
+
+class InternVLSizes(Sizes):
+    image_token_id: TokenId
+    downsample_ratio: Annotated[float, Field(gt=0, le=1)]
+
+
+class InternVLVisionSizes(VisionSizes):
+    num_channels: Literal[3]
+    image_size: Annotated[Sequence[Size], Field(min_length=2, max_length=2)]
+    patch_size: Annotated[Sequence[Size], Field(min_length=2, max_length=2)]
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> Self:
+        if any(image < patch for image, patch in zip(self.image_size, self.patch_size, strict=True)):
+            raise ValueError(f"image_size {self.image_size} is less than patch_size {self.patch_size}")
+        return self
 
 
 class InternVL(TiledFamily):
@@ -21,6 +40,8 @@ class InternVL(TiledFamily):
     model_class = "InternVLForConditionalGeneration"
     config_class = "InternVLConfig"
     video_processor_class = "InternVLVideoProcessor"
+    config_sizes = InternVLSizes
+    vision_sizes = InternVLVisionSizes
     vision_tower = "model.vision_tower"
     projector = "model.multi_modal_projector"
     image_processor_class = "GotOcr2ImageProcessor"

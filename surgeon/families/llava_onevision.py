@@ -15,9 +15,22 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 
 from surgeon.errors import FamilyError, InputError
-from surgeon.families._plain import PlainPositionsFamily, check_image_processor
+from surgeon.families._plain import PlainPositionsFamily, check_image_processor_class
 from surgeon.families._vision import finish_export, image_attention
-from surgeon.families.base import Grid, VisionExport
+from surgeon.families.base import Grid, VisionExport, process_images
+from surgeon.sizes import Pinpoints, Sizes, SquareTowerSizes, TileSize, TokenId
+
+
+class LlavaOnevisionSizes(Sizes):
+    image_token_id: TokenId
+    video_token_id: TokenId
+    image_grid_pinpoints: Pinpoints
+    vision_aspect_ratio: str
+
+
+class LlavaOnevisionImageProcessorSizes(Sizes):
+    size: TileSize
+    image_grid_pinpoints: Pinpoints
 
 
 class LlavaOnevision(PlainPositionsFamily):
@@ -27,6 +40,9 @@ class LlavaOnevision(PlainPositionsFamily):
     model_type = "llava_onevision"
     model_class = "LlavaOnevisionForConditionalGeneration"
     config_class = "LlavaOnevisionConfig"
+    config_sizes = LlavaOnevisionSizes
+    vision_sizes = SquareTowerSizes
+    image_processor_sizes = LlavaOnevisionImageProcessorSizes
     vision_tower = "model.vision_tower"
     projector = "model.multi_modal_projector"
     visual_token_keys = ("image_token_id", "video_token_id")
@@ -77,14 +93,17 @@ class LlavaOnevision(PlainPositionsFamily):
         return int(number)
 
     # -- pictures and prompts ----------------------------------------------------------------------------------
+    def check_image_processor(self, config: PretrainedConfig, image_processor: Any) -> None:
+        check_image_processor_class(image_processor, "LlavaOnevisionImageProcessor")
+        super().check_image_processor(config, image_processor)
+
     def process_picture(
         self, config: PretrainedConfig, image_processor: Any, image: Image.Image, alone: bool = True
     ) -> tuple[np.ndarray, Grid]:
         """-> fp32 [T, 3, H, W]: the picture whole, then, where it is alone, its tiles; and its grid."""
-        check_image_processor(image_processor, "LlavaOnevisionImageProcessor")
         # a second picture beside it, which is dropped, has it treated as one of several
         beside = [] if alone else [Image.new("RGB", (1, 1))]
-        processed = image_processor(images=[[image, *beside]], return_tensors="pt")
+        processed = process_images(image_processor, [[image, *beside]])
         pixel_values: np.ndarray = processed["pixel_values"][0].numpy()
         height, width = processed["image_sizes"][0].tolist()
         grid = (len(pixel_values), height, width)

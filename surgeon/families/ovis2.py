@@ -1,10 +1,11 @@
 """Ovis2: the thumbnail, then tiles with separators; a ViT whose patches become mixtures of a visual vocabulary."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -12,13 +13,27 @@ from surgeon import ops
 from surgeon.errors import FamilyError
 from surgeon.families._tiled import TiledFamily
 from surgeon.families._vision import image_attention, tiles_export
-from surgeon.families.base import Grid, TileLayout, VisionExport
+from surgeon.families.base import Grid, TileLayout, VisionExport, token_of
+from surgeon.sizes import Size, Sizes, SquareTowerSizes, TokenId
+
+
+class Ovis2Sizes(Sizes):
+    image_token_id: TokenId
+    visual_indicator_token_ids: Annotated[Sequence[TokenId], Field(min_length=5, max_length=5)]
+
+
+class Ovis2VisionSizes(SquareTowerSizes):
+    hidden_stride: Size
+    vocab_size: Size
+    num_visual_indicator_tokens: Literal[5]
 
 
 class Ovis2(TiledFamily):
     model_type = "ovis2"
     model_class = "Ovis2ForConditionalGeneration"
     config_class = "Ovis2Config"
+    config_sizes = Ovis2Sizes
+    vision_sizes = Ovis2VisionSizes
     vision_tower = "model.vision_tower"
     projector = "model.visual_embeddings_table"
     image_processor_class = "Ovis2ImageProcessor"
@@ -50,8 +65,8 @@ class Ovis2(TiledFamily):
 
     def expand_placeholder(self, config: PretrainedConfig, grid: Grid, tokenizer: Any) -> str:
         """The thumbnail's image tokens, then each tile's, with the indicators around and between them."""
-        start, tiles, column, row, end = tokenizer.convert_ids_to_tokens(list(self.indicator_token_ids(config)))
-        tile = tokenizer.convert_ids_to_tokens(self.image_token_id(config)) * self.tile_layout(config).side ** 2
+        start, tiles, column, row, end = (token_of(tokenizer, each) for each in self.indicator_token_ids(config))
+        tile = token_of(tokenizer, self.image_token_id(config)) * self.tile_layout(config).side ** 2
         _, rows, columns = grid
         cut = row.join([column.join([tile] * columns)] * rows) if rows * columns > 1 else ""
         return f"{start}{tile}{tiles}{cut}{end}"

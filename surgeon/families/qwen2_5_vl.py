@@ -1,24 +1,49 @@
 """Qwen2.5-VL: multimodal RoPE in sections, a vision tower of windowed and full attention."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from surgeon import ops
+from surgeon.errors import CheckpointError
 from surgeon.families import _qwen_host as host
-from surgeon.families._qwen_vl import QwenVision, QwenVLFamily
+from surgeon.families._qwen_vl import QwenVision, QwenVisionSizes, QwenVLFamily
 from surgeon.families.base import Grid, VisionExport
+from surgeon.sizes import Size, check_indexes
+
+
+class Qwen25VisionSizes(QwenVisionSizes):
+    window_size: Size
+    fullatt_block_indexes: Sequence[int]
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if self.window_size < self.patch_size * self.spatial_merge_size:
+            raise ValueError(f"window_size {self.window_size} is less than a block of merged patches")
+        check_indexes("fullatt_block_indexes", self.fullatt_block_indexes, self.depth)
+        return self
 
 
 class Qwen25VL(QwenVLFamily):
     model_type = "qwen2_5_vl"
     model_class = "Qwen2_5_VLForConditionalGeneration"
     config_class = "Qwen2_5_VLConfig"
+    vision_sizes = Qwen25VisionSizes
+
+    def check_sizes(self, config: PretrainedConfig) -> None:
+        super().check_sizes(config)
+        turning, half = len(self.rope_axes(config)), self.head_dim(config) // 2
+        if turning != half:
+            raise CheckpointError(
+                f"config.json: text_config.rope_parameters.mrope_section is of {turning} frequencies, and half a head "
+                f"of {half}"
+            )
 
     def rope_axes(self, config: PretrainedConfig) -> Sequence[int]:
         """One section of frequencies after the other: time, height, width."""

@@ -1,23 +1,39 @@
 """Qwen3-VL (dense): interleaved multimodal RoPE, DeepStack, learned and interpolated patch positions."""
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from surgeon.families import _qwen_host as host
-from surgeon.families._qwen_vl import QwenVision, QwenVLFamily
+from surgeon.families._qwen_vl import QwenVision, QwenVisionSizes, QwenVLFamily
 from surgeon.families.base import Grid, VisionExport
+from surgeon.sizes import Size, check_indexes
+
+
+class Qwen3VisionSizes(QwenVisionSizes):
+    num_position_embeddings: Size
+    deepstack_visual_indexes: Sequence[int]
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if math.isqrt(self.num_position_embeddings) ** 2 != self.num_position_embeddings:
+            raise ValueError(f"num_position_embeddings {self.num_position_embeddings} is not a square")
+        check_indexes("deepstack_visual_indexes", self.deepstack_visual_indexes, self.depth)
+        return self
 
 
 class Qwen3VL(QwenVLFamily):
     model_type = "qwen3_vl"
     model_class = "Qwen3VLForConditionalGeneration"
     config_class = "Qwen3VLConfig"
+    vision_sizes = Qwen3VisionSizes
 
     def deepstack_layers(self, config: PretrainedConfig) -> int:
         return len(self.vision_config(config).deepstack_visual_indexes)

@@ -125,6 +125,7 @@ def test_a_patched_checkpoints_inputs_are_its_sources(checkpoint, inputs, tmp_pa
             shutil.copy(file, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["model_type"] = f"surgeon_{config['model_type']}"
+    config["surgeon"] = {"grafts": [{"kind": "pvm", "layers": [1], "latent": 16}]}
     config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForImageTextToText": "code.Model"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     settings = json.loads((tmp_path / "preprocessor_config.json").read_text())

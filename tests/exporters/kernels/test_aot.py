@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import re
 import subprocess
 import types
@@ -257,6 +258,31 @@ def test_the_second_time_nothing_is_compiled(tmp_path: Path, compiled_count: lis
     assert compiled_count == [2]
     compile_launches([Job(launch, 80)])
     assert compiled_count == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: entry.pop("ptx"),
+        lambda entry: entry.pop("scratch"),
+        lambda entry: entry.update(shared="0"),
+        lambda entry: entry.update(num_warps=None),
+        lambda entry: entry.update(entry="another"),
+        lambda entry: entry.update(ptx=entry["ptx"][:200]),
+        lambda entry: entry.clear(),
+    ],
+)
+def test_an_entry_with_keys_missing_is_compiled_again(
+    tmp_path: Path, compiled_count: list[int], damage: Callable[[dict[str, Any]], Any]
+) -> None:
+    job = Job(small_pvm("float16", 1)[0], 80)
+    first = compile_launches([job], tmp_path)
+    (file,) = tmp_path.iterdir()
+    entry = json.loads(file.read_text())
+    damage(entry)
+    file.write_text(json.dumps(entry))
+    assert compile_launches([job], tmp_path) == first and compiled_count == [1, 1]
+    assert compile_launches([job], tmp_path) == first and compiled_count == [1, 1]  # it was mended
 
 
 def test_a_folder_that_cannot_be_written_to_is_said_once(tmp_path: Path, compiled_count: list[int]) -> None:

@@ -68,6 +68,9 @@ def test_a_key_joins_near_requests_and_parts_weights() -> None:
         json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"inner": "64"}}}}),
         json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"block_size": 64}}}}),
         json.dumps({"format": 1, "gpu": GPU, "launches": []}),
+        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"num_warps": 1 << 40}}}}),
+        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"inner": 1 << 40}}}}),
+        "[" * 100_000,
     ],
 )
 def test_a_damaged_or_foreign_file_is_said_once_and_ignored(folder: Path, content: str) -> None:

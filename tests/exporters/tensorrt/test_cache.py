@@ -1,6 +1,9 @@
 """The build cache: two models never share an entry, and a damaged one is built again."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -64,18 +67,34 @@ def test_everything_that_an_engine_depends_on_is_in_its_key(part: str) -> None:
 def test_entries_are_checked_when_used(tmp_path: Path) -> None:
     kept = BuildCache(tmp_path / "cache")
     (engine := tmp_path / "engine").write_bytes(b"engine" * 100)
-    assert kept.take("k", tmp_path / "none") is None
+    assert kept.take("k", tmp_path / "none", dict) is None
     kept.put("k", engine, {"layers": 1})
-    assert kept.take("k", tmp_path / "a") == {"layers": 1}
+    assert kept.take("k", tmp_path / "a", dict) == {"layers": 1}
     assert (tmp_path / "a").read_bytes() == engine.read_bytes()
     # what is taken is not the entry itself: writing to it would reach later builds
     assert (tmp_path / "a").stat().st_ino != (tmp_path / "cache" / "k" / "engine").stat().st_ino
     (tmp_path / "cache" / "k" / "engine").write_bytes(b"other")
     with pytest.warns(UserWarning, match="damaged: it is built again"):
-        assert kept.take("k", tmp_path / "b") is None
-    assert kept.take("k", tmp_path / "b") is None and not (tmp_path / "b").exists()
+        assert kept.take("k", tmp_path / "b", dict) is None
+    assert kept.take("k", tmp_path / "b", dict) is None and not (tmp_path / "b").exists()
     kept.put("k", engine, {"layers": 2})
-    assert kept.take("k", tmp_path / "c") == {"layers": 2}
+    assert kept.take("k", tmp_path / "c", dict) == {"layers": 2}
+
+
+@pytest.mark.parametrize("damage", [lambda r: r.pop("kept"), lambda r: r.update(kept={}), lambda r: r.update(kept=[1])])
+def test_an_entry_without_what_belongs_to_the_engine_is_built_again(
+    tmp_path: Path, damage: Callable[[dict[str, Any]], Any]
+) -> None:
+    kept = BuildCache(tmp_path / "cache")
+    (engine := tmp_path / "engine").write_bytes(b"engine")
+    kept.put("k", engine, {"layers": 1})
+    result = tmp_path / "cache" / "k" / "result.json"
+    content = json.loads(result.read_text())
+    damage(content)
+    result.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="damaged: it is built again"):
+        assert kept.take("k", tmp_path / "a", lambda value: value["layers"]) is None
+    assert not (tmp_path / "a").exists() and not (tmp_path / "cache" / "k").exists()
 
 
 def test_a_file_is_no_cache(tmp_path: Path) -> None:

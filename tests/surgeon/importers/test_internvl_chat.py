@@ -220,7 +220,7 @@ def refused(source: Path, target: Path, *parts: str, kind: type[SurgeonError] = 
         (lambda c: c["vision_config"].update(num_attention_heads=3), ("num_heads",)),
         (lambda c: c["llm_config"].update(hidden_act="unheard"), ("unheard",)),
         (lambda c: c["vision_config"].update(patch_size="2"), ("patch_size is '2'",)),
-        (lambda c: c["llm_config"].update(num_key_value_heads=3), ("wqkv",)),
+        (lambda c: c["llm_config"].update(num_key_value_heads=3), ("num_key_value_heads 3",)),
         (lambda c: c["llm_config"].update(intermediate_size=96), ("feed_forward.w1.weight", "[96, 64]")),
         (lambda c: c.update(model_type="other_chat"), ("'other_chat'", "internvl_chat")),
     ],

@@ -1,5 +1,5 @@
-"""What users of transformers rely on of any model, for every family, patched: the part of transformers' own common tests
-of models and of generation that a graft could break. Grafts are as if trained."""
+"""What users of transformers rely on of any model, for every family, patched: the part of transformers' own common
+tests of models and of generation that a graft could break. Grafts are as if trained."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,0 +1,93 @@
+"""A graph of a bundle, read from its file."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Self
+
+import onnx_ir as ir
+
+from exporters.onnx.manifest import GraphFile, Port
+from surgeon.errors import BundleError
+from surgeon.sizes import one_line
+
+_NUMPY_NAMES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT64: "int64",
+    ir.DataType.BOOL: "bool",
+}
+_REMEDY = "the bundle is damaged, export it again"
+
+
+def read_graph(path: Path, described: GraphFile | None = None) -> ir.Model:
+    """The graph, its weights pointed to. Raises BundleError for a file that is missing or no ONNX graph, one with other
+    inputs or outputs than bundle.json describes, and for weights that lie outside the bundle or are not all there."""
+    if not path.is_file():
+        raise BundleError(f"{path} is missing: the bundle is incomplete, export it again")
+    try:
+        model = ir.load(path)
+        ir.to_proto(model)  # which needs names to be text
+        ports = ports_of(model.graph.inputs), ports_of(model.graph.outputs)
+        tensors = [value.const_value for value in model.graph.initializers.values()]
+        external = [_Span.of(tensor) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
+    except Exception as error:  # all of it is onnx_ir's and protobuf's own, and what they trip over is the file
+        raise BundleError(f"{path} is no ONNX graph ({one_line(error)}): {_REMEDY}") from error
+    if described is not None:
+        for what, stated, expected in zip(
+            ("inputs", "outputs"), ports, (described.inputs, described.outputs), strict=True
+        ):
+            if stated != expected:
+                raise BundleError(
+                    f"{path} has the {what} {_listed(stated)}, and bundle.json describes {_listed(expected)}: {_REMEDY}"
+                )
+    for span in external:
+        span.check(path)
+    return model
+
+
+def ports_of(values: Iterable[ir.Value]) -> list[Port]:
+    """A graph's inputs or outputs as bundle.json describes them. Raises ValueError for one without a type or shape."""
+    ports = []
+    for value in values:
+        if value.shape is None or value.dtype not in _NUMPY_NAMES:
+            raise ValueError(f"{value.name} has no shape, or is of {value.dtype}")
+        shape = [size if isinstance(size, int) else str(size) for size in value.shape]
+        ports.append(Port(name=str(value.name), dtype=_NUMPY_NAMES[value.dtype], shape=shape))
+    return ports
+
+
+def _listed(ports: Sequence[Port]) -> str:
+    text = ", ".join(f"{port.name} {port.dtype} {port.shape}" for port in ports) or "none"
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Where the values of a weight lie."""
+
+    name: str
+    location: PurePosixPath
+    offset: int
+    length: int
+    nbytes: int
+    """By its shape and dtype."""
+
+    @classmethod
+    def of(cls, tensor: ir.ExternalTensor) -> Self:
+        length = tensor.nbytes if tensor.length is None else tensor.length
+        return cls(str(tensor.name), PurePosixPath(tensor.location), tensor.offset or 0, length, tensor.nbytes)
+
+    def check(self, graph: Path) -> None:
+        if self.location.is_absolute() or ".." in self.location.parts:
+            raise BundleError(f"{graph}: {self.name} lies outside the bundle, in {self.location}: {_REMEDY}")
+        file = graph.parent / self.location
+        if not file.is_file():
+            raise BundleError(f"{graph}: {self.name} lies in {self.location}, which is missing: {_REMEDY}")
+        size, end = file.stat().st_size, self.offset + self.length
+        if self.length != self.nbytes or not 0 <= self.offset <= end <= size:
+            raise BundleError(
+                f"{graph}: {self.name} takes {self.nbytes} bytes, and lies at {self.offset} to {end} of "
+                f"{self.location}, which has {size}: {_REMEDY}"
+            )
