@@ -150,7 +150,7 @@ def check_record(described: Family, config: PretrainedConfig) -> None:
     grafts = [check(AnyGraft, entry, where) for where, entry in entries.items()]
     _check_layers(grafts, described.text_config(config).num_hidden_layers)
     if len({graft.visibility for graft in grafts}) > 1:
-        raise CheckpointError(f"config.json: {RECORD}.grafts read one memory, with unlike visibility; {_REMEDY}")
+        raise CheckpointError(f"config.json: {RECORD}.grafts read one memory, with different visibilities; {_REMEDY}")
     for where, entry in entries.items():
         misfit = check(_record_of(entry["kind"]), entry, where).misfit(described, config)
         if misfit is not None:
