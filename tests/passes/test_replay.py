@@ -98,7 +98,8 @@ layers = st.one_of(
 )
 visibilities = st.sampled_from(["causal", "all"])
 pvm_options = st.fixed_dictionaries(
-    {"layers": layers}, optional={"latent": st.sampled_from([16, 32, 64, "96", 24]), "visibility": visibilities}
+    {"layers": layers},
+    optional={"latent": st.sampled_from([16, 32, 64, "96", 24]), "visibility": visibilities},
 )
 mixin_options = st.fixed_dictionaries(
     {},
