@@ -17,6 +17,7 @@ from exporters.tensorrt.manifest import LAYERS, PROCESSOR, EngineFile, EngineMan
 from exporters.tensorrt.plan import GraphPlan, Plan, make_plan
 from surgeon.checkpoint import SourceFiles, check_link, check_target, share_file, staged
 from surgeon.cleanup import temporary_directory
+from surgeon.errors import SurgeonError
 
 if TYPE_CHECKING:
     from exporters.kernels.tuned import Tuned
@@ -42,7 +43,8 @@ def build_engines(
 
     Weights are read by the library alone, in a child process. Raises EngineError for what cannot be built here or from
     this bundle, BuildError where the library fails, ProcessError where its process ends, LayerError for unfused
-    attention with `strict`, BundleError for the bundle, TargetError for the target.
+    attention with `strict`, BundleError for the bundle, CheckpointError where it changes meanwhile, TargetError for the
+    target.
     """
     plan = _plan(bundle, options)
     check_target(target, overwrite, protect=[bundle])
@@ -60,7 +62,11 @@ def build_engines(
     with staged(target, overwrite, [bundle], verify=verify) as directory:
         with temporary_directory(".work-", directory) as work:
             builder = Builder(plan, library, targets, options, cache, work, progress)
-            made = {graph.name: builder.build(graph, directory / graph.engine) for graph in plan.graphs}
+            try:
+                made = {graph.name: builder.build(graph, directory / graph.engine) for graph in plan.graphs}
+            except SurgeonError:
+                files.check()  # a library that reads weights that are cut short crashes, and cannot say why
+                raise
             builder.keep_timings()
         found = LayerReport(graphs={name: each.layers for name, each in made.items()})
         if options.strict and (warnings := found.warnings()):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.reader import Checkpoint
-from surgeon.checkpoint.share import share_file
 from surgeon.errors import CheckpointError, OptionError
 from surgeon.importers._layout import Importer, Layout, Rule, rule, setting
 from surgeon.inputs import IMAGE_PROCESSOR_FILES, TOKENIZER_FILES
+from surgeon.side_files import copy_side_files
 
 _BLOCK = re.compile(r"model\.language_model\.layers\.(\d+)\.pvm_block\..+")
 _LATENT = "model.language_model.layers.{}.pvm_block.text_reducer.weight"
@@ -66,15 +66,14 @@ IMPORTER = PVMQwen3VL()
 
 @dataclass
 class QwenFiles:
-    """What stands beside the weights, which transformers reads as it is. Only the code is left behind."""
+    """What stands beside the weights, which transformers reads as it is. Only the code, and what leads to it, is left
+    behind."""
 
     source: Checkpoint
 
     def write(self, directory: Path, config: dict[str, Any]) -> list[str]:
         """As `SideFiles.write`."""
-        for file in self.source.side_files:
-            if file.suffix != ".py":
-                share_file(file, directory / file.name, "copy")
+        copy_side_files(self.source, directory, own_files=(), trust_remote_code=False)
         return []
 
     def missing(self) -> list[str]:

@@ -34,7 +34,7 @@ from surgeon.recipe import FILE_NAME, Recipe
 FAMILIES = (*MODEL_TYPES, *PLAIN_TYPES)
 TILED = ("internvl", "ovis2")
 RECIPES: dict[str, tuple[str, ...]] = {
-    "pvm": ("pvm:layers=every:2,latent=64",),
+    "pvm": ("pvm:layers=every:2,latent=64,visibility=all",),
     "mixin": ("mixin",),
     "mixin short": ("mixin:every=2",),
     "mixin of its own": (
@@ -96,7 +96,11 @@ layers = st.one_of(
     st.integers(1, 4).map(lambda n: f"every:{n}"),
     st.integers(1, 4).map(lambda n: f"strided:{n}"),
 )
-pvm_options = st.fixed_dictionaries({"layers": layers}, optional={"latent": st.sampled_from([16, 32, 64, "96", 24])})
+visibilities = st.sampled_from(["causal", "all"])
+pvm_options = st.fixed_dictionaries(
+    {"layers": layers},
+    optional={"latent": st.sampled_from([16, 32, 64, "96", 24]), "visibility": visibilities},
+)
 mixin_options = st.fixed_dictionaries(
     {},
     optional={
@@ -108,6 +112,7 @@ mixin_options = st.fixed_dictionaries(
         "rope_theta": st.one_of(positive_floats, st.integers(1, 10**9), st.just("1e4")),
         "eps": st.floats(min_value=0, allow_nan=False, allow_infinity=False),
         "tiles": st.sampled_from(["both", "context", "memory"]),
+        "visibility": visibilities,
     },
 )
 dhr_options = st.fixed_dictionaries(

@@ -100,7 +100,7 @@ def test_a_source_that_is_cut_short_before_it_is_linked(
         (lambda d: (d / "model-pvm.safetensors").unlink(), "model-pvm.safetensors.* is missing"),
         (lambda d: edit(d / "model.safetensors.index.json", lambda c: c["weight_map"].popitem()), "lists not at all"),
         (lambda d: edit(d / "config.json", lambda c: c["text_config"].update(num_hidden_layers=3)), "config.json"),
-        (lambda d: edit(d / "config.json", lambda c: c.pop("surgeon")), "config.json has no place for tensor .*pvm"),
+        (lambda d: edit(d / "config.json", lambda c: c.pop("surgeon")), "its record 'surgeon' is missing"),
     ],
 )
 def test_what_was_staged_is_read_before_it_is_put_in_place(

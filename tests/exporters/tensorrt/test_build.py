@@ -16,7 +16,7 @@ from exporters.tensorrt.layers import Operator
 from exporters.tensorrt.manifest import EngineManifest
 from exporters.tensorrt.profiles import Limits, Range
 from surgeon.checkpoint import read_header
-from surgeon.errors import BundleError, CheckpointError, TargetError
+from surgeon.errors import BundleError, CheckpointError, SurgeonError, TargetError
 
 Engines = Callable[..., Any]
 
@@ -176,10 +176,11 @@ def test_a_bundle_that_changes_while_it_is_read_leaves_nothing(engines: Engines,
     path = next(bundle.glob(file))
 
     def write(stage: str, done: int, total: int) -> None:
+        """Cut short for a moment, which may or may not be when the library reads it."""
         path.write_bytes(path.read_bytes())
 
     options = Options(target="sm89", graphs=("embed",))
-    with pytest.raises(TargetError, match=f"out was not written, because .*{path} changed while it was read"):
+    with pytest.raises(SurgeonError, match=f"{path} changed while it was read"):
         build_engines(bundle, tmp_path / "out", options, progress=write)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 

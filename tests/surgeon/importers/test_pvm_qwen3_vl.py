@@ -143,9 +143,11 @@ def test_what_transformers_reads_comes_along_and_no_code(tmp_path: Path) -> None
     (source / "modeling_qwen3_vl.py").write_text("raise SystemExit('run')")
     (source / "LICENSE").write_text("MIT")
     assert import_checkpoint(source, tmp_path / "out").warnings == []
-    for name in (*TOKENIZER_FILES, "preprocessor_config.json", "LICENSE"):
+    for name in (*TOKENIZER_FILES, "LICENSE"):
         if (source / name).is_file():
             assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    described, expected = (json.loads((d / "preprocessor_config.json").read_text()) for d in (tmp_path / "out", source))
+    assert described == {**expected, "processor_class": "Qwen3VLProcessor"}  # the model_type no longer says it
     assert not (tmp_path / "out" / "modeling_qwen3_vl.py").exists()
 
 
