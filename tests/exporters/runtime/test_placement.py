@@ -130,10 +130,11 @@ def test_what_enters_the_memory_alone_is_where_its_thumbnail_is(export: Export) 
     features = np.arange(7 * count * 2, dtype=np.float32).reshape(7 * count, 2)
     for start in (4, 40):
         shown = np.arange(start, start + count)[None]
-        entering = runtime.placement.entering([Picture(features)], [(1, 2, 3)], shown)
+        entering = runtime.placement.entering([Picture(features)], [(1, 2, 3)], shown, shown[0] + 7)
         tiles_at = tile_position_ids(2, 3, side, "column").flatten().numpy() + start
         assert entering is not None and entering.position_ids.tolist() == [[*tiles_at, *shown[0]]]
         assert np.array_equal(entering.embeds, features)
+        assert np.array_equal(entering.places, entering.position_ids[0] + 7)
     assert np.array_equal(runtime.placement.in_sequence(Picture(features)).features, features[-count:])
 
 

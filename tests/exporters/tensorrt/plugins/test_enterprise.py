@@ -143,6 +143,7 @@ def test_a_tactic_gives_its_kernel(
 
 
 # -- in the child -------------------------------------------------------------------------------------------------
+FUSED = ("qwen3_vl", ("pvm:layers=1,2,latent=64",), torch.float16)
 LIBRARY = """
 from tensorrt_rtx import *
 __version__ = "11.4.1"
@@ -193,7 +194,7 @@ def test_the_child_defines_every_plugin_of_the_graph(
     installed: Path, export: Callable[..., Pair], tmp_path: Path
 ) -> None:
     """And goes on to parse the graph, where the stand-in, which has no such plugins, stops."""
-    bundle = export("qwen3_vl", ("pvm:layers=1,2,latent=64",), torch.float16, head_dim=32).bundle
+    bundle = export(*FUSED, visibility="causal", head_dim=32).bundle
     limits = Limits(batch=Range.of(1, 1), prefill=Range.of(1, 4))
     options = Options("tensorrt", "sm89", limits=limits, graphs=("decoder",), kernels="fused")
     with pytest.raises(BuildError, match="tensorrt 11.4.1 does not take the graph: .*pvm_text"):
@@ -203,7 +204,7 @@ def test_the_child_defines_every_plugin_of_the_graph(
 
 
 def test_one_engine_is_for_one_gpu(installed: Path, export: Callable[..., Pair], tmp_path: Path) -> None:
-    bundle = export("qwen3_vl", ("pvm:layers=1,2,latent=64",), torch.float16, head_dim=32).bundle
+    bundle = export(*FUSED, visibility="causal", head_dim=32).bundle
     options = Options("tensorrt", "sm80,sm89", graphs=("decoder",), kernels="fused")
     with pytest.raises(EngineError, match="sm80, sm89 need one each: name one target, or take --backend tensorrt-rtx"):
         build_engines(bundle, tmp_path / "out", options)
