@@ -166,8 +166,9 @@ class _Pair:
 
     # -- what is judged by its logits --------------------------------------------------------------------------
     def compare(self, report: Report) -> None:
-        a, b = self.reference.gates() or {}, self.subject.gates() or {}
-        added = a.keys() ^ b.keys()
+        known = (self.reference.gates(), self.subject.gates())
+        a, b = (each or {} for each in known)
+        added = set() if None in known else a.keys() ^ b.keys()  # engines have the other's grafts
         apart = added | self.trained
         closing = dict.fromkeys(apart, 0.0) if any(a.get(n) or b.get(n) for n in apart) else {}
         moved = self.subject.positions != "plain" and self._scheme(self.reference) != self._scheme(self.subject)

@@ -253,11 +253,14 @@ def fresh(folder: Path, recipe: str, dtype: torch.dtype, model_type: str = "qwen
 
 
 ASKED: dict[str, Any] = {"images": [CHART], "prompt": "What is this?", "steps": 2}
-PASSES = ["pvm:layers=1,latent=32", "mixin:layers=1"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("recipe", PASSES, ids=["pvm", "mixin"])
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    # in fp16 the rung itself would not notice how little a fresh mixin does
+    [("pvm:layers=1,latent=32", torch.float32), ("mixin:layers=1", torch.float16)],
+    ids=["pvm, fp32", "mixin, fp16"],
+)
 def test_a_fresh_grafts_keys_and_values_are_judged(
     recipe: str,
     dtype: torch.dtype,
@@ -289,8 +292,13 @@ def test_what_rounding_hides_is_said_to_be_unjudged(tmp_path: Path) -> None:
     assert not opened.failures
 
 
-def test_opened_gates_reach_no_file_and_do_not_stay_open(export: Export, tmp_path: Path) -> None:
-    patched, bundle = fresh(tmp_path, PASSES[0], torch.float32)
+@pytest.fixture(scope="module")
+def fresh_pvm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return fresh(tmp_path_factory.mktemp("fresh"), "pvm:layers=1,latent=32", torch.float32)
+
+
+def test_opened_gates_reach_no_file_and_do_not_stay_open(fresh_pvm: tuple[Path, Path]) -> None:
+    patched, bundle = fresh_pvm
     files = [*patched.glob("*.safetensors"), *bundle.rglob("*.safetensors"), *bundle.glob("*.onnx")]
     before = [file.read_bytes() for file in files]
     gate = "model.language_model.layers.1.pvm.alpha"
@@ -307,8 +315,8 @@ def test_opened_gates_reach_no_file_and_do_not_stay_open(export: Export, tmp_pat
     assert before == [file.read_bytes() for file in files]
 
 
-def test_a_prompt_without_pictures_does_not_judge_grafts(export: Export, tmp_path: Path) -> None:
-    patched, bundle = fresh(tmp_path, PASSES[0], torch.float32)
+def test_a_prompt_without_pictures_does_not_judge_grafts(fresh_pvm: tuple[Path, Path], tmp_path: Path) -> None:
+    bundle, patched = fresh_pvm[1], Path(shutil.copytree(fresh_pvm[0], tmp_path / "patched"))
     report = validate_pair(patched, bundle, prompt="Hello!", steps=1)
     assert report.passed and "the grafts were not judged: no prompt has a picture" in report.notes
     set_gates(patched, 0.8)  # the bundle's are closed: no prompt of text shows that
