@@ -1,0 +1,89 @@
+"""What every graft has: values at insertion that follow from what a parameter is, and weights used through modules."""
+
+from typing import Any, Self
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgeon.memory.graft import Constant, Graft, Normal
+from surgeon.memory.mixin import Mixin
+from surgeon.memory.pvm import PersistentVisualMemory
+from surgeon.memory.rms_norm import RMSNorm
+from surgeon.memory.rotary import Rope
+
+
+class Small(Graft):
+    """A graft whose names say nothing of what they are."""
+
+    kind = "small"
+    site = "beside_mlp"
+    gates = ("g",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = RMSNorm(4, 1e-6)
+        self.norm = nn.Linear(4, 4, bias=False)
+        self.g = nn.Parameter(torch.full((1,), 3.0))
+        self.inner = nn.ModuleDict({"g": RMSNorm(4, 1e-6), "matrix": nn.Linear(4, 4, bias=False)})
+
+    @classmethod
+    def from_config(cls, text_config: Any, options: dict[str, Any]) -> Self:
+        return cls()
+
+    def project(self, visual_embeds: Tensor, rotary: Any = None) -> tuple[Tensor, Tensor]:
+        keys = self.norm(visual_embeds)[:, None]
+        return keys, keys
+
+    def read(self, hidden_states: Tensor, *rest: Any) -> Tensor:
+        return self.g * self.norm(self.first(hidden_states))
+
+
+def test_values_at_insertion_follow_from_what_a_parameter_is_not_from_its_name() -> None:
+    assert Small().initialisers(0.5) == {
+        "g": Constant(0.0),
+        "first.weight": Constant(1.0),
+        "norm.weight": Normal(0.5),
+        "inner.g.weight": Constant(1.0),
+        "inner.matrix.weight": Normal(0.5),
+    }
+
+
+@pytest.mark.parametrize(
+    "graft",
+    [
+        PersistentVisualMemory(16, 8, 12, head_dim=4, num_key_value_heads=1, eps=1e-6),
+        Mixin(16, num_heads=2, intermediate_size=12, rope=Rope(8, 1e4), eps=1e-6),
+    ],
+    ids=lambda graft: graft.kind,
+)
+def test_a_fresh_graft_can_learn(graft: Graft) -> None:
+    """Gates zero, norms one, matrices neither: a zero matrix behind a zero gate would never move."""
+    graft.reset_parameters(0.02)
+    for name, parameter in graft.named_parameters():
+        kind = "gate" if name in graft.gates else "norm" if parameter.ndim == 1 else "matrix"
+        match kind:
+            case "gate":
+                assert not bool(parameter.any())
+            case "norm":
+                assert bool((parameter == 1).all())
+            case "matrix":
+                assert 0.01 < float(parameter.detach().std()) < 0.03, name
+    assert graft.initialisers(0.02).keys() == dict(graft.named_parameters()).keys()
+
+
+def test_every_projection_is_called() -> None:
+    """Whoever hangs something on a module (an adapter, a hook that fetches its weights) is asked."""
+    for graft, rotary in (
+        (PersistentVisualMemory(16, 8, 12, head_dim=4, num_key_value_heads=1, eps=1e-6), None),
+        (Mixin(16, num_heads=2, intermediate_size=12, rope=Rope(8, 1e4), eps=1e-6), True),
+    ):
+        called = set()
+        for name, module in graft.named_modules():
+            if name:
+                module.register_forward_hook(lambda *_, name=name: called.add(name))
+        embeds, hidden_states = torch.randn(1, 3, 16), torch.randn(1, 2, 16)
+        angles = [graft.rope(torch.arange(n)[None, None]) if rotary and graft.rope else None for n in (3, 2)]
+        keys, values = graft.remember(embeds, angles[0])
+        graft.recall(hidden_states, keys, values, torch.ones(1, 3, dtype=torch.bool), None, angles[1])
+        assert called == {name for name, _ in graft.named_children()}
