@@ -78,10 +78,10 @@ def test_every_projection_is_called() -> None:
         (PersistentVisualMemory(16, 8, 12, head_dim=4, num_key_value_heads=1, eps=1e-6), None),
         (Mixin(16, num_heads=2, intermediate_size=12, rope=Rope(8, 1e4), eps=1e-6), True),
     ):
-        called = set()
+        called: set[str] = set()
         for name, module in graft.named_modules():
             if name:
-                module.register_forward_hook(lambda *_, name=name: called.add(name))
+                module.register_forward_hook(lambda *_, name=name, called=called: called.add(name))
         embeds, hidden_states = torch.randn(1, 3, 16), torch.randn(1, 2, 16)
         angles = [graft.rope(torch.arange(n)[None, None]) if rotary and graft.rope else None for n in (3, 2)]
         keys, values = graft.remember(embeds, angles[0])
