@@ -17,6 +17,8 @@ from benchmarks.gpu_check.part import PartReport, Setting, difference
 from benchmarks.gpu_check.timing import Timer
 from exporters.kernels.operators import use_fused
 from surgeon.memory.reading import Reading
+from surgeon.memory.text_model import grafts as grafts_by_name
+from surgeon.memory.text_model import rotary
 
 WAYS = ("without", "fused", "plain", "published")
 """No memory; fused kernels; plain torch, the memory computed once; plain torch, the visual tokens projected again at
@@ -51,14 +53,14 @@ class Step:
         self.positions = positions if axes > 1 else positions[0]
         self.visual = torch.randn(batch, slots, text.hidden_size, dtype=dtype, device=device)
         # made once: a graft's rope takes a table from the host, which no CUDA graph can record
-        self.visual_angles = decoder.rotary(torch.arange(slots, device=device).expand(1, batch, -1))
-        self.angles = decoder.rotary(positions[:1])
+        self.visual_angles = rotary(decoder, torch.arange(slots, device=device).expand(1, batch, -1))
+        self.angles = rotary(decoder, positions[:1])
         self.mask = torch.ones((batch, slots), dtype=torch.bool, device=device)
         self.entries = {name: tuple(part.contiguous() for part in pair) for name, pair in self.project().items()}
         self.way = "without"
 
     def project(self) -> dict[str, tuple[Tensor, Tensor]]:
-        grafted = self.decoder.grafts().items()
+        grafted = grafts_by_name(self.decoder).items()
         return {name: graft.project(self.visual, self.visual_angles.get(graft.kind)) for name, graft in grafted}
 
     def take(self, way: str) -> None:
@@ -156,9 +158,7 @@ def refuse(wrong: list[str]) -> None:
 
 
 def parts_of(model: Any) -> tuple[Any, Any]:
-    from surgeon.families import family
-
-    return model.get_submodule(family(model.config.model_type).text_model), model.get_output_embeddings()
+    return model.base_model.language_model, model.get_output_embeddings()
 
 
 @torch.inference_mode()

@@ -7,14 +7,13 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks._synthetic import config_small
-from surgeon.families import family
 from surgeon.memory.graft import Graft
 from surgeon.memory.mixin import Mixin
+from surgeon.memory.patched import RECORD, patched_config_class, patched_model_class
 from surgeon.memory.pvm import PersistentVisualMemory
 from surgeon.memory.rotary import Rope
-from surgeon.models import model_class, read_config
 
-PVM_8B = {"kind": "pvm", "layers": [8, 16, 24], "latent": 512}
+PVM_8B = {"kind": "pvm", "layers": [8, 16, 24], "latent": 512, "visibility": "causal"}
 SMALL_TEXT = {
     "vocab_size": 4096,
     "hidden_size": 64,
@@ -24,7 +23,7 @@ SMALL_TEXT = {
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
-SMALL_PVM = {"kind": "pvm", "layers": [1], "latent": 64}
+SMALL_PVM = {"kind": "pvm", "layers": [1], "latent": 64, "visibility": "causal"}
 COMEMO_2B = {
     "vocab_size": 92553,
     "hidden_size": 2048,
@@ -36,6 +35,7 @@ COMEMO_2B = {
 }
 MIXIN_2B = {
     "kind": "mixin",
+    "visibility": "causal",
     "layers": [3, 7, 11, 15, 19, 23],
     "num_heads": 16,
     "head_dim": 128,
@@ -73,7 +73,7 @@ def odd_grafts() -> dict[str, Graft]:
 
 def qwen3_vl(text: dict[str, Any], record: dict[str, Any]) -> Any:
     """The config of a patched Qwen3-VL with these text sizes and a small vision tower."""
-    return read_config({**config_small(**text).to_dict(), "surgeon": {"grafts": [record]}})
+    return patched(config_small(**text), record)
 
 
 def comemo(text: dict[str, Any], record: dict[str, Any]) -> Any:
@@ -85,14 +85,27 @@ def comemo(text: dict[str, Any], record: dict[str, Any]) -> Any:
         image_token_id=1,
         tie_word_embeddings=False,
     )
-    return read_config({**config.to_dict(), "surgeon": {"grafts": [record]}})
+    return patched(config, record)
+
+
+def patched(config: Any, record: dict[str, Any]) -> Any:
+    """The config of a model with these grafts; without what checks one from outside, which a bare machine lacks."""
+    values = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    plain: Any = type(config)
+    return patched_config_class(plain).from_dict({**values, RECORD: {"grafts": [record]}})
 
 
 def make_model(config: Any, dtype: torch.dtype, device: str) -> Any:
     """A patched model with random weights, made where it will run, its grafts as if they had been trained."""
+    (record,) = getattr(config, RECORD)["grafts"]
+    arguments = ("model.language_model", "pre_norm", ("image_token_id",))
+    classes = {
+        "pvm": patched_model_class(transformers.Qwen3VLForConditionalGeneration, *arguments, PersistentVisualMemory),
+        "mixin": patched_model_class(transformers.InternVLForConditionalGeneration, *arguments, Mixin),
+    }
     torch.manual_seed(0)
     with torch.device(device):
-        model = model_class(family(config.model_type), config)._from_config(config, dtype=dtype)
+        model = classes[record["kind"]]._from_config(config, dtype=dtype)
     open_grafts(model)
     return model.eval().requires_grad_(False)
 
