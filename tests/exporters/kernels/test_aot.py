@@ -318,6 +318,19 @@ def test_another_source_or_triton_is_another_entry(tmp_path: Path, monkeypatch: 
     assert len({before, other, aot._key(described)}) == 3
 
 
+def test_another_source_of_what_kernels_share_is_another_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = aot._describe(Job(small_pvm("float16", 1)[0], 80))
+    digest = aot._source_digest.__wrapped__  # the digest is kept for as long as the process lives
+    monkeypatch.setattr(aot, "_source_digest", digest)
+    before = aot._key(described)
+    shared = tmp_path / "_parts.py"
+    shared.write_bytes(aot._PARTS.read_bytes())
+    monkeypatch.setattr(aot, "_PARTS", shared)
+    assert aot._key(described) == before
+    shared.write_bytes(shared.read_bytes().replace(b"+ x * weight", b"- x * weight"))
+    assert aot._key(described) != before
+
+
 def test_a_damaged_entry_is_compiled_again(tmp_path: Path, compiled_count: list[int]) -> None:
     job = Job(small_pvm("float16", 1)[0], 80)
     first = compile_launches([job], tmp_path)

@@ -146,6 +146,17 @@ def test_attend_and_retrieve(
     assert torch.equal(got[~sees], given["residual"][~sees].float()) and not sees[-1].any()
 
 
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("largest", [0, 1, 2])
+def test_splits_whose_scores_are_far_apart(largest: int, tokens: int) -> None:
+    """Whichever split has the largest score: against another's its weight would be infinite."""
+    draw = Draw(torch.float32)
+    ml = draw.ml(2, 5, heads=2, splits=3)
+    ml[..., largest, 0] += 200.0
+    acc, weight = draw(2, 5, 2, 3, 32), draw(24, 64, scale=0.1)
+    compare(retrieve.KERNEL, Blocks(tokens=tokens, outputs=16), torch.float32, {}, acc=acc, ml=ml, weight=weight)
+
+
 @settings(max_examples=15)
 @given(batches, sizes, sizes, blocks, dtypes, st.sets(st.sampled_from(["visual_mask", "onto"])))
 def test_inject(

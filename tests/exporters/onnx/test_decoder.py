@@ -222,6 +222,28 @@ def test_a_decoder_that_the_graph_cannot_say_is_refused(overrides: dict[str, obj
         decoder_graph(family("qwen2_5_vl"), config, models.build_meta(config), torch.float32, 16)
 
 
+def test_rotary_embeddings_that_scale_attention(tmp_path: Path) -> None:
+    """YaRN's angles come with a factor on cosine and sine."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": 256, "text_type": "llama", "rope_parameters": rope}
+    checkpoint = tiny_checkpoint(tmp_path / "source", "internvl", **sizes)
+    model = models.load(checkpoint)
+    assert model.model.language_model.rotary_emb.attention_scaling > 1.1
+    export_bundle(checkpoint, tmp_path / "bundle", dtype=torch.float32, max_length=40, graphs=["decoder"])
+    assert worst_logit(Pair(checkpoint, tmp_path / "bundle"), model) < 1e-4
+
+
+def worst_logit(pair: Pair, model: torch.nn.Module) -> float:
+    """How far the graph is from transformers, at most, over a prompt of as many tokens as the caches hold."""
+    length = pair.manifest.max_length
+    embeds = torch.randn(1, length, pair.manifest.sizes.hidden_size, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(length)[None, None]
+    want = Reference(model).step(embeds[0], positions[0])
+    feeds = {"inputs_embeds": embeds, "position_ids": positions, "logits_indices": torch.arange(length)[None]}
+    got = DecoderRun(pair, 1).step(**{name: value.numpy() for name, value in feeds.items()})
+    return float(np.abs(got[0] - want).max())
+
+
 def test_dynamic_rotary_embeddings_are_plain_up_to_the_pretraining_length(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     sizes = {"num_hidden_layers": 2, "max_position_embeddings": 40, "text_type": "llama", "rope_parameters": rope}
@@ -233,10 +255,4 @@ def test_dynamic_rotary_embeddings_are_plain_up_to_the_pretraining_length(tmp_pa
         decoder_graph(family("internvl"), config, models.build_meta(config), torch.float32, 41)
 
     export_bundle(checkpoint, tmp_path / "bundle", dtype=torch.float32, max_length=40, graphs=["decoder"])
-    pair = Pair(checkpoint, tmp_path / "bundle")
-    embeds = torch.randn(1, 40, pair.manifest.sizes.hidden_size, generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(40)[None, None]
-    want = Reference(models.load(checkpoint)).step(embeds[0], positions[0])
-    feeds = {"inputs_embeds": embeds, "position_ids": positions, "logits_indices": torch.arange(40)[None]}
-    got = DecoderRun(pair, 1).step(**{name: value.numpy() for name, value in feeds.items()})
-    assert np.abs(got[0] - want).max() < 1e-4
+    assert worst_logit(Pair(checkpoint, tmp_path / "bundle"), models.load(checkpoint)) < 1e-4

@@ -95,6 +95,9 @@ def test_pictures_of_patches_windows_and_tiles(bundle_of: BundleOf) -> None:
     assert (qwen25.sizes["W"].min, qwen25.sizes["W"].max) == (1, 25)
     (tiles,) = profiles(bundle_of, INTERNVL, picture_tokens="9..63")["vision"]
     assert tiles.sizes == {"T": Range(min=1, opt=7, max=7)}, "9 tokens a tile"
+    for least, tile_count in (("1", 1), ("10", 2), ("18", 2)):
+        (some,) = profiles(bundle_of, INTERNVL, picture_tokens=f"{least}..63")["vision"]
+        assert some.sizes["T"].min == tile_count, "as many as have so many tokens, and no picture without a tile"
     (both,) = profiles(bundle_of, LLAVA)["vision"]
     assert set(both.sizes) == {"T", "M"} and both.sizes["T"].max == 10, "3 x 3 tiles and the whole"
 

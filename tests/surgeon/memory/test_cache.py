@@ -86,6 +86,15 @@ def test_cropped_in_the_middle_of_a_picture(model: PreTrainedModel) -> None:
     assert mask is not None and mask.sum() == 3
 
 
+def test_cropped_again_without_a_call_between(model: PreTrainedModel) -> None:
+    """Each crop counts from where the last one ended."""
+    cache, _ = filled(model, TURN, [FIRST])
+    for _ in range(len(TURN) - 6):
+        cache.crop(-1)
+    mask = VisualMemory.of(cache, 4).mask
+    assert cache.get_seq_length() == 6 and mask is not None and mask.sum() == 3
+
+
 def test_a_picture_that_comes_after_a_crop_stands_where_the_old_one_did(model: PreTrainedModel) -> None:
     cropped, _ = filled(model, TURN, [FIRST])
     cropped.crop(2 - len(TURN))

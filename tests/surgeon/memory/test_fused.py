@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from exporters.kernels.operators import mixin, pvm
@@ -60,3 +61,21 @@ def test_it_is_taken_on_its_devices_alone_and_never_under_autocast() -> None:
     assert float(graft.remember(embeds)[1]) == 8
     with torch.autocast("cpu", torch.bfloat16):
         assert not bool((graft.recall(embeds, *rest) == 7).any())
+
+
+@pytest.mark.parametrize(
+    ("training", "use_dora", "is_fused"),
+    [(False, False, True), (True, False, False), (False, True, False), (True, True, False)],
+)
+def test_an_adapter_that_does_more_than_add_to_a_weight_is_not_fused(
+    training: bool, use_dora: bool, is_fused: bool
+) -> None:
+    """Dropout, which there is in training alone, and DoRA's scale are nowhere in the matrix that a fused form takes."""
+    graft = PersistentVisualMemory(16, 8, 8, head_dim=8, num_key_value_heads=1, eps=1e-6)
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, use_dora=use_dora, init_lora_weights=False)
+    inject_adapter_in_model(adapter, graft)
+    graft.train(training)
+    graft.fused = Marked("cpu")
+    keys = torch.randn(1, 1, 3, 8)
+    output = graft.recall(torch.randn(1, 3, 16), keys, keys, torch.ones(1, 3, dtype=torch.bool), None, None)
+    assert bool((output == 7).all()) is is_fused

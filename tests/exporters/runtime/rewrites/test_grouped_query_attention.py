@@ -6,7 +6,7 @@ import onnxruntime as ort
 import pytest
 
 from exporters.runtime.rewrites import GroupedQueryAttention
-from small_graphs import HKV, SMAX, B, D, H, cached_attention, op_types, session
+from small_graphs import CACHED_ATTENTION, HKV, SMAX, B, D, H, cached_attention, op_types, parse, session
 
 
 class Decoder:
@@ -99,3 +99,12 @@ def test_other_masks_are_left_alone(mask: str) -> None:
 @pytest.mark.parametrize("attributes", [", softcap = 2.0", ", is_causal = 1"])
 def test_attention_with_more_to_it_is_left_alone(attributes: str) -> None:
     assert not GroupedQueryAttention()(cached_attention(attributes=attributes)).modified
+
+
+def test_keys_and_values_that_are_written_at_other_slots_are_left_alone() -> None:
+    """The operator writes both at the same."""
+    graph = CACHED_ATTENTION.replace("MASK", "mask = LessOrEqual (slots, ends)\n    first = Sub (write_indices, zero)")
+    written = "TensorScatter <axis = 2> (past_v, v, {})"
+    assert written.format("write_indices") in graph
+    elsewhere = graph.replace("ATTRIBUTES", "").replace(written.format("write_indices"), written.format("first"))
+    assert not GroupedQueryAttention()(parse(elsewhere)).modified

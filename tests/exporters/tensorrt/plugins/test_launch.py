@@ -37,6 +37,7 @@ class Recorder:
         self.capability, self.status = capability, status or {}
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.launched: list[tuple[Any, ...]] = []
+        self.context = 7
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> int:
@@ -45,7 +46,7 @@ class Recorder:
                 case "cuCtxGetDevice":
                     arguments[0]._obj.value = 0
                 case "cuCtxGetCurrent":
-                    arguments[0]._obj.value = 7
+                    arguments[0]._obj.value = self.context
                 case "cuDeviceGetAttribute":
                     arguments[0]._obj.value = self.capability[arguments[1] - 75]
                 case "cuModuleGetFunction":
@@ -112,6 +113,16 @@ def test_a_kernel_is_loaded_once_and_launched_on_the_stream() -> None:
     assert (asked[0].value, asked[1:]) == (many, (8, 60_000))
     loaded = [arguments[1] for name, arguments in cuda.calls if name == "cuModuleLoadData"]
     assert loaded == [b"ptx of one\0", b"ptx of many\0"]
+
+
+def test_a_kernel_is_loaded_for_each_context() -> None:
+    """A function of one context cannot be launched in another: two engines of a process may have one each."""
+    cuda = Recorder()
+    driver = Driver(cuda)
+    for context in (7, 8, 7):
+        cuda.context = context
+        driver.run(DESCRIBED, [(1, 2, 32), (64, 32)], [0x1000, 0x2000], [0x3000], 99)
+    assert cuda.names().count("cuModuleLoadData") == 2 and len(cuda.launched) == 3
 
 
 def test_nothing_is_launched_for_no_tokens() -> None:
