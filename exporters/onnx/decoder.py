@@ -96,7 +96,7 @@ class Layer(nn.Module):
             turned = None if rotary is None else rotary.get(graft.kind)
             return functions.call(graft, x, *memory[graft.kind], memory_mask, visual_token_mask, turned)
 
-        for graft in grafts_at(self.layer, "before_layer"):
+        for _, graft in grafts_at(self.layer, "before_layer"):
             hidden_states = read(graft, hidden_states)
 
         # Tokens as rows [B * S, d] where they are treated one by one, so that a linear layer is one Gemm
@@ -117,7 +117,7 @@ class Layer(nn.Module):
         x = norm(self.layer.post_attention_layernorm, residual)
         h = residual + mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
         hidden_states = h.view(batch, length, width)
-        for graft in grafts_at(self.layer, "beside_mlp"):
+        for _, graft in grafts_at(self.layer, "beside_mlp"):
             hidden_states = hidden_states + read(graft, residual.view(batch, length, width))
         return hidden_states, keys, values
 

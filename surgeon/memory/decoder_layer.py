@@ -18,6 +18,7 @@ class PreNormLayer:
     mlp: Any
     input_layernorm: Any
     post_attention_layernorm: Any
+    graft_sites: dict[str, str]
 
     def forward(
         self,
@@ -35,9 +36,9 @@ class PreNormLayer:
             # else flash attention would take ids that do not rise by one for several packed sequences; angles come
             # from position_embeddings
             kwargs["position_ids"] = position_ids
-        for graft in grafts_at(self, "before_layer"):
+        for kind, graft in grafts_at(self, "before_layer"):
             if reading is not None:
-                hidden_states = graft(hidden_states, reading, entry_name(self, graft))
+                hidden_states = graft(hidden_states, reading, entry_name(self, kind))
 
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
@@ -50,23 +51,34 @@ class PreNormLayer:
         hidden_states = self.post_attention_layernorm(hidden_states)
         hidden_states = self.mlp(hidden_states)
         hidden_states = residual + hidden_states
-        for graft in grafts_at(self, "beside_mlp"):
+        for kind, graft in grafts_at(self, "beside_mlp"):
             if reading is not None:
-                hidden_states = graft(residual, reading, entry_name(self, graft), onto=hidden_states)
+                hidden_states = graft(residual, reading, entry_name(self, kind), onto=hidden_states)
         return hidden_states
 
 
 SHAPES: dict[str, type] = {"pre_norm": PreNormLayer}
 
 
-def grafts_at(layer: Any, site: str) -> list[Graft]:
-    """The layer's grafts that are called at `site`, in the order in which they were grafted."""
-    return [child for child in layer.children() if isinstance(child, Graft) and child.site == site]
+def add_graft(layer: Any, graft: Graft) -> None:
+    """Graft a module into a layer, behind those that it has."""
+    layer.add_module(graft.kind, graft)
+    # by name: whatever wraps the module later (PEFT's modules_to_save, torch.compile, FSDP) is called in its place
+    layer.graft_sites = {**layer.graft_sites, graft.kind: graft.site}
 
 
-def entry_name(layer: Any, graft: Graft) -> str:
-    """The graft's name in the visual memory."""
-    return f"{layer.self_attn.layer_idx}.{graft.kind}"
+def grafts_at(layer: Any, site: str) -> list[tuple[str, Any]]:
+    """Kind and module of the layer's grafts that are called at `site`, in the order in which they were grafted. A
+    module is a `Graft`, or what wraps one.
+
+    Raises AttributeError where a graft has been taken out.
+    """
+    return [(kind, getattr(layer, kind)) for kind, own in layer.graft_sites.items() if own == site]
+
+
+def entry_name(layer: Any, kind: str) -> str:
+    """The name in the visual memory of a layer's graft of this kind."""
+    return f"{layer.self_attn.layer_idx}.{kind}"
 
 
 @cache

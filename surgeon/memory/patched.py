@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from surgeon.memory.decoder_layer import patched_layer_class
+from surgeon.memory.decoder_layer import add_graft, patched_layer_class
 from surgeon.memory.fused import fused_form
 from surgeon.memory.graft import Graft
 from surgeon.memory.later_turn import drop_cached_pictures
@@ -51,11 +51,12 @@ def graft_model(base_model: Any, text_model: str, layer_shape: str, kinds: Mappi
     for layer in decoder.layers:
         plain_layer: Any = type(layer)
         layer.__class__ = patched_layer_class(plain_layer, layer_shape)
+        layer.graft_sites = {}
     for entry in record["grafts"]:
         for index in entry["layers"]:
             graft = kinds[entry["kind"]].from_config(decoder.config, entry)
             graft.fused = fused_form(graft.kind)
-            decoder.layers[index].add_module(entry["kind"], graft)
+            add_graft(decoder.layers[index], graft)
 
 
 class _WithGrafts:

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from surgeon.memory.decoder_layer import entry_name
-from surgeon.memory.graft import Graft
 from surgeon.memory.pickled import Rebuilt, named_after
 from surgeon.memory.reading import Reading
 from surgeon.memory.rotary import Rotary, position_axes
@@ -47,7 +45,9 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
             """As the base's, and: visual_token_mask bool [B, S], or has_pictures=False with embeddings that are text
             alone; memory_token_mask bool [B, S], which visual tokens enter the memory, by default all; or memory_embeds
             [B, M, d] with mask, positions and places (counted from this call's first token) [B, M], which enter in
-            their place; sample_ids int64 [B, S]: which of a row's packed samples each token belongs to.
+            their place; sample_ids int64 [B, S]: which of a row's packed samples each token belongs to. Without them,
+            position ids that start again say so, as they do to transformers, where neither a mask nor a cache is
+            passed.
 
             Raises ValueError where embeddings come from elsewhere than the patched base model, so that nobody knows
             whether pictures are among them.
@@ -60,6 +60,7 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
                     "enter the memory: call the model, or model.base_model; where a library replaced their forward, "
                     "turn that off"
                 )
+            alone = past_key_values is None
             use_cache = self.config.use_cache if use_cache is None else use_cache
             if use_cache and past_key_values is None:
                 past_key_values = DynamicCache(config=self.config)
@@ -68,8 +69,12 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
             else:
                 memory = VisualMemory.of(past_key_values, self.config.num_hidden_layers)
                 past_length = past_key_values.get_seq_length()
-            if sample_ids is not None and attention_mask is None:
-                attention_mask = packed_mask(sample_ids, inputs_embeds.dtype)
+            if sample_ids is not None and past_length:
+                raise ValueError("sample_ids are of samples that are packed into one call: pass no past_key_values")
+            if sample_ids is None and alone and attention_mask is None and not kwargs.get("compressed_positions"):
+                sample_ids = restarts(position_ids, inputs_embeds.shape[0])
+            if sample_ids is not None and (attention_mask is None or attention_mask.ndim == 2):
+                attention_mask = packed_mask(sample_ids, attention_mask, inputs_embeds.dtype)
 
             places = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             positions = position_axes(places if position_ids is None else position_ids, inputs_embeds.shape[0])
@@ -118,26 +123,29 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
     return named_after(base, PatchedTextModel)
 
 
-def grafts(decoder: Any) -> dict[str, Graft]:
-    """Every graft of a decoder, by its name in the memory."""
-    return {
-        entry_name(layer, graft): graft
-        for layer in decoder.layers
-        for graft in layer.children()
-        if isinstance(graft, Graft)
-    }
-
-
 def rotary(decoder: Any, position_ids: Tensor) -> dict[str, Rotary]:
     """The angles of positions [A, B, S] for each kind of graft with a `rope`, which its layers share."""
-    ropes = {graft.kind: graft.rope for graft in grafts(decoder).values()}
+    ropes = {kind: getattr(layer, kind).rope for layer in decoder.layers for kind in layer.graft_sites}
     return {kind: rope(position_ids) for kind, rope in ropes.items() if rope is not None}
 
 
-def packed_mask(sample_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """The attention mask of packed samples, additive [B, 1, S, S]: a token sees those before it in its own sample."""
+def restarts(position_ids: Tensor | None, batch_size: int) -> Tensor | None:
+    """The samples of rows whose text positions, [B, S] or the first of [4, B, S], do not rise by one from token to
+    token: int64 [B, S], counted up at each such place; None where there is none."""
+    if position_ids is None or position_ids.ndim not in (2, 3) or (position_ids.ndim == 3 and len(position_ids) != 4):
+        return None
+    text = position_ids if position_ids.ndim == 2 else position_ids[0]
+    samples: Tensor = (text.diff(dim=-1, prepend=text[:, :1] - 1) != 1).cumsum(-1)
+    return samples.expand(batch_size, -1) if bool(samples.any()) else None
+
+
+def packed_mask(sample_ids: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The attention mask of packed samples, additive [B, 1, S, S]: a token sees those before it in its own sample,
+    but for padding, where attention_mask [B, S] is zero."""
     length = sample_ids.shape[1]
     causal = torch.ones((length, length), dtype=torch.bool, device=sample_ids.device).tril()
     seen = causal & (sample_ids[:, :, None] == sample_ids[:, None])
+    if attention_mask is not None:
+        seen = seen & attention_mask.bool()[:, None]
     blocked = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
     return blocked[:, None]

@@ -139,6 +139,41 @@ def test_packed_samples_see_their_own_pictures_behind_them(make: Make) -> None:
             torch.testing.assert_close(packed[:, own], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("told", ["sample_ids and a mask", "position_ids", "position_ids of four axes"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_samples_see_their_own_however_it_is_said(make: Make, told: str, use_cache: bool) -> None:
+    """A mask that hides padding alone does not join the samples, nor are they joined where positions part them."""
+    model = make("qwen3_vl", "both")
+    decoder, width = model.model.language_model, model.config.text_config.hidden_size
+    embeds = torch.randn(2, 9, width, generator=torch.Generator().manual_seed(0))
+    visual = torch.tensor([[0, 1, 1, 0, 0, 0, 1, 0, 0]], dtype=torch.bool).repeat(2, 1)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    packing = {
+        "sample_ids and a mask": {
+            "sample_ids": torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]]).repeat(2, 1),
+            "attention_mask": torch.tensor([[1] * 9, [1] * 8 + [0]]),
+            "position_ids": positions,
+        },
+        "position_ids": {"position_ids": positions},
+        "position_ids of four axes": {"position_ids": positions.expand(4, 2, -1)},
+    }[told]
+    call = {"has_pictures": True, "use_cache": use_cache}
+    with torch.no_grad():
+        packed = decoder(inputs_embeds=embeds, visual_token_mask=visual, **packing, **call).last_hidden_state
+        for own in (slice(0, 4), slice(4, 8)):
+            alone = decoder(inputs_embeds=embeds[:, own], visual_token_mask=visual[:, own], **call).last_hidden_state
+            torch.testing.assert_close(packed[:, own], alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_samples_cannot_be_packed_behind_a_cache(make: Make) -> None:
+    model = make("qwen3_vl", "both")
+    ids = torch.tensor([[5, 6, 7]])
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="pass no past_key_values"):
+        model(input_ids=ids, sample_ids=torch.tensor([[0, 1, 1]]), past_key_values=cache)
+
+
 @given(st.data())
 def test_which_slots_a_token_sees(data: st.DataObject) -> None:
     """Against one comparison at a time."""
