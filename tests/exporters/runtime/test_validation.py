@@ -315,6 +315,14 @@ def test_opened_gates_reach_no_file_and_do_not_stay_open(fresh_pvm: tuple[Path, 
     assert before == [file.read_bytes() for file in files]
 
 
+def test_a_gate_below_zero_is_as_open_as_one_above(fresh_pvm: tuple[Path, Path], tmp_path: Path) -> None:
+    patched = Path(shutil.copytree(fresh_pvm[0], tmp_path / "patched"))
+    set_gates(patched, -0.8)
+    export_bundle(patched, tmp_path / "bundle", dtype=torch.float32, max_length=16, graphs=["decoder"])
+    for subject in (TorchSubject(patched), BundleSubject(tmp_path / "bundle")):
+        assert subject.gates() == {"model.language_model.layers.1.pvm.alpha": pytest.approx(0.8)}
+
+
 def test_a_prompt_without_pictures_does_not_judge_grafts(fresh_pvm: tuple[Path, Path], tmp_path: Path) -> None:
     bundle, patched = fresh_pvm[1], Path(shutil.copytree(fresh_pvm[0], tmp_path / "patched"))
     report = validate_pair(patched, bundle, prompt="Hello!", steps=1)

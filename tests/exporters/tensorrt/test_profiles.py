@@ -95,9 +95,6 @@ def test_pictures_of_patches_windows_and_tiles(bundle_of: BundleOf) -> None:
     assert (qwen25.sizes["W"].min, qwen25.sizes["W"].max) == (1, 25)
     (tiles,) = profiles(bundle_of, INTERNVL, picture_tokens="9..63")["vision"]
     assert tiles.sizes == {"T": Range(min=1, opt=7, max=7)}, "9 tokens a tile"
-    for least, tile_count in (("1", 1), ("10", 2), ("18", 2)):
-        (some,) = profiles(bundle_of, INTERNVL, picture_tokens=f"{least}..63")["vision"]
-        assert some.sizes["T"].min == tile_count, "as many as have so many tokens, and no picture without a tile"
     (both,) = profiles(bundle_of, LLAVA)["vision"]
     assert set(both.sizes) == {"T", "M"} and both.sizes["T"].max == 10, "3 x 3 tiles and the whole"
 
@@ -146,6 +143,13 @@ def test_limits_that_do_not_fit(bundle_of: BundleOf, limits: dict[str, str], exp
 def test_a_tile_is_the_least(bundle_of: BundleOf) -> None:
     with pytest.raises(EngineError, match="one tile of this model has 9 tokens already"):
         profiles(bundle_of, INTERNVL, picture_tokens="1..8")
+
+
+@pytest.mark.parametrize(("tokens", "tile_count"), [(1, 1), (9, 1), (10, 2), (18, 2)])
+def test_the_fewest_tiles_have_the_fewest_tokens(bundle_of: BundleOf, tokens: int, tile_count: int) -> None:
+    """No picture is without a tile, and a tile has 9 tokens."""
+    (vision,) = profiles(bundle_of, INTERNVL, picture_tokens=f"{tokens}..63")["vision"]
+    assert vision.sizes["T"].min == tile_count
 
 
 def test_a_dimension_of_another_version(bundle_of: BundleOf, tmp_path: Path) -> None:
