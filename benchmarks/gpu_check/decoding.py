@@ -16,8 +16,8 @@ from benchmarks.gpu_check.counting import chains_of, counted_chains
 from benchmarks.gpu_check.part import PartReport, Setting, difference
 from benchmarks.gpu_check.timing import Timer
 from exporters.kernels.operators import use_fused
+from surgeon.memory.decoder_layer import entry_name
 from surgeon.memory.reading import Reading
-from surgeon.memory.text_model import grafts as grafts_by_name
 from surgeon.memory.text_model import rotary
 
 WAYS = ("without", "fused", "plain", "published")
@@ -60,8 +60,11 @@ class Step:
         self.way = "without"
 
     def project(self) -> dict[str, tuple[Tensor, Tensor]]:
-        grafted = grafts_by_name(self.decoder).items()
-        return {name: graft.project(self.visual, self.visual_angles.get(graft.kind)) for name, graft in grafted}
+        return {
+            entry_name(layer, kind): getattr(layer, kind).project(self.visual, self.visual_angles.get(kind))
+            for layer in self.decoder.layers
+            for kind in layer.graft_sites
+        }
 
     def take(self, way: str) -> None:
         self.way = way
