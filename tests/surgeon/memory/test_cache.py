@@ -180,3 +180,21 @@ class TestCompressedPositions:
         memory.batch_select_indices(torch.tensor([1, 1, 0]))
         memory.crop(-6)
         assert memory.next_position is not None and memory.next_position.tolist() == [4, 4, 6]
+
+    def test_rows_keep_their_next_id_without_a_crop(self, memory: VisualMemory) -> None:
+        memory.batch_select_indices(torch.tensor([1, 1, 0]))
+        following = memory.following_positions(2)
+        assert following is not None and following.tolist() == [[9, 10], [9, 10], [11, 12]]
+
+    def test_a_call_may_end_in_a_picture_whose_last_id_is_not_the_largest(self) -> None:
+        memory = VisualMemory()
+        memory.continue_positions(torch.tensor([[0, 1, 2, 5, 3]]), 0)
+        assert memory.next_position is not None and memory.next_position.tolist() == [6]
+
+    def test_a_reset_memory_counts_from_the_cache_again(self, memory: VisualMemory) -> None:
+        memory.reset()
+        assert memory.following_positions(1) is None
+        memory.continue_positions(torch.tensor([[0, 1, 2]]), memory.length)
+        memory.length += 3
+        memory.crop(-1)
+        assert memory.next_position is not None and memory.next_position.tolist() == [2]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from exporters.kernels.operators import mixin, pvm
 from surgeon.memory import fused
+from surgeon.memory.graft import weight_of
 from surgeon.memory.pvm import PersistentVisualMemory
 
 
@@ -79,3 +80,22 @@ def test_an_adapter_that_does_more_than_add_to_a_weight_is_not_fused(
     keys = torch.randn(1, 1, 3, 8)
     output = graft.recall(torch.randn(1, 3, 16), keys, keys, torch.ones(1, 3, dtype=torch.bool), None, None)
     assert bool((output == 7).all()) is is_fused
+
+
+def test_the_weight_that_a_fused_form_takes_is_the_one_the_projection_multiplies_by() -> None:
+    graft = PersistentVisualMemory(16, 8, 8, head_dim=8, num_key_value_heads=1, eps=1e-6)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), graft)
+    projection: Any = graft.q_proj
+    hidden_states = torch.randn(3, 8)
+
+    def output() -> Tensor:
+        expected: Tensor = projection(hidden_states)
+        torch.testing.assert_close(hidden_states @ weight_of(projection).T, expected)
+        return expected
+
+    adapted = output()
+    projection.enable_adapters(False)
+    assert not torch.allclose(output(), adapted)
+    projection.enable_adapters(True)
+    projection.merge()
+    torch.testing.assert_close(output(), adapted)

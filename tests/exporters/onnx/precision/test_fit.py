@@ -165,6 +165,19 @@ def test_the_measurement_is_what_torch_computes(export: Callable[..., Pair]) -> 
         assert measured[f"hidden_states.{i}"] == pytest.approx(seen[i], rel=1e-2)
 
 
+def test_the_order_of_prompts_changes_nothing(export: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are the largest over all prompts, whichever has them."""
+    pair = export("qwen3_vl", PVM, torch.float16)
+    prompts = measuring._prompts(measuring._MeasuringRuntime(pair.bundle))
+    with_pictures, words = prompts[0], next(prompt for prompt in prompts if not prompt.images)
+    largest = []
+    for order in ([with_pictures, words], [words, with_pictures]):
+        monkeypatch.setattr(measuring, "_prompts", lambda runtime, order=order: order)
+        found, _ = measuring.measure(pair.bundle)
+        largest.append({(each.graph, each.value): each.max_abs for each in found})
+    assert largest[0] == largest[1]
+
+
 def test_the_command_says_which_and_why(
     make: Callable[[str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
