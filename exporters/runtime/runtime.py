@@ -276,7 +276,7 @@ def _config(path: Path) -> PretrainedConfig:
     try:
         return read_config(read_object(path, CheckpointError))
     except SurgeonError as error:
-        raise BundleError(f"{path} cannot be used: the bundle is damaged, export it again ({error})") from error
+        raise BundleError(f"{path} cannot be read ({error}): the bundle is damaged, export it again") from error
 
 
 def _check_agreement(manifest: Manifest, described: Family, config: PretrainedConfig) -> None:

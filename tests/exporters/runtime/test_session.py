@@ -51,7 +51,7 @@ def test_weights_of_another_size(bundle: Path, tmp_path: Path) -> None:
         content = path.read_bytes()
         path.unlink()
         path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(BundleError, match=r"decoder\.onnx: onnxruntime cannot load it"):
+    with pytest.raises(BundleError, match=r"decoder\.onnx: .* takes 16384 bytes, and lies at"):
         Session(tmp_path / "bundle" / "decoder.onnx", SessionOptions())
 
 
