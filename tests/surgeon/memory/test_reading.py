@@ -32,6 +32,6 @@ def test_all_but_the_entries_goes_along_to_the_layers_device() -> None:
     )
     assert set().union(*devices(reading).values()) == {"cpu"}
     brought = {"mask", "visual_token_mask", "rotary", "entering", "entering_rotary"}
-    assert devices(reading.to("meta")) == {"entries": {"cpu"}} | dict.fromkeys(brought, {"meta"})
+    assert devices(reading.to("meta")) == {"entries": {"cpu"}} | {name: {"meta"} for name in brought}
     words = replace(reading, visual_token_mask=None, entering=None, entering_rotary={}).to("meta")
     assert devices(words) == {"entries": {"cpu"}, "mask": {"meta"}, "rotary": {"meta"}}
