@@ -184,7 +184,7 @@ class TestCompressedPositions:
     def test_rows_keep_their_next_id_without_a_crop(self, memory: VisualMemory) -> None:
         memory.batch_select_indices(torch.tensor([1, 1, 0]))
         following = memory.following_positions(2)
-        assert following is not None and following.tolist() == [[9, 10], [9, 10], [11, 12]]
+        assert following is not None and following.tolist() == [[10, 11], [10, 11], [12, 13]]
 
     def test_a_call_may_end_in_a_picture_whose_last_id_is_not_the_largest(self) -> None:
         memory = VisualMemory()
