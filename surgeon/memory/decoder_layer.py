@@ -69,11 +69,12 @@ def add_graft(layer: Any, graft: Graft) -> None:
 
 def grafts_at(layer: Any, site: str) -> list[tuple[str, Any]]:
     """Kind and module of the layer's grafts that are called at `site`, in the order in which they were grafted. A
-    module is a `Graft`, or what wraps one.
+    module is a `Graft`, or what wraps one; the layer of a plain model has none.
 
     Raises AttributeError where a graft has been taken out.
     """
-    return [(kind, getattr(layer, kind)) for kind, own in layer.graft_sites.items() if own == site]
+    sites: dict[str, str] = getattr(layer, "graft_sites", {})
+    return [(kind, getattr(layer, kind)) for kind, own in sites.items() if own == site]
 
 
 def entry_name(layer: Any, kind: str) -> str:
