@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from exporters.onnx.graph_file import read_graph
 from exporters.runtime.bundle_runtime import BundleRuntime
 from exporters.runtime.runtime import Runtime
 from exporters.runtime.session import Provider
@@ -71,7 +72,7 @@ class BundleSubject(RuntimeSubject):
         path = Path(self.path) / self.runtime.manifest.graphs["decoder"].file
         values = {
             name: float(np.abs(_values(value.const_value, path.parent)).max())
-            for name, value in ir.load(path).graph.initializers.items()
+            for name, value in read_graph(path).graph.initializers.items()
             if name.rsplit(".", 1)[-1] in gates and value.const_value is not None
         }
         expected = sum(len(entry["layers"]) * len(graft_class(entry["kind"]).gates) for entry in entries)
