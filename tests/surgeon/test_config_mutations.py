@@ -75,7 +75,7 @@ def test_each_kind_of_graft_has_a_record() -> None:
         ("qwen3_vl patched", lambda c: c["surgeon"]["grafts"][0].update(latent=40), "latent 40 is not divisible"),
         ("qwen3_vl patched", lambda c: c["surgeon"]["grafts"][0].update(laten=32), "surgeon.grafts.0.laten: not known"),
         ("qwen3_vl patched", lambda c: c["surgeon"]["grafts"][0].update(visibility="some"), "grafts.0.visibility"),
-        ("qwen3_vl patched", lambda c: unlike_visibility(c["surgeon"]["grafts"]), "unlike visibility"),
+        ("qwen3_vl patched", lambda c: unlike_visibility(c["surgeon"]["grafts"]), "different visibilities"),
         ("qwen3_vl patched", lambda c: c["surgeon"]["grafts"][1].update(rope_axes=[0] * 7), "rope_axes"),
         ("qwen3_vl patched", lambda c: c["surgeon"].update(allocation="memory"), "whose layout is missing"),
         ("internvl patched", lambda c: c["surgeon"]["layout"].update(side=4), "layout has side 4"),
