@@ -24,6 +24,12 @@ from cli._options import backend_option, json_option, positions_option, print_js
     "grafts, their gates closed, change nothing of its own backbone.",
 )
 @click.option(
+    "--grafts-tuned",
+    is_flag=True,
+    help="Of two checkpoints: the later may hold other values of the grafts that both have. What must hold then: the "
+    "same backbone, and with the gates of those grafts closed the same logits.",
+)
+@click.option(
     "--bytes",
     "bytes_too",
     is_flag=True,
@@ -42,6 +48,7 @@ def validate(
     prompt: str | None,
     steps: int,
     backbone_tuned: bool,
+    grafts_tuned: bool,
     bytes_too: bool,
     positions: Literal["dhr", "plain"] | None,
     backend: str | None,
@@ -77,7 +84,7 @@ def validate(
             report = validate_bytes(a, progress=progress)
         else:
             report = validate_pair(
-                a, b, images, prompt, steps, progress, positions, provider, backbone_tuned, bytes_too
+                a, b, images, prompt, steps, progress, positions, provider, backbone_tuned, grafts_tuned, bytes_too
             )
     if report_file is not None:
         from surgeon.checkpoint import staged_file

@@ -47,7 +47,8 @@ def sample(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
     if not usable.all():
         rows = np.flatnonzero(~usable).tolist()
         raise SurgeonError(
-            f"the logits of row(s) {rows} are not finite: the model overflowed; run it in bf16 or fp32 instead of fp16"
+            f"the logits of row(s) {rows} are not finite: its weights hold NaN or infinite values, or in fp16 it "
+            "overflows, which bf16 and fp32 do not"
         )
     if sampling.temperature == 0:
         return logits.argmax(axis=-1).astype(np.int64)

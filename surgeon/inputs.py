@@ -251,14 +251,19 @@ class Inputs:
 
     def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
         """The chat template's text, with one placeholder for each picture."""
-        try:
-            template = self.tokenizer.get_chat_template(self.chat_template)
-        except ValueError as error:
-            raise CheckpointError(f"there is no chat template to choose: {one_line(error)}") from None
+        template = self.template()
         # as transformers gives them to a template: what is None is left out
         told = [{key: value for key, value in message.items() if value is not None} for message in messages]
         variables = {**self.tokenizer.special_tokens_map, "add_generation_prompt": add_generation_prompt}
         return rendering.render(template, told, variables)
+
+    def template(self) -> str:
+        """The chat template in use. Raises CheckpointError where there are several and none is to be chosen."""
+        try:
+            template: str = self.tokenizer.get_chat_template(self.chat_template)
+        except ValueError as error:
+            raise CheckpointError(f"there is no chat template to choose: {one_line(error)}") from None
+        return template
 
     def tokenize(self, text: str, grids: Sequence[Grid]) -> list[int]:
         """Token ids of rendered text, each placeholder expanded to its picture's tokens."""

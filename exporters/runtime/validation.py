@@ -17,6 +17,7 @@ from surgeon.parity.ladder import MAX_EFFECT_ERROR, MOVED, TUNED, Rung, effect_f
 from surgeon.parity.metrics import compare_effect
 from surgeon.parity.processor import ProcessorUnavailable, check_inputs
 from surgeon.parity.report import Check, Report
+from surgeon.parity.settings import compare_settings
 from surgeon.parity.subject import Subject
 from surgeon.parity.torch_subject import TorchSubject
 from surgeon.parity.validate import AS_THEY_ARE, Comparison, Progress, validate
@@ -43,14 +44,15 @@ def validate_pair(
     positions: Positions | None = None,
     provider: Provider = "auto",
     backbone_tuned: bool = False,
+    grafts_tuned: bool = False,
     bytes_too: bool = False,
 ) -> Report:
     """Load two forms of a model, compare them over the default cases or the given pictures and prompt.
 
     `positions`: dhr or plain, of both, where they offer RoPE-DHR; by default dhr. `provider`: what runs bundles.
-    `backbone_tuned`: of two checkpoints, the later may hold other values of the earlier one's tensors. `bytes_too`:
-    first as `validate_bytes`; files that are not those that were recorded are not loaded. Raises SurgeonError where one
-    cannot be loaded, or the two are not forms of one model.
+    `backbone_tuned`, `grafts_tuned`: of two checkpoints, the later may hold other values of the earlier one's backbone,
+    of the grafts that both have. `bytes_too`: first as `validate_bytes`; files that are not those that were recorded
+    are not loaded. Raises SurgeonError where one cannot be loaded, or the two are not forms of one model.
     """
     started = time.monotonic()
     report = validate_bytes(a, b, progress) if bytes_too else None
@@ -60,7 +62,7 @@ def validate_pair(
     if progress is not None:
         progress("loading", 0, len(cases))
     reference, subject = open_pair(a, b, positions, provider)
-    pair = _Pair(reference, subject, cases, steps, progress, backbone_tuned)
+    pair = _Pair(reference, subject, cases, steps, progress, backbone_tuned, grafts_tuned)
     report = Report(
         checks=[] if report is None else report.checks,
         subject=subject.path,
@@ -95,12 +97,14 @@ class _Pair:
     steps: int
     progress: Progress | None
     backbone_tuned: bool
-    trained: set[str] = field(default_factory=set)
+    grafts_tuned: bool
+    tuned: set[str] = field(default_factory=set)
     """Gates of grafts that both have, with other values."""
 
     def __post_init__(self) -> None:
-        if self.backbone_tuned and not self._checkpoints:
-            raise OptionError("--backbone-tuned is for two checkpoints; a bundle holds its checkpoint's own weights")
+        if (self.backbone_tuned or self.grafts_tuned) and not self._checkpoints:
+            option = "--backbone-tuned" if self.backbone_tuned else "--grafts-tuned"
+            raise OptionError(f"{option} is for two checkpoints; a bundle holds its checkpoint's own weights")
         if self._grafts(self.reference) != self._grafts(self.subject):
             for each in (self.reference, self.subject):
                 if each.gates() is None:
@@ -115,7 +119,14 @@ class _Pair:
 
     # -- what is judged of itself ------------------------------------------------------------------------------
     def check(self, report: Report) -> None:
-        """The prompts and, of two checkpoints, their tensors."""
+        """What they are set to, the prompts and, of two checkpoints, their tensors."""
+        report.checks.append(
+            Check(
+                "settings",
+                "configs, tokenizers, chat templates and image processors are the same",
+                compare_settings(self.reference.inputs, self.subject.inputs),
+            )
+        )
         loaded = isinstance(self.reference, TorchSubject)
         folder = self.reference.directory if loaded else Path(self.reference.path) / PROCESSOR  # type: ignore[attr-defined]
         try:
@@ -146,22 +157,23 @@ class _Pair:
         difference = compare_weights(self.reference.model, self.subject.model)
         changed = set(difference.changed)
         grafts = self.reference.graft_tensors()
-        self.trained = {gate for gate, own in grafts.items() if changed & set(own)}
+        self.tuned = {gate for gate, own in grafts.items() if changed & set(own)}
         in_grafts = {name for own in grafts.values() for name in own}
-        backbone = [name for name in difference.changed if name not in in_grafts]
-        check = Check(
-            "weights", f"all {difference.compared} tensors of the reference are in the subject, value for value"
-        )
+        which = "the other tensors" if changed or difference.missing else f"all {_count(difference.compared)}"
+        check = Check("weights", f"{which} of the reference are in the subject, value for value")
         if difference.missing:
             check.failures.append(f"{_first(difference.missing)} of the reference not in the subject")
-        if backbone:
-            said = f"{_first(backbone)} of the reference with other values in the subject"
-            if self.backbone_tuned:
-                check.said = f"{said}, as --backbone-tuned allows"
+        for part, allowed, names in (
+            ("backbone", self.backbone_tuned, [name for name in difference.changed if name not in in_grafts]),
+            ("grafts", self.grafts_tuned, [name for name in difference.changed if name in in_grafts]),
+        ):
+            if not names:
+                continue
+            what = f"{_first(names)} of the {part} with other values in the subject"
+            if allowed:
+                check.said += f"; {what}, as --{part}-tuned allows"
             else:
-                check.failures.append(f"{said}; if the backbone was tuned, say so with --backbone-tuned")
-        if len(changed) > len(backbone):
-            report.notes.append(f"{len(changed) - len(backbone)} tensors of grafts that both have were trained further")
+                check.failures.append(f"{what}; where they were tuned, say so with --{part}-tuned")
         report.checks.append(check)
 
     # -- what is judged by its logits --------------------------------------------------------------------------
@@ -169,7 +181,7 @@ class _Pair:
         known = (self.reference.gates(), self.subject.gates())
         a, b = (each or {} for each in known)
         added = set() if None in known else a.keys() ^ b.keys()  # engines have the other's grafts
-        apart = added | self.trained
+        apart = added | self.tuned
         closing = dict.fromkeys(apart, 0.0) if any(a.get(n) or b.get(n) for n in apart) else {}
         moved = self.subject.positions != "plain" and self._scheme(self.reference) != self._scheme(self.subject)
         rung = rung_between((self.reference.stage, self.subject.stage), (self.reference.dtype, self.subject.dtype))
@@ -228,6 +240,9 @@ class _Pair:
     def _judge_effect(self, closed: Comparison, opened: Comparison) -> None:
         if len(closed.after_pictures) != len(opened.after_pictures):  # other prompts: that has failed
             return
+        if closed.verdict == "failed":  # how far rounding sets the two apart is not known then
+            opened.notes.append("what the opened grafts change was not judged: the two differ without them")
+            return
         effect = compare_effect(closed.after_pictures, opened.after_pictures)
         failures, hidden = effect_failures(opened.rung, effect)
         opened.failures += failures
@@ -266,9 +281,12 @@ def _plain_positions(subject: Subject) -> Iterator[None]:
         subject.positions = before
 
 
+def _count(tensors: int) -> str:
+    return "1 tensor" if tensors == 1 else f"{tensors:,} tensors"
+
+
 def _first(names: Sequence[str]) -> str:
-    count = f"{len(names)} tensors" if len(names) > 1 else "1 tensor"
-    return f"{count} ({names[0]}{' the first' if len(names) > 1 else ''})"
+    return f"{_count(len(names))} ({names[0]}{' the first' if len(names) > 1 else ''})"
 
 
 def _said(gates: Mapping[str, float]) -> str:

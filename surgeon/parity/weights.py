@@ -11,6 +11,7 @@ class WeightDifference:
     """A reference's tensors against those of a later form, by the names that the loaded models give them."""
 
     compared: int
+    """Tensors, tied ones once."""
     changed: list[str]
     """With other values, or of another shape."""
     missing: list[str]
@@ -22,7 +23,8 @@ def compare_weights(reference: nn.Module, other: nn.Module) -> WeightDifference:
     expected, found = reference.state_dict(), other.state_dict()
     missing = [name for name in expected if name not in found]
     changed = [name for name, tensor in expected.items() if name in found and not _equal(tensor, found[name])]
-    return WeightDifference(len(expected), changed, missing)
+    tensors = {id(tensor) for tensor in reference.state_dict(keep_vars=True).values()}
+    return WeightDifference(len(tensors), changed, missing)
 
 
 def _equal(expected: Tensor, found: Tensor) -> bool:

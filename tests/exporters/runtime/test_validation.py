@@ -20,6 +20,7 @@ from exporters.runtime.subject import BundleSubject
 from exporters.runtime.validation import validate_pair
 from pairs import MIXIN, PVM, Pair
 from patching import apply
+from surgeon.checkpoint import Checkpoint
 from surgeon.console import show_report
 from surgeon.errors import SurgeonError, TooLongError
 from surgeon.parity.cases import own_case
@@ -140,7 +141,7 @@ def test_another_backbone_fails_whatever_the_gates_are(gate: float, tmp_path: Pa
     report = validate_pair(source, tmp_path / "patched", steps=2)
     assert report.verdict == "failed"
     (weights,) = [check for check in report.checks if check.name == "weights"]
-    assert "the first) of the reference with other values" in weights.failures[0]
+    assert "the first) of the backbone with other values" in weights.failures[0]
     assert "--backbone-tuned" in weights.failures[0]
 
     done = run("validate", source, tmp_path / "patched", "--steps", 2, "--backbone-tuned", "--json")
@@ -170,6 +171,47 @@ def test_unrelated_checkpoints_of_one_shape_fail_and_are_not_judged_by_request(t
     assert "NOT JUDGED in" in done.stdout and "leave it out" in done.stdout
     assert "passed" not in done.stdout and "held" not in done.stdout
     assert run("validate", a, a, *own).exit_code == 0
+
+
+def test_other_values_in_the_grafts_of_both_fail_unless_they_were_tuned(export: Export, tmp_path: Path) -> None:
+    """With their gates open they compute something else; with their gates closed nothing shows that."""
+    pair = export("qwen3_vl")
+    other = Path(shutil.copytree(pair.checkpoint, tmp_path / "other"))
+    rewritten(other, "layers.1.pvm.output_proj.weight", lambda weight: weight.flip(0))
+    own = ("--image", CHART, "--prompt", "What is this?", "--steps", 1)
+    done = run("validate", pair.checkpoint, other, *own)
+    assert done.exit_code == 1
+    assert "1 tensor (model.language_model.layers.1.pvm.output_proj.weight) of the grafts" in done.stdout
+    assert "--grafts-tuned" in done.stdout and "value for value" not in done.stdout
+
+    report = validate_pair(pair.checkpoint, other, [CHART], "What is this?", steps=1, grafts_tuned=True)
+    weights = next(check for check in report.checks if check.name == "weights")
+    assert (
+        report.passed and weights.said.startswith("the other tensors of the reference") and "1 tensor" in weights.said
+    )
+    judged, reported = report.comparisons
+    assert judged.state == "gates closed in memory" and judged.cases[0].prefill.equal
+    assert reported.verdict == "not judged" and reported.cases[0].prefill.max_abs > 0
+    with pytest.raises(SurgeonError, match="--grafts-tuned is for two checkpoints"):
+        validate_pair(pair.checkpoint, pair.bundle, steps=1, grafts_tuned=True)
+
+
+def test_grafts_of_another_size_of_gate_are_not_blamed_on_rounding(export: Export, tmp_path: Path) -> None:
+    pair = export("qwen3_vl")
+    other = Path(shutil.copytree(pair.checkpoint, tmp_path / "other"))
+    rewritten(other, "layers.1.pvm.alpha", torch.zeros_like)
+    report = validate_pair(other, pair.bundle, [CHART], "What is this?", steps=1)
+    assert report.verdict == "failed"
+    assert not any("rounding" in note for note in report.all_notes())
+    assert any("differ without them" in note for note in report.all_notes())
+
+
+def test_tied_tensors_are_counted_once(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "source", "qwen3_vl", num_hidden_layers=1)
+    report = validate_pair(checkpoint, checkpoint, prompt="Hello!", steps=1)
+    said = next(check.said for check in report.checks if check.name == "weights")
+    with Checkpoint.open(checkpoint) as opened:
+        assert f"all {len(opened.tensors)} tensors" in said
 
 
 def test_tiles_at_other_ids_are_reported_and_with_plain_ones_judged(tmp_path: Path) -> None:

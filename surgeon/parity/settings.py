@@ -1,0 +1,83 @@
+"""Whether two forms of a model are set alike: what few prompts of few tokens do not show."""
+
+import json
+from typing import Any
+
+from surgeon.inputs import Inputs
+from surgeon.memory.patched import RECORD
+
+_NOT_COMPUTED = {
+    RECORD,
+    "model_type",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "quantization_config",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
+"""Keys of a config that say nothing of what its model computes. Which tokens end an answer is compared on its own."""
+_NAMES = {"processor_class", "auto_map", "image_processor_type"}
+
+
+def compare_settings(reference: Inputs, subject: Inputs) -> list[str]:
+    """What sets the forms apart, in words: values of their configs (a sliding window or a base of the rotary embedding
+    that no short prompt reaches), tokenizers, chat templates, image processors, the tokens that end an answer."""
+    failures = [
+        f"config.json: {name} is {_short(a)} in the reference and {_short(b)} in the subject"
+        for name, a, b in _differences(_config(reference), _config(subject))
+    ]
+    failures += [
+        f"image processor: {name} is {_short(a)} in the reference and {_short(b)} in the subject"
+        for name, a, b in _differences(_pictures(reference), _pictures(subject))
+    ]
+    if _tokenizer(reference) != _tokenizer(subject):
+        failures.append("the tokenizers are not the same: other tokens, merges or added tokens")
+    if reference.template().rstrip() != subject.template().rstrip():
+        failures.append("the chat templates are not the same")
+    a, b = sorted(reference.eos_token_ids), sorted(subject.eos_token_ids)
+    if a != b:
+        failures.append(f"answers end with the tokens {a} in the reference and {b} in the subject")
+    return failures
+
+
+def _differences(a: Any, b: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [*a, *(key for key in b if key not in a)]
+        inner = ((f"{name}.{key}" if name else str(key), a.get(key), b.get(key)) for key in keys)
+        return [difference for path, x, y in inner for difference in _differences(x, y, path)]
+    return [] if a == b else [(name, a, b)]
+
+
+def _without(values: Any, names: set[str]) -> Any:
+    if isinstance(values, dict):
+        return {key: _without(value, names) for key, value in values.items() if key not in names}
+    return values
+
+
+def _config(inputs: Inputs) -> Any:
+    # the model_type of each part says which model it is, the whole one's whether it is patched
+    parts = _without(inputs.config.to_dict(), _NOT_COMPUTED - {"model_type"})
+    return {**parts, "model_type": None}
+
+
+def _pictures(inputs: Inputs) -> Any:
+    return json.loads(json.dumps(_without(inputs.image_processor.to_dict(), _NAMES), default=str))
+
+
+def _tokenizer(inputs: Inputs) -> Any:
+    tokenizer = inputs.tokenizer
+    special = tokenizer.special_tokens_map
+    if not tokenizer.is_fast:
+        return tokenizer.get_vocab(), special
+    # what the last call set, and no part of what a text becomes
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {key: value for key, value in backend.items() if key not in ("padding", "truncation")}, special
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.60}"
