@@ -16,5 +16,5 @@ def read_object(path: Path, kind: type[SurgeonError]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise kind(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise kind(f"{path} holds {type(content).__name__}, expected an object")
+        raise kind(f"{path} holds a JSON {type(content).__name__} where an object is expected")
     return content

@@ -17,6 +17,7 @@ from surgeon.checkpoint.reader import CONFIG, Checkpoint
 from surgeon.checkpoint.share import share_file
 from surgeon.errors import CheckpointError
 from surgeon.families import Family
+from surgeon.json_file import read_object
 
 PROCESSOR = "processor_config.json"
 IMAGE_PROCESSOR = "preprocessor_config.json"
@@ -152,15 +153,7 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} of the checkpoint is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} of the checkpoint is a JSON {type(content).__name__}, not an object")
-    return content
+    return read_object(path, CheckpointError) if path.is_file() else {}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

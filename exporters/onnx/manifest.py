@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from surgeon.checkpoint.headers import header_bytes
 from surgeon.errors import BundleError, CheckpointError
 from surgeon.memory.visibility import Visibility
+from surgeon.record import Allocation, Layout, Positions
 
 FILE = "bundle.json"
 FORMAT = 3
@@ -98,21 +99,6 @@ class Memory(_Strict):
     head_dim: _Size
 
 
-class Layout(_Strict):
-    """How a picture's visual tokens lie in the sequence: side * side for each tile, row by row, and for the thumbnail,
-    which is there unless there is one tile only."""
-
-    side: _Size
-    thumbnail: Literal["first", "last"]
-
-
-class Positions(_Strict):
-    """How position ids are made where they are not the family's own; the rule is in docs/bundle.md."""
-
-    scheme: Literal["rope_dhr"]
-    tile_order: Literal["row", "column"]
-
-
 class Activation(_Strict):
     """The largest absolute value that a value of a graph was seen to have."""
 
@@ -152,7 +138,7 @@ class Manifest(_Strict):
     layout: Layout | None = None
     """Where tiles matter to positions or to the memory."""
     positions: Positions | None = None
-    allocation: Literal["both", "context", "memory"] = "both"
+    allocation: Allocation = "both"
     """Where a picture's tiles go beside its thumbnail: into the sequence and the memory, or into one of them."""
     visibility: Visibility = "all"
     """Which tokens see a picture in the memory: `causal`, those that stand at or behind it, and the decoder's

@@ -18,6 +18,7 @@ from surgeon.checkpoint.hub import is_hub_id, resolve
 from surgeon.checkpoint.links import check_link
 from surgeon.checkpoint.remote import RemoteWeights
 from surgeon.errors import CheckpointError
+from surgeon.json_file import read_object
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -205,18 +206,6 @@ class Checkpoint:
         return self._maps[path]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot read it: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: a JSON {type(content).__name__} where an object is expected")
-    return content
-
-
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
@@ -225,7 +214,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
                 f"{directory} is a PEFT adapter, not a checkpoint; merge it into its base model and save that first"
             )
         raise CheckpointError(f"{directory} is not a checkpoint: it has no {CONFIG}")
-    config = _read_json(path)
+    config = read_object(path, CheckpointError)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path}: no model_type, so this is not a transformers checkpoint")
     named = config.get("transformers_weights")
@@ -286,7 +275,7 @@ def _read_weights(directory: Path, remote: RemoteWeights | None) -> tuple[list[P
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_object(path, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: no weight_map (tensor name -> file)")
     for name, file in weight_map.items():

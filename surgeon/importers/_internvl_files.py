@@ -10,6 +10,7 @@ from surgeon.checkpoint.share import share_file
 from surgeon.errors import CheckpointError, OptionError
 from surgeon.importers._templates import IMAGE_TOKEN, Conversation, conversation
 from surgeon.importers._tokenizer import SourceTokenizer
+from surgeon.json_file import read_object
 
 _KEPT_FILES = ("LICENSE", "NOTICE", "USE_POLICY")
 _TOKENS_ADDED = 9
@@ -65,12 +66,7 @@ class InternVLFiles:
         """The source's, and the end of a turn among what ends an answer: the published code names it at each
         request."""
         path = self.source.directory / "generation_config.json"
-        settings: dict[str, Any] = {}
-        if path.is_file():
-            try:
-                settings = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise CheckpointError(f"{path} is not JSON: {error}") from error
+        settings = read_object(path, CheckpointError) if path.is_file() else {}
         text = config["text_config"]
         ends: Any = settings.get("eos_token_id", text.get("eos_token_id"))
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]

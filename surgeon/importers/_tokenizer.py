@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from surgeon.errors import CheckpointError
 from surgeon.importers._templates import IMAGE_TOKEN, Conversation
+from surgeon.json_file import read_object
 
 START_IMAGE, END_IMAGE, VIDEO = "<img>", "</img>", "<video>"
 IMAGE_TOKENS = (START_IMAGE, END_IMAGE, IMAGE_TOKEN)
@@ -164,12 +165,4 @@ class SourceTokenizer:
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(found).__name__} where an object is expected")
-    return found
+    return read_object(path, CheckpointError) if path.is_file() else {}

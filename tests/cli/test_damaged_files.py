@@ -210,7 +210,7 @@ OF_CONFIG = (damage_config_json, damage_config_layers, damage_config_record, dam
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (damage_config_json, "processor/config.json holds list, expected an object"),
+        (damage_config_json, "processor/config.json holds a JSON list where an object is expected"),
         (damage_config_layers, "num_hidden_layers"),
         (damage_config_record, "source.grafts"),
         (damage_manifest_sizes, "sizes.head_dim is 32"),

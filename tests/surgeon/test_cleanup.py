@@ -49,4 +49,4 @@ def test_the_command_line_says_both_in_one_line(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(shutil, "rmtree", broken)
     done = run("patch", source, tmp_path / "out", "--pass", "pvm:layers=1,latent=32")
-    assert_refused(done, "tokenizer_config.json", "not readable JSON", "(could not remove", "broken disk)")
+    assert_refused(done, "tokenizer_config.json", "is not JSON", "(could not remove", "broken disk)")

@@ -207,7 +207,7 @@ def test_this_tools_own_code_is_no_code_of_the_source(source: Path, tmp_path: Pa
 
 def test_a_processor_file_that_is_not_json_is_one_line(source: Path, tmp_path: Path) -> None:
     (source / "tokenizer_config.json").write_text("{")
-    assert_refused(run("patch", source, tmp_path / "out", "--pass", PVM), "tokenizer_config.json", "not readable JSON")
+    assert_refused(run("patch", source, tmp_path / "out", "--pass", PVM), "tokenizer_config.json", "is not JSON")
     assert not (tmp_path / "out").exists()
 
 

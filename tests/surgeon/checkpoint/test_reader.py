@@ -239,10 +239,10 @@ def test_config_alone(tmp_path: Path) -> None:
     ("config", "message"),
     [
         (None, "not a checkpoint: it has no config.json"),
-        ("{", "config.json: not valid JSON"),
-        ("[]", "config.json: a JSON list"),
+        ("{", "config.json is not JSON"),
+        ("[]", "config.json holds a JSON list"),
         ("{}", "no model_type"),
-        (b"\xff\xff", "not valid JSON"),
+        (b"\xff\xff", "is not JSON"),
     ],
 )
 def test_not_a_checkpoint(tmp_path: Path, config: str | bytes | None, message: str) -> None:
