@@ -104,6 +104,7 @@ def auto_map(described: Family) -> dict[str, str]:
         "AutoConfig": "SurgeonConfig",
         "AutoModel": _base_model_name(described),
         "AutoModelForImageTextToText": "SurgeonModel",
+        "AutoModelForMultimodalLM": "SurgeonModel",
     }
     return {auto_class: f"{ENTRY}.{name}" for auto_class, name in classes.items()}
 

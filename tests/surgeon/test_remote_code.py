@@ -27,7 +27,8 @@ class Hidden:
 
 
 sys.meta_path.insert(0, Hidden())
-from transformers import AutoModelForImageTextToText, AutoTokenizer, AutoImageProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import AutoTokenizer, AutoImageProcessor
 path, again = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)
 assert hasattr(model.model.language_model.layers[1], "pvm")
@@ -38,7 +39,7 @@ with torch.no_grad():
     assert float(other.model.language_model.layers[1].pvm.alpha) == 0.5
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(model(input_ids=ids).logits, other(input_ids=ids).logits)
-for auto in (AutoModelForImageTextToText,):
+for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     try:
         auto.from_pretrained(path)
         sys.exit("loaded without trust_remote_code: the grafts were dropped in silence")

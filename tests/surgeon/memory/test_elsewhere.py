@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedModel
 
 from checkpoints import MODEL_TYPES, tiny_model
 from command import ROOT
@@ -159,10 +159,11 @@ def test_auto_classes_give_the_patched_model_with_and_without_its_head(model_typ
     model = models.load(tmp_path / "b")
     randomise_grafts(model)
     model.save_pretrained(tmp_path / "c")
-    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "c", trust_remote_code=True)
+    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        whole = auto_class.from_pretrained(tmp_path / "c", trust_remote_code=True)
+        assert torch.equal(logits(whole), logits(model))
     base, loading = AutoModel.from_pretrained(tmp_path / "c", trust_remote_code=True, output_loading_info=True)
     assert not loading["missing_keys"] and not hasattr(base, "lm_head")
-    assert torch.equal(logits(whole), logits(model))
     kwargs = kwargs_for(model)
     with torch.no_grad():
         assert torch.equal(base(**kwargs).last_hidden_state, model.model(**kwargs).last_hidden_state)
