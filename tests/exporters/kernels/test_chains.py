@@ -57,14 +57,14 @@ def test_pvm(dtype: torch.dtype, rows: int, length: int) -> None:
     close(keys, want_keys, dtype)
     close(values, want_values, dtype)
 
-    want = plain(hidden_states.float(), keys.float(), values.float(), mask, visual)
+    want = plain.read(hidden_states.float(), keys.float(), values.float(), mask, visual)
     graft = graft.to(dtype)
     chain = pvm.chain(graft.eps)
     (got,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, visual, *graft.weights(), None))
     close(got, want, dtype)
     assert not got[visual].any() and (rows == 1 or not got[2].any())
     (added,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, None, *graft.weights(), onto))
-    want = onto.float() + graft.float()(hidden_states.float(), keys.float(), values.float(), mask, None)
+    want = onto.float() + graft.float().read(hidden_states.float(), keys.float(), values.float(), mask, None)
     close(added, want, dtype)
     assert rows == 1 or torch.equal(added[2], onto[2])
 
@@ -86,7 +86,7 @@ def test_mixin(dtype: torch.dtype, rows: int, length: int) -> None:
     close(keys, want_keys, dtype)
     close(values, want_values, dtype)
 
-    want = plain(hidden_states.float(), keys.float(), values.float(), mask, None, text)
+    want = plain.read(hidden_states.float(), keys.float(), values.float(), mask, None, text)
     graft = graft.to(dtype)
     chain = mixin.chain(graft.eps)
     (got,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, *text, *graft.weights()))
@@ -132,7 +132,7 @@ def test_tokens_see_what_stands_before_them(
     nothing = torch.zeros_like(got) if kind == "pvm" else hidden_states
     assert torch.equal(got[~sees], nothing[~sees])
     if sees.any():
-        want = graft.float()(hidden_states.float(), keys.float(), values.float(), mask, None, angles)
+        want = graft.float().read(hidden_states.float(), keys.float(), values.float(), mask, None, angles)
         graft.to(dtype)
         close(got, want, dtype)
     if length > 1:
