@@ -101,6 +101,8 @@ def patched_base_model_class(
 
         @functools.wraps(base.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
+            """As the base's, and visual_token_mask bool [B, S] where inputs_embeds [B, S, d] hold pictures' features
+            already, or no pixel values come with them. Raises ValueError where it is missing."""
             kwargs |= dict(zip(parameters, args, strict=False))
             if kwargs.get("pixel_values_videos") is not None and "video_token_id" not in visual_token_keys:
                 raise ValueError("this family takes no pixel_values_videos: pass a video's frames as pictures")
@@ -109,7 +111,13 @@ def patched_base_model_class(
             if pictures and kwargs.get("visual_token_mask") is None:
                 kwargs["visual_token_mask"] = self.visual_token_mask(input_ids, inputs_embeds)
             if not pictures:  # what the prompt brought, which later calls of a generation are given again
-                kwargs = {name: value for name, value in kwargs.items() if name not in ROW_ALIGNED}
+                brought = ROW_ALIGNED if input_ids is None else (*ROW_ALIGNED, "visual_token_mask")
+                kwargs = {name: value for name, value in kwargs.items() if name not in brought}
+            if input_ids is None and kwargs.get("visual_token_mask") is None:
+                raise ValueError(
+                    "embeddings do not say whether pictures are among them, which would have to enter the memory: pass "
+                    "visual_token_mask, bool [B, S], True at the pictures' tokens and False everywhere for text alone"
+                )
             record = getattr(self.config, RECORD)
             kwargs = resolve_tiles(self, record, kwargs.get("visual_token_mask"), kwargs)
             if record.get("positions"):
@@ -178,7 +186,8 @@ def patched_model_class(
             return super().generate(inputs, *args, **kwargs)
 
         def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-            super()._validate_model_kwargs({n: v for n, v in model_kwargs.items() if n not in ROW_ALIGNED})
+            own = (*ROW_ALIGNED, "visual_token_mask")
+            super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in own})
 
     Patched.__name__ = Patched.__qualname__ = f"Surgeon{base.__name__}"
     _register_key_conversions(base, Patched.__name__)
