@@ -9,7 +9,8 @@ from transformers import PretrainedConfig
 
 from surgeon.errors import InputError
 from surgeon.families import Family
-from surgeon.inputs import Inputs, Picture, load_picture
+from surgeon.inputs import Inputs
+from surgeon.pictures import Picture, load_picture
 from surgeon.positions import Positions, choose_positions, position_ids, record_of
 
 

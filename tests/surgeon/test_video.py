@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, features
 
 from surgeon.errors import InputError
-from surgeon.inputs import load_picture
+from surgeon.pictures import load_picture
 from surgeon.video import is_video
 
 BEGINNINGS = {
