@@ -35,7 +35,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
             first, *others = PASSES[passes]
             tiny_model(model_type).save_pretrained(directory / "a")
             apply(directory / "a", directory / "b", f"{first},visibility={visibility}", *others)
-            made[key] = models.load(directory / "b")
+            # where transformers' norms compute in fp32 alone: what is left of its rounding does not hide a difference
+            made[key] = models.load(directory / "b").double()
             randomise_grafts(made[key])
         return made[key]
 
@@ -78,7 +79,7 @@ def difference_between_turns_and_one_pass(model: PreTrainedModel) -> float:
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_turns_with_a_cache_equal_one_pass(make: Make, model_type: str, passes: str) -> None:
-    assert difference_between_turns_and_one_pass(make(model_type, passes)) < 1e-5
+    assert difference_between_turns_and_one_pass(make(model_type, passes)) < 1e-6
 
 
 def test_as_published_a_later_picture_is_seen_by_what_stands_before_it(make: Make) -> None:
@@ -95,7 +96,7 @@ def test_what_follows_changes_nothing_that_came_before(make: Make, visibility: s
         whole = model(**kwargs, use_cache=False).logits
         for end, patches, grids in ((2, 0, 0), (len(TURN), 24, 1), (len(TURN) + 2, 24, 1)):
             alone = model(**part(kwargs, 0, end, slice(0, patches), slice(0, grids)), use_cache=False).logits
-            equal = torch.allclose(alone, whole[:, :end], atol=1e-5)
+            equal = torch.allclose(alone, whole[:, :end], atol=1e-6)
             assert equal == (visibility == "causal"), end
 
 
