@@ -10,8 +10,8 @@ from hypothesis import settings
 
 from torchvision_beside_cpu_torch import make_importable
 
-# Models here are tiny, and workers share the cores: threads of their own would wait for each other, three times as long.
-# Workers and commands inherit it.
+# Models here are tiny, and workers share the cores: threads of their own would wait for each other, three times as
+# long. Workers and commands inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
