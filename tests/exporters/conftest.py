@@ -1,12 +1,25 @@
 """Tiny checkpoints beside their bundles, exported once for all tests of the exporters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
 from pairs import PVM, Pair, make_pair
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators_read_once() -> Iterator[None]:
+    """torch.onnx parses every operator of its library anew for each graph, a quarter of a tiny model's export."""
+    patch = pytest.MonkeyPatch()
+    registry: Any = pytest.importorskip("torch.onnx._internal.exporter._registration")
+    library = getattr(registry, "onnxscript_apis", None)
+    if hasattr(library, "get_torchlib_ops"):  # of this torch; where it is called otherwise, tests are slower
+        patch.setattr(library, "get_torchlib_ops", cache(library.get_torchlib_ops))
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="session")
