@@ -89,7 +89,7 @@ class MixinRecord(GraftRecord):
 
 
 class OtherGraft(GraftRecord):
-    """Of a kind whose options are not described here: it checks them itself."""
+    """Of a kind whose options are not described here: its own class checks them."""
 
     model_config = ConfigDict(extra="allow")
 

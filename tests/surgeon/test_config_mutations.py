@@ -43,9 +43,21 @@ def test_mistakes_drawn_by_a_seed_are_told_in_one_line(sources: dict[str, Path],
     assert refused > 75  # or nothing was mutated
 
 
-def test_each_kind_of_graft_has_a_record() -> None:
+def test_what_describes_an_entry_is_of_a_graft_that_is_there() -> None:
     files = Path(models.__file__).with_name("memory").glob("*.py")
-    assert GRAFTS.keys() == {path.stem for path in files if "\nGRAFT = " in path.read_text()}
+    assert GRAFTS.keys() <= {path.stem for path in files if "\nGRAFT = " in path.read_text()}
+
+
+def test_a_new_kind_of_graft_needs_no_description_here(
+    sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own class checks its options then; what every graft has is checked all the same."""
+    monkeypatch.delitem(GRAFTS, "pvm")
+    config = config_of(sources, "qwen3_vl patched")
+    build_meta(read_config(config))
+    config["surgeon"]["grafts"][0].update(layers=[1, 4])
+    with pytest.raises(CheckpointError, match="at layer 4"):
+        read_config(config)
 
 
 @pytest.mark.parametrize(
