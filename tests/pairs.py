@@ -28,8 +28,6 @@ from surgeon.positions import Positions, choose_positions, record_of
 MAX_LENGTH = 256
 PLAIN: tuple[str, ...] = ()
 PVM = ("pvm:layers=1,2,latent=32",)
-TORCH_SEES: tuple[Visibility, ...] = ("causal", "all")
-"""Of grafts whose bundles are compared with torch."""
 MIXIN = ("mixin:layers=0,2,num_heads=3,intermediate=48,rope_theta=5000",)  # turns unlike the backbone
 Row = list[str | Image.Image]
 

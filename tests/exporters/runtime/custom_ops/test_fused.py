@@ -61,7 +61,7 @@ def test_a_graft_computes_what_its_function_does(driver: StandIn, kind: str, vis
     before, after = session(model_of(kind, visibility=visibility)), session(model, kernels)
     gc.collect()  # what tables point to is theirs
     forms = set()
-    for length in (1, 2, 5, 20):
+    for length in (1, 2, 17):
         driver.launches.clear()
         want, got = (evaluate(made, kind, length, visibility) for made in (before, after))
         assert got.shape == want.shape and np.abs(got - want).max() < 1e-5
