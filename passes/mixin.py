@@ -26,7 +26,7 @@ class MixinOptions(PassOptions):
         default=None, gt=0, allow_inf_nan=False, description="rotary base; by default the backbone's"
     )
     eps: float | None = Field(
-        default=None, ge=0, allow_inf_nan=False, description="of its norms; by default the backbone's"
+        default=None, gt=0, allow_inf_nan=False, description="of its norms; by default the backbone's"
     )
     tiles: Literal["both", "context", "memory"] = Field(
         default="both", description="where high-resolution tiles go beside the thumbnail: both, context, or memory"

@@ -42,6 +42,15 @@ def test_patch_by_arguments_and_by_the_recipe_it_wrote(source: Path, tmp_path: P
     assert other.exit_code == 0 and not all(torch.equal(a[name], c[name]) for name in a)
 
 
+@pytest.mark.parametrize("how", ["copy", "link"])
+def test_weights_are_copied_or_linked_as_asked(source: Path, tmp_path: Path, how: str) -> None:
+    done = run("patch", source, tmp_path / "out", "--pass", PVM, "--weights", how)
+    assert done.exit_code == 0, done.stderr
+    assert os.path.samefile(source / "model.safetensors", tmp_path / "out" / "model-base.safetensors") == (
+        how == "link"
+    )
+
+
 def test_the_seed_that_was_asked_for_is_taken_whatever_the_recipe_says(source: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("seed: 7\npasses:\n- pvm: {layers: [1], latent: 32}\n")
     for asked, expected in ((None, 7), (0, 0), (8, 8)):

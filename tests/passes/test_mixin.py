@@ -115,3 +115,11 @@ def test_what_is_refused(model_type: str, arguments: list[str], said: str, tmp_p
     source = tiny_checkpoint(tmp_path / "source", model_type)
     with pytest.raises(SurgeonError, match=said):
         planned(source, *arguments)
+
+
+def test_an_epsilon_of_zero_is_refused_in_the_plan(tmp_path: Path) -> None:
+    """A row of zeros would be NaN; a record would not take it."""
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl")
+    with pytest.raises(SurgeonError, match="eps"):
+        apply(source, tmp_path / "out", "mixin:layers=1,eps=0")
+    assert not (tmp_path / "out").exists()

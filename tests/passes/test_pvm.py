@@ -279,3 +279,12 @@ def test_config_and_tensors_that_disagree(source: Path, tmp_path: Path, change: 
     with pytest.raises(SurgeonError, match=said[change]):
         apply(source, tmp_path / "out", "pvm:layers=1,latent=32")
     assert not (tmp_path / "out").exists()
+
+
+def test_without_a_width_the_branch_has_the_published_one(tmp_path: Path) -> None:
+    """512, section 5.1 of the paper."""
+    recipe = Recipe.from_arguments(["pvm:layers=8"], 0)
+    with Checkpoint.open(config_alone(tmp_path, "8b"), weights="optional") as checkpoint:
+        graph, _ = plan(checkpoint, recipe.make_passes(passes.registry()))
+    shapes = {name.rsplit("pvm.")[-1]: tuple(p.shape) for name, p in graph.new_parameters().items()}
+    assert shapes["text_proj.weight"] == (512, 4096)

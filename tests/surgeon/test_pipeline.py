@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 
 import passes
 from checkpoints import tiny_checkpoint
 from passes.pvm import PvmOptions, PvmPass
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.graph import LvlmGraph
-from surgeon.memory.graft import Normal
+from surgeon.memory.graft import Constant, Normal
 from surgeon.pipeline import (
     Pass,
     PassCrash,
@@ -80,7 +81,16 @@ def test_what_a_broken_pass_leaves_is_found(graph: LvlmGraph) -> None:
         def damage(self, graph: LvlmGraph, name: str) -> None:
             graph.weights[name] = Initialised(Normal(1.0), 0, (1,), graph.dtype)
 
-    for broken, said in ((NoSource, "no source"), (WrongShape, r"\[1\], its source \[2\]"), (OpenGate, "is a gate")):
+    class WrongDtype(Broken):
+        def damage(self, graph: LvlmGraph, name: str) -> None:
+            graph.weights[name] = Initialised(Constant(0.0), 0, (1,), torch.float64)
+
+    for broken, said in (
+        (WrongDtype, "initialised as torch.float64"),
+        (NoSource, "no source"),
+        (WrongShape, r"\[1\], its source \[2\]"),
+        (OpenGate, "is a gate"),
+    ):
         fresh = LvlmGraph.read(graph.source)
         with pytest.raises(PostconditionError, match=said):
             run_passes(fresh, [broken(options)])

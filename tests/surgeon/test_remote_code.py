@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,4 +91,16 @@ def test_the_sources_own_classes_do_not_load_a_patched_checkpoint(tmp_path: Path
     assert {name: found[name] for name in theirs} == {
         "AutoConfig": "modeling_surgeon.SurgeonConfig",
         "AutoModelForImageTextToText": "modeling_surgeon.SurgeonModel",
+    }
+
+
+@pytest.mark.parametrize("entries", [None, [], "modeling.Model"])
+def test_an_auto_map_that_is_none_is_as_if_it_were_not_there(entries: Any, tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "auto_map": entries}))
+    apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
+    written = json.loads((tmp_path / "patched" / "config.json").read_text())["auto_map"]
+    assert set(written.values()) <= {f"modeling_surgeon.{name}" for name in ("SurgeonConfig", "SurgeonModel")} | {
+        "modeling_surgeon.SurgeonQwen3VLModel"
     }

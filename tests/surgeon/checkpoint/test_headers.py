@@ -96,3 +96,11 @@ def test_what_is_no_safetensors_file(tmp_path: Path) -> None:
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
     with pytest.raises(CheckpointError, match="git-lfs"):
         read_header(pointer)
+
+
+def test_a_tensor_without_elements_lies_where_the_next_begins(tmp_path: Path) -> None:
+    """Whichever the header names first."""
+    two = {"w": entry("F32", [2], 0, 8), "none": entry("F32", [0, 4], 0, 0)}
+    for names in (("w", "none"), ("none", "w")):
+        tensors = read_header(write_raw(tmp_path / "a", {name: two[name] for name in names}, bytes(8)))
+        assert (tensors["none"].nbytes, tensors["w"].nbytes) == (0, 8)

@@ -155,6 +155,8 @@ def test_side_files(single: Path) -> None:
 def test_dtype_counts_elements_and_prefers_more_than_8_bits(tmp_path: Path) -> None:
     directory = write_config(tmp_path / "q", text_config={"dtype": "float16"})
     assert Checkpoint.open(directory, weights="optional").dtype == torch.float16
+    older = write_config(tmp_path / "older", torch_dtype="bfloat16")  # as transformers wrote it before its version 5
+    assert Checkpoint.open(older, weights="optional").dtype == torch.bfloat16
     tensors = {"w": torch.zeros(100).to(torch.float8_e4m3fn), "e": torch.zeros(20).bfloat16(), "s": torch.zeros(2)}
     save_file({**tensors, "ids": torch.zeros(500, dtype=torch.int64)}, directory / "model.safetensors")
     assert Checkpoint.open(directory).dtype == torch.bfloat16

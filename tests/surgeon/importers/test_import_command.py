@@ -28,6 +28,7 @@ def test_says_what_it_made_and_warns_on_stderr(tmp_path: Path) -> None:
     assert "grafted mixin at layers 3" in done.stdout
     (warning,) = done.stderr.splitlines()
     assert warning.startswith("warning: ") and "no tokenizer" in warning
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["image_token_id"] == 500
 
     again = run(source, tmp_path / "out", "--overwrite", "--json")
     found = json.loads(again.stdout)

@@ -104,12 +104,19 @@ def test_what_a_config_leaves_out_is_what_the_authors_code_takes(tmp_path: Path)
         for part, keys in (("llm_config", [*llm, "rope_theta"]), ("vision_config", vision)):
             for key in keys:
                 config[part].pop(key, None)
+        config["llm_config"].pop("bias", None)
 
-    import_checkpoint(golden_checkpoint(tmp_path / "source", change=leave_out), tmp_path / "out", image_token_id=500)
+    def with_biases(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.endswith((".wqkv.weight", ".wo.weight"))]:
+            tensors[name.replace("weight", "bias")] = torch.zeros(len(tensors[name]))
+
+    source = golden_checkpoint(tmp_path / "source", change=leave_out, change_tensors=with_biases)
+    import_checkpoint(source, tmp_path / "out", image_token_id=500)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     text = config["text_config"]
     assert text["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
     llm.pop("rope_scaling")
+    assert text["attention_bias"] is True
     assert {key: text[key] for key in llm} == llm
     assert {key: config["vision_config"][key] for key in vision} == vision
     assert load(tmp_path / "out").model.language_model.norm.variance_epsilon == 1e-6
@@ -256,3 +263,12 @@ def test_overwriting_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(SurgeonError, match="--overwrite"):
         import_checkpoint(source, tmp_path / "out")
     import_checkpoint(source, tmp_path / "out", overwrite=True)
+
+
+def test_one_file_of_another_name_has_an_index(tmp_path: Path) -> None:
+    """Without one nothing would find it."""
+    source = publish(tiny_model("internvl", text_type="llama"), tmp_path / "source", "internlm2", shards=1)
+    (file,) = source.glob("*.safetensors")
+    assert file.name != "model.safetensors"
+    import_checkpoint(source, tmp_path / "out", image_token_id=3)
+    load(tmp_path / "out")

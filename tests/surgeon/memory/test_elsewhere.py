@@ -12,13 +12,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+    Qwen3VLConfig,
+)
 
 from checkpoints import MODEL_TYPES, tiny_model
 from command import ROOT
 from patching import apply, batch, picture, randomise_grafts
 from surgeon import models
 from surgeon.memory.graft import Graft
+from surgeon.memory.patched import patched_config_class
 
 GRID = (1, 4, 6)
 
@@ -183,3 +190,12 @@ def test_the_base_model_takes_its_arguments_in_order(model: PreTrainedModel) -> 
         assert torch.equal(model(ids, mask, **kwargs).logits, model.lm_head(expected))
         (tuple_first, *_) = model.model(ids, mask, return_dict=False, **kwargs)
         assert torch.equal(tuple_first, expected)
+
+
+class TheirConfig(patched_config_class(Qwen3VLConfig)):  # type: ignore[misc]
+    """As a user would derive one."""
+
+
+def test_a_class_that_somebody_derived_is_pickled_as_theirs() -> None:
+    again = pickle.loads(pickle.dumps(TheirConfig()))
+    assert type(again) is TheirConfig

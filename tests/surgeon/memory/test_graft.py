@@ -1,5 +1,6 @@
 """What every graft has: values at insertion that follow from what a parameter is, and weights used through modules."""
 
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
@@ -87,3 +88,20 @@ def test_every_projection_is_called() -> None:
         keys, values = graft.remember(embeds, angles[0])
         graft.recall(hidden_states, keys, values, torch.ones(1, 3, dtype=torch.bool), None, angles[1])
         assert called == {name for name, _ in graft.named_children()}
+
+
+def test_a_branch_shares_keys_among_as_many_query_heads_as_the_backbone() -> None:
+    """Also where its heads together are wider than its hidden states, as Qwen3-VL-4B's are."""
+    text = SimpleNamespace(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+    )
+    for latent, key_value_heads in ((512, 1), (1024, 2)):
+        with torch.device("meta"):
+            branch = PersistentVisualMemory.from_config(text, {"latent": latent})
+        assert branch.q_proj.out_features // 128 == 4 * key_value_heads
+        assert branch.k_proj.out_features == 128 * key_value_heads

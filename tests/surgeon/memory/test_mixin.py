@@ -1,11 +1,14 @@
 """CoMemo's mixin layer: the authors' numbers, and what it does where there is nothing to see."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
 from golden import published_mixin
 from surgeon.memory.mixin import Mixin
+from surgeon.memory.rms_norm import RMSNorm
 from surgeon.memory.rotary import Rope
 
 
@@ -90,3 +93,11 @@ def test_each_frequency_turns_with_its_axis() -> None:
     torch.testing.assert_close(cos[0, 0], angles.cos())
     plain, _ = rope(torch.tensor([[[3]]]))  # text that was given one axis alone
     torch.testing.assert_close(plain[0, 0], (3 * rope.inv_freq()).cos())
+
+
+def test_its_norms_have_the_recorded_epsilon() -> None:
+    """Which need not be the backbone's."""
+    options = {"num_heads": 3, "head_dim": 8, "intermediate": 40, "rope_theta": 1e4, "eps": 1e-3}
+    block = Mixin.from_config(SimpleNamespace(hidden_size=24, rms_norm_eps=1e-6), options)
+    norms = [module for module in block.modules() if isinstance(module, RMSNorm)]
+    assert norms and block.eps == 1e-3 and all(norm.eps == 1e-3 for norm in norms)

@@ -54,6 +54,8 @@ def test_the_effect_of_a_change() -> None:
     off = [(before[0][0], before[0][1] + 0.1)]
     steady = compare_effect(off, [(after, after + 0.1)])  # an error of the rest is no error of the change
     assert (steady.noise, steady.error) == pytest.approx((0.1 * 2**0.5 / 5, 0))
+    twice = compare_effect(before * 2, [(after, before[0][1]), (after, after)])  # left out in one case of two
+    assert (twice.size, twice.error) == pytest.approx((0.2, 0.5**0.5))
     nothing = compare_effect(before, before)
     assert (nothing.size, nothing.error) == (0, 0)
     assert np.isnan(compare_effect(before, [(after, np.array([[np.inf, 4.0]]))]).error)

@@ -186,6 +186,9 @@ def test_the_first_wrong_layer_is_named() -> None:
     faulty = Toy(lambda x: x + np.float32(1), layer_faults={1: lambda v: v * 1.5, 2: lambda v: v * 9})
     report = validate(Toy(), faulty, CASES, ladder.FP32, steps=2)
     assert (report.cases[0].first_wrong or "").startswith("hidden_states.1, row 0")
+    broken = Toy(lambda x: x * np.float32("nan"), layer_faults={1: lambda v: v * np.nan, 2: lambda v: v * np.nan})
+    first = validate(Toy(), broken, CASES, ladder.FP32, steps=2).cases[0].first_wrong or ""
+    assert first.startswith("hidden_states.1, row 0: ") and "NaN or infinite" in first
     missing = Toy(lambda x: x + np.float32(1))
     missing.tensors = lambda prompts: {}  # type: ignore[method-assign]
     assert validate(Toy(), missing, CASES, ladder.FP32).cases[0].first_wrong == "hidden_states.0: missing"
