@@ -46,9 +46,9 @@ def test_patch_by_arguments_and_by_the_recipe_it_wrote(source: Path, tmp_path: P
 def test_weights_are_copied_or_linked_as_asked(source: Path, tmp_path: Path, how: str) -> None:
     done = run("patch", source, tmp_path / "out", "--pass", PVM, "--weights", how)
     assert done.exit_code == 0, done.stderr
-    assert os.path.samefile(source / "model.safetensors", tmp_path / "out" / "model-base.safetensors") == (
-        how == "link"
-    )
+    files, own = (list(folder.glob("*.safetensors")) for folder in (tmp_path / "out", source))
+    shared = {file.stat().st_ino for file in files} & {file.stat().st_ino for file in own}
+    assert len(shared) == (len(own) if how == "link" else 0)
 
 
 def test_the_seed_that_was_asked_for_is_taken_whatever_the_recipe_says(source: Path, tmp_path: Path) -> None:
