@@ -180,6 +180,20 @@ def test_what_no_number_of_stages_makes_fit_is_told(monkeypatch: pytest.MonkeyPa
     assert asked == [3, 2, 1]
 
 
+@pytest.mark.parametrize(("capability", "largest"), [(80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99)])
+def test_a_program_may_have_all_of_its_shared_memory_and_no_more(
+    capability: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KiB of a thread block, as NVIDIA's CUDA programming guide has them for each compute capability."""
+    job = Job(small_pvm("float16", 1)[0], capability)
+    kernel = {"entry": "k", "ptx": HEAD + "{ ret; }", "shared": largest << 10, "num_warps": 4, "scratch": 0}
+    monkeypatch.setattr(aot, "_compile", lambda jobs, cache: [kernel])
+    assert compile_launches([job])[0].shared == largest << 10
+    kernel["shared"] = (largest << 10) + 1
+    with pytest.raises(CompileError, match=f"{capability} needs {largest} KiB of shared memory, which has {largest}:"):
+        compile_launches([job])
+
+
 def test_an_unknown_capability_is_told() -> None:
     with pytest.raises(CompileError, match="compute capability 75; there are 80, 86"):
         compile_launches([Job(small_pvm("float16", 1)[0], 75)])

@@ -126,6 +126,17 @@ def test_a_drawn_workload_is_what_the_plain_definition_takes() -> None:
     torch.testing.assert_close(output, onto + expected, rtol=1e-4, atol=1e-5)
 
 
+def test_launches_are_measured_under_the_names_that_a_graft_asks_for() -> None:
+    """The angles of a graft in half precision are fp32."""
+    graft, size = mixin_graft().to(torch.bfloat16), Size(length=3, slots=20)
+    for (chain, types), count in ((reading(graft, size), size.length), (filling(graft, size), size.slots)):
+        tensors = draw(types, "cpu")
+        tensors["cos"], tensors["sin"] = graft.rope(torch.arange(count).expand(1, 1, count))
+        asked = plan(chain, {name: launch.type_of(tensor) for name, tensor in tensors.items()})
+        names = [tuned.key(each.step, each.inputs) for each in plan(chain, types)]
+        assert names == [tuned.key(each.step, each.inputs) for each in asked]
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Up to the GPU: the shapes of the keys that it is asked to measure with."""

@@ -103,3 +103,19 @@ def test_without_a_gpu_blocks_follow_the_rule() -> None:
         pytest.skip("there is one")
     chain, types = reading(pvm_graft(), Size(slots=20))
     assert plan(chain, types, tuned.choose) == plan(chain, types, by_rule)
+
+
+def test_of_several_gpus_the_current_one_says_which_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, types = reading(pvm_graft(), Size(slots=50, dtype="float32"))
+    first = plan(chain, types)[0]
+    blocks = {
+        "NVIDIA Other": dataclasses.replace(first.blocks, num_warps=2),
+        GPU: dataclasses.replace(first.blocks, num_warps=8),
+    }
+    for gpu, best in blocks.items():
+        tuned.keep(gpu, "3.6.0", {tuned.key(first.step, first.inputs): measured(best)})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuned, "_gpu_name", lambda index: list(blocks)[index])
+    for index, best in enumerate(blocks.values()):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
+        assert tuned.choose(first.step, first.inputs) == best

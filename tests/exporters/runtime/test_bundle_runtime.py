@@ -183,6 +183,17 @@ def test_hidden_states(pair: Pair) -> None:
     assert state.extra[names[0]].shape == (1, 1, 64)
 
 
+def test_hidden_states_of_a_step_outlast_the_next(pair: Pair) -> None:
+    runtime = BundleRuntime(pair.bundle, threads=1, extra_outputs=["hidden_states.1"])
+    state, logits = runtime.start(runtime.prepare(PROMPTS[:1]))
+    kept = []
+    for _ in range(3):
+        logits = runtime.step(state, logits.argmax(-1))
+        kept.append((state.extra["hidden_states.1"], state.extra["hidden_states.1"].copy()))
+    for hidden_states, at_once in kept:
+        np.testing.assert_array_equal(hidden_states, at_once)
+
+
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float16, 0.1), (torch.bfloat16, 1.0)], ids=str)
 def test_half_precision_is_close(export: Export, dtype: torch.dtype, atol: float) -> None:
     """Logits are spread over a dozen units, and rounding is 2^-11 and 2^-8 of each value, layer after layer."""

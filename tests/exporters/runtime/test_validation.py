@@ -407,6 +407,14 @@ def test_other_families_and_other_grafts_are_refused_in_one_line(export: Export,
     assert_refused(run("validate", pair.bundle, family), "not forms of one model", "qwen2_5_vl", "qwen3_vl")
 
 
+def test_tiles_in_another_order_are_refused_in_one_line(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "internvl", num_hidden_layers=1)
+    apply(source, tmp_path / "rows", "rope-dhr")
+    apply(source, tmp_path / "columns", "rope-dhr:tile_order=column")
+    refused = run("validate", tmp_path / "rows", tmp_path / "columns")
+    assert_refused(refused, "not forms of one model", "positions", "row", "column")
+
+
 def test_other_prompts_fail_in_words(export: Export, tmp_path: Path) -> None:
     pair = export("qwen3_vl")
     other = Path(shutil.copytree(pair.checkpoint, tmp_path / "other"))

@@ -1,4 +1,5 @@
-"""The graphs that TensorRT is given compute what the bundle's own do: every family, pass and dtype, on the CPU."""
+"""The graphs that TensorRT is given compute what the bundle's own do: every family, pass and dtype, on the CPU; and the
+plan says what they will need."""
 
 import itertools
 import zlib
@@ -15,8 +16,8 @@ from engines import CASES, Case
 from exporters.onnx.manifest import Port
 from exporters.runtime.rewrites import EmulateBFloat16
 from exporters.tensorrt.plan import make_plan
-from exporters.tensorrt.profiles import Limits, split_dimension
-from pairs import MIXIN, PVM, Pair
+from exporters.tensorrt.profiles import Limits, Range, split_dimension
+from pairs import MAX_LENGTH, MIXIN, PVM, Pair
 
 # both passes in one model: every family, pass and dtype is there, in as few exports as that takes
 EVERY = [
@@ -83,3 +84,13 @@ def run(model: ir.Model, feeds: dict[str, np.ndarray], bundle: Path) -> list[np.
     kinds = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
     given = {i.name: feeds[i.name].astype(kinds.get(i.type, feeds[i.name].dtype)) for i in session.get_inputs()}
     return [output.astype(np.float32) for output in session.run(None, given)]
+
+
+def test_caches_and_memory_are_those_of_the_largest_request(bundle_of: Callable[[Case], Pair]) -> None:
+    pair = bundle_of(CASES[0])
+    text = pair.inputs.config.text_config
+    plan = make_plan(pair.bundle, "tensorrt-rtx", Limits(batch=Range.of(1, 4), visual_tokens=Range.of(1, 300)))
+    # keys and values, in fp16: of every layer, and of two grafts, which have one head for them
+    head = 2 * text.head_dim
+    assert plan.cache_bytes == text.num_hidden_layers * 2 * 4 * MAX_LENGTH * text.num_key_value_heads * head
+    assert plan.memory_bytes == 2 * 2 * 4 * 300 * head

@@ -140,6 +140,15 @@ def test_limits_that_do_not_fit(bundle_of: BundleOf, limits: dict[str, str], exp
     assert "\n" not in str(raised.value)
 
 
+def test_tiles_that_go_to_the_memory_alone_need_no_room_in_the_caches(bundle_of: BundleOf) -> None:
+    bundle = bundle_of(INTERNVL).bundle
+    manifest, limits = Manifest.load(bundle), Limits(picture_tokens=Range.of(9, 270))
+    with pytest.raises(EngineError, match=r"--picture-tokens 9..270: .* hold 256 tokens"):
+        make_profiles(bundle, manifest, limits)
+    of_memory = make_profiles(bundle, manifest.model_copy(update={"allocation": "memory"}), limits)
+    assert of_memory["vision"][0].sizes["T"].max == 30 and of_memory["memory"][0].sizes["M"].max == 270
+
+
 def test_a_tile_is_the_least(bundle_of: BundleOf) -> None:
     with pytest.raises(EngineError, match="one tile of this model has 9 tokens already"):
         profiles(bundle_of, INTERNVL, picture_tokens="1..8")

@@ -219,6 +219,16 @@ def test_more_than_the_engines_take(export: Export, make: Make) -> None:
         make(export("qwen3_vl"), room).start(two)
 
 
+def test_more_pictures_over_several_turns_than_the_engines_memory_holds(export: Export, make: Make) -> None:
+    room = Limits(prefill=LIMITS.prefill, picture_tokens=Range.of(1, 12), visual_tokens=Range.of(1, 12))
+    runtime = make(export("qwen3_vl"), room)
+    state, _ = runtime.start(runtime.prepare([Prompt("a", (picture(84, 84),))]))
+    slots = state.memory_mask.shape[1]
+    assert slots <= 12 < 2 * slots
+    with pytest.raises(EngineError, match=rf"{2 * slots} visual tokens in a row, the engines' memory holds 12"):
+        runtime.append(state, runtime.prepare([Prompt("b", (picture(84, 84),))]))
+
+
 def test_an_engine_that_was_left_out(export: Export, make: Make) -> None:
     runtime = make(export("qwen3_vl"), graphs=("embed", "vision", "memory"))
     with pytest.raises(EngineError, match="has no engine of decoder: build it without --graph"):

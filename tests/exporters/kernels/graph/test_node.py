@@ -1,10 +1,13 @@
 """Chains planned as nodes: forms, splits, shapes, and what their kernels were compiled to."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from exporters.kernels import pvm
+from exporters.kernels import aot, pvm
 from exporters.kernels.graph.node import KernelNode, compile_nodes, plan_nodes
 from exporters.kernels.kernel import Blocks, Step
 from exporters.kernels.plan import TensorType, by_rule
@@ -114,3 +117,20 @@ def test_every_target_has_a_kernel_that_runs_there() -> None:
     assert all(".entry" in kernel["ptx"] for form in found["forms"] for kernel in form["kernels"])
     with pytest.raises(EngineError, match="need compute capability 8.0, and sm75 is older"):
         capabilities(["sm75", "sm80"])
+
+
+def test_what_is_too_large_for_a_smaller_gpu_takes_fewer_stages_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As blocks that were measured on a larger one may be."""
+
+    def compile_large_stages(jobs: Sequence[aot.Job], cache: Path | None) -> list[dict[str, Any]]:
+        kernel = {"entry": "k", "ptx": ".entry k()\n{ ret; }", "num_warps": 4, "scratch": 0}
+        return [kernel | {"shared": job.launch.blocks.num_stages * (60 << 10)} for job in jobs]
+
+    def choose(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
+        return dataclasses.replace(by_rule(step, inputs), num_stages=3)
+
+    monkeypatch.setattr(aot, "_compile", compile_large_stages)
+    ranges = profiles(length=8)
+    text = plan_nodes(pvm.chain(1e-6), GIVEN, reaches_of(ranges), largest(ranges), choose)[0]
+    for form in compile_nodes({"pvm_text": text}, [80, 89, 90])["pvm_text"]["forms"]:
+        assert [kernel["shared"] >> 10 for kernel in form["kernels"]] == [120, 60, 180]

@@ -34,10 +34,11 @@ def test_the_exported_function_equals_the_authors() -> None:
 def test_it_equals_the_definition_where_rows_differ(
     dtype: torch.dtype, tolerance: float, visibility: Visibility
 ) -> None:
-    """One row full, one padded, one without memory; one token or many; several axes of positions."""
+    """One row full, one padded, one without memory; one token or many; several axes of positions; an epsilon that
+    shows in every norm."""
     torch.manual_seed(0)
     rope = Rope(8, 1e4, axes=(0, 1, 2, 1))
-    graft = Mixin(48, num_heads=3, intermediate_size=40, rope=rope, eps=1e-6)
+    graft = Mixin(48, num_heads=3, intermediate_size=40, rope=rope, eps=0.1)
     with torch.no_grad():
         for parameter in graft.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -16,6 +17,7 @@ from exporters.onnx.bundle import export_bundle
 from exporters.onnx.manifest import Manifest
 from exporters.onnx.precision import measure as measuring
 from exporters.onnx.precision.fit import fit_float16
+from exporters.onnx.precision.widen import WidenToFloat32
 from exporters.runtime.validation import validate_pair
 from pairs import MAX_LENGTH, PVM, Pair, open_gates
 from patching import apply
@@ -219,3 +221,16 @@ def test_what_attention_would_take_is_refused(tmp_path: Path) -> None:
     scaled(source, {"language_model.layers.1.self_attn.v_proj.weight": 2.0**16})
     with pytest.raises(BundleError, match=r"layers\.1 \(Gemm self_attn\.v_proj\).*bf16"):
         export_bundle(source, tmp_path / "bundle", dtype=torch.float16, max_length=MAX_LENGTH)
+
+
+@pytest.mark.parametrize("overflowing", ["y", "wide"])
+def test_what_the_next_graph_would_take_is_refused(overflowing: str) -> None:
+    """An output of the graph, or what is reshaped into one."""
+    text = """<ir_version: 10, opset_import: ["": 24]>
+    features (float16[B, 4] x, float16[4, 4] w, int64[2] shape) => (float16[B, 4] y) {
+        wide = MatMul (x, w)
+        y = Reshape (wide, shape)
+    }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    with pytest.raises(BundleError, match=r"it leaves features\.onnx.*bf16"):
+        WidenToFloat32([overflowing])(model)

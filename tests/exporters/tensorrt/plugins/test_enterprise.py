@@ -89,11 +89,12 @@ def defined(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, dict[st
         setattr(plugin, what, decorator(what))
     plugin.from_shape_expr = TensorDesc
     library: Any = types.ModuleType("tensorrt")
-    library.DataType = types.SimpleNamespace(FLOAT="FLOAT", INT32="INT32", BF16="BF16", BOOL="BOOL")
+    library.DataType = types.SimpleNamespace(FLOAT="FLOAT", HALF="HALF", INT32="INT32", BF16="BF16", BOOL="BOOL")
     library.NetworkDefinitionCreationFlag = types.SimpleNamespace(PREFER_AOT_PYTHON_PLUGINS=3)
     monkeypatch.setitem(sys.modules, "tensorrt", library)
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", plugin)
-    flags = enterprise.register(library, {"pvm_attend": DESCRIBED})
+    in_half = {"inputs": ["float16", "bool"], "outputs": [DESCRIBED["outputs"][0] | {"dtype": "float16"}]}
+    flags = enterprise.register(library, {"pvm_attend": DESCRIBED, "pvm_text": DESCRIBED | in_half})
     yield found, flags
 
 
@@ -126,6 +127,14 @@ def test_forms_are_tactics_of_one_combination(defined: Any) -> None:
     (combination,) = defined[0]["pvm_attend"]["autotune"](*INPUTS, ())
     assert combination.io_types.split(", ") == ["BF16", "BOOL", "FP32", "INT32"]
     assert (combination.layouts, combination.tactics) == ("LINEAR", [1, 2])
+
+
+def test_float16_is_called_otherwise_in_a_combination_than_among_dtypes(defined: Any) -> None:
+    """By the library's documentation: "FP32" and "FP16" in combinations, other dtypes by their names."""
+    functions = defined[0]["pvm_text"]
+    (output,) = functions["register"](*INPUTS)
+    (combination,) = functions["autotune"](*INPUTS, ())
+    assert output.dtype == "HALF" and combination.io_types.split(", ") == ["FP16", "BOOL", "FP16"]
 
 
 @pytest.mark.parametrize(
