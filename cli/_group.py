@@ -1,5 +1,6 @@
 """The group of commands: how they are found, and what becomes of what they raise."""
 
+import errno
 import importlib
 import pkgutil
 import traceback
@@ -42,5 +43,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return "interrupted", 130
         case SurgeonError():
             return f"error: {error}", error.exit_code
+        case OSError(errno=errno.ENOSPC):
+            return "error: no space is left where the output goes", 2
     reason = next(iter(str(error).strip().splitlines()), "")
     return f"error: unexpected {type(error).__name__}: {reason} (run with --debug to see where)", 3

@@ -116,7 +116,7 @@ class Inputs:
         self.image_processor = image_processor
         self.chat_template = chat_template
         self.image_token = family.placeholder(config, tokenizer)
-        self._generation_config = generation_config or {}
+        self.generation_config = generation_config or {}
 
     @classmethod
     def from_directory(cls, path: Path | str, family: Family | None = None) -> "Inputs":
@@ -258,7 +258,7 @@ class Inputs:
         """The ids that end a generation: those of generation_config.json, else of the config, else the tokenizer's."""
         text = self.family.text_config(self.config)
         candidates = (
-            self._generation_config.get("eos_token_id"),
+            self.generation_config.get("eos_token_id"),
             getattr(text, "eos_token_id", None),
             getattr(self.config, "eos_token_id", None),
             self.tokenizer.eos_token_id,
@@ -271,7 +271,7 @@ class Inputs:
     @property
     def pad_token_id(self) -> int:
         """The id that rows are padded with."""
-        for found in (self.tokenizer.pad_token_id, self._generation_config.get("pad_token_id"), *self.eos_token_ids):
+        for found in (self.tokenizer.pad_token_id, self.generation_config.get("pad_token_id"), *self.eos_token_ids):
             if found is not None:
                 return int(found)
         return 0

@@ -49,18 +49,15 @@ def answer(
     prepared = inputs.prepare([prompt], positions=positions)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load(directory, device=device)
-    settings = GenerationConfig(
+    # in the place of the checkpoint's: what a config given to `generate` does not say would be taken from there
+    model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        # Spelled out, because what is None here is taken from the checkpoint's generation_config.
         do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
         eos_token_id=list(inputs.eos_token_ids) or None,
         pad_token_id=inputs.pad_token_id,
     )
     ids = model.generate(
         **prepared.model_kwargs(model.dtype, device),
-        generation_config=settings,
         logits_processor=LogitsProcessorList([_Drawn(sampling or Sampling())]),
         streamer=None if on_text is None else _Streamer(inputs, on_text),
     )

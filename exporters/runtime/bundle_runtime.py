@@ -102,14 +102,15 @@ class BundleRuntime(Runtime):
         return self._read(state, self.decoder.execute(self._bind(feeds | memory, state, rows)))
 
     def decode(self, state: State, changing: dict[str, np.ndarray], fixed: dict[str, np.ndarray]) -> np.ndarray:
-        if state.binding is None:
+        binding = state.bound()
+        if binding is None:
             memory = {name: as_value(tensor.contiguous()) for name, tensor in state.memory.items()}
-            state.binding = self._bind(self._known(changing | fixed) | memory, state, slice(None))
+            binding = state.bind(self._bind(self._known(changing | fixed) | memory, state, slice(None)))
         else:
-            self.decoder.bind_inputs(state.binding, changing)
+            self.decoder.bind_inputs(binding, changing)
             for name in ("logits", *self.extra_outputs):
-                self.decoder.bind_new_output(state.binding, name)
-        return self._read(state, self.decoder.execute(state.binding))
+                self.decoder.bind_new_output(binding, name)
+        return self._read(state, self.decoder.execute(binding))
 
     # -- inside ------------------------------------------------------------------------------------------------
     def _bind(self, feeds: dict[str, np.ndarray | ort.OrtValue], state: State, rows: slice) -> ort.IOBinding:

@@ -10,10 +10,13 @@ from exporters.onnx.digests import Progress, sha256_of_files
 from exporters.onnx.manifest import Manifest
 from exporters.onnx.weights import FOLDER
 from exporters.runtime.runtime import PROCESSOR
+from surgeon import __version__
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import BundleError, CheckpointError
+from surgeon.families import family
 from surgeon.memory.patched import RECORD
 from surgeon.parity.report import Check
+from surgeon.remote_code import travelling_files
 
 
 def check_bytes(a: str | Path, b: str | Path | None = None, progress: Progress | None = None) -> list[Check]:
@@ -99,12 +102,27 @@ def _patched(a: str | Path, b: str | Path) -> Check:
                 f"{patched.directory} was made of {made_of.get('name')}, {str(made_of.get('fingerprint'))[:12]}, and "
                 f"{source.directory} is {source.fingerprint()[:12]}: another checkpoint, or altered since"
             )
+        failures += _code(patched)
         names = [name for name in source.tensors if not _same_tensor(source, patched, name)]
         failures += [f"{patched.directory}: {name} is not that of {source.directory}" for name in names[:10]]
         if len(names) > 10:
             failures.append(f"and {len(names) - 10} more tensors")
         said = f"{len(source.tensors)} tensors of {patched.directory} are those of {source.directory}, byte for byte"
         return Check("bytes", said, failures)
+
+
+def _code(patched: Checkpoint) -> list[str]:
+    """The Python that travels with a checkpoint of this version, which transformers runs where this tool is not."""
+    record = patched.config.get(RECORD) or {}
+    if record.get("version") != __version__:
+        return []
+    kinds = sorted({entry["kind"] for entry in record.get("grafts", [])})
+    described = family(patched.config["model_type"])
+    return [
+        f"{patched.directory / name} is not what this version writes: patch the source again"
+        for name, text in travelling_files(described, kinds).items()
+        if not (patched.directory / name).is_file() or (patched.directory / name).read_text(encoding="utf-8") != text
+    ]
 
 
 def _same_tensor(source: Checkpoint, other: Checkpoint, name: str) -> bool:
@@ -143,7 +161,13 @@ def _exported(directory: str | Path, bundle: Path, progress: Progress | None) ->
             for name, path in shared.items()
             if digests[path] != manifest.weights[name].sha256
         ]
-    return Check("bytes", f"{bundle} was exported from {directory}, {len(shared)} weight files byte for byte", failures)
+    converted = sum(weights.how == "converted" for weights in manifest.weights.values())
+    said = f"{bundle} records the fingerprint of {directory}"
+    if shared:
+        said += f", and {len(shared)} weight file{'s' * (len(shared) > 1)} byte for byte"
+    if converted:
+        said += f"; {converted} converted, of whose source the fingerprint alone is compared, not every byte"
+    return Check("bytes", said, failures)
 
 
 def _built(bundle: Path, engines: Path) -> Check:

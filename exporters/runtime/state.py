@@ -32,12 +32,28 @@ class State:
     """int64 [B, M]: where in its row's sequence what is in a slot stands; 0 where a row does not use it."""
     extra: dict[str, np.ndarray] = field(default_factory=dict)
     """The extra outputs of the latest call, by name, fp32 where they are floating."""
-    binding: Any = None
-    """What the runtime prepared for a decoding step, with everything bound that does not change from step to step."""
+    binding: tuple[Any, list[Any]] | None = None
+    """What a runtime prepared for a decoding step, and the arrays that it bound; see `bound`."""
 
     @property
     def batch_size(self) -> int:
         return len(self.lengths)
+
+    def bound(self) -> Any:
+        """What `bind` was given; None where nothing was, or where other arrays hold the request since: of rows that
+        were selected or copied."""
+        if self.binding is None or list(map(id, self.binding[1])) != list(map(id, self._arrays())):
+            return None
+        return self.binding[0]
+
+    def bind(self, prepared: Any) -> Any:
+        """Keep what a runtime prepared for a decoding step, with everything bound that does not change from step to
+        step."""
+        self.binding = prepared, self._arrays()
+        return prepared
+
+    def _arrays(self) -> list[Any]:
+        return [*self.caches.values(), *self.memory.values(), self.memory_mask]
 
     def remember(self, entries: Mapping[str, Tensor], mask: np.ndarray, places: np.ndarray) -> None:
         """Put keys and values `memory_*` [B, Hm, M', hd], of which a row uses those in mask bool [B, M'], behind what

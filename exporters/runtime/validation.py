@@ -160,7 +160,10 @@ class _Pair:
         self.tuned = {gate for gate, own in grafts.items() if changed & set(own)}
         in_grafts = {name for own in grafts.values() for name in own}
         which = "the other tensors" if changed or difference.missing else f"all {_count(difference.compared)}"
-        check = Check("weights", f"{which} of the reference are in the subject, value for value")
+        alike = "value for value"
+        if difference.rounded:
+            alike = f"{_first(difference.rounded)} of them as {self.subject.dtype} rounds it, the rest value for value"
+        check = Check("weights", f"{which} of the reference are in the subject, {alike}")
         if difference.missing:
             check.failures.append(f"{_first(difference.missing)} of the reference not in the subject")
         for part, allowed, names in (
@@ -191,7 +194,9 @@ class _Pair:
             # first as they are: the backbone that was tuned is then put into the reference
             report.comparisons.append(self._run(MOVED if moved and not closing else TUNED))
         if closing:
-            report.notes.append(f"gates, largest value: {_said({n: b.get(n, a.get(n, 0.0)) for n in sorted(apart)})}")
+            report.notes.append(
+                f"gates, largest value: {_said({n: max(a.get(n, 0.0), b.get(n, 0.0)) for n in sorted(apart)})}"
+            )
         if self.backbone_tuned:
             if not (added or moved):
                 report.remedy = (
@@ -206,15 +211,19 @@ class _Pair:
         report.comparisons.insert(0, judged)
         self._open(report, judged, closing, moved)
 
-    def _open(self, report: Report, closed: Comparison, closing: Mapping[str, float], moved: bool) -> None:
+    def _open(self, report: Report, judged: Comparison, closing: Mapping[str, float], moved: bool) -> None:
         """Compare again with the gates opened that are closed in both: a closed gate hides whatever is behind it."""
         if self._checkpoints or not (self._grafts(self.reference) or self._grafts(self.subject)):
             return
         if not (self._grafts(self.reference) and self._grafts(self.subject)):
             report.notes.append("the grafts were not judged, one of the two has none: compare patched forms")
             return
-        if not any(prompt.images for case in self.cases for prompt in case.prompts):
-            report.notes.append("the grafts were not judged: no prompt has a picture")
+        if not any(len(logits) for logits, _ in judged.after_pictures):
+            report.nothing_proved = True
+            report.remedy = (
+                "no prompt with a picture was compared, so nothing is known of the grafts: give --image, or a bundle "
+                "of a larger --max-length"
+            )
             return
         a, b = self.reference.gates(), self.subject.gates()
         known = a or b
@@ -232,9 +241,9 @@ class _Pair:
             )
             return
         report.notes.append(f"{what}: both were also compared with these opened to {OPENED:g} in memory")
-        opened = self._run(closed.rung, "gates opened in memory", {**closing, **dict.fromkeys(dim, OPENED)}, moved)
+        opened = self._run(judged.rung, "gates opened in memory", {**closing, **dict.fromkeys(dim, OPENED)}, moved)
         if opened.rung.name in MAX_EFFECT_ERROR:
-            self._judge_effect(closed, opened)
+            self._judge_effect(judged, opened)
         report.comparisons.insert(1, opened)
 
     def _judge_effect(self, closed: Comparison, opened: Comparison) -> None:

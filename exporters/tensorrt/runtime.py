@@ -83,10 +83,11 @@ class EngineRuntime(Runtime):
         return found
 
     def decode(self, state: State, changing: dict[str, np.ndarray], fixed: dict[str, np.ndarray]) -> np.ndarray:
-        if state.binding is None:
+        step = state.bound()
+        if step is None:
             feeds = changing | fixed | state.memory | state.caches
-            state.binding = self.session("decoder").repeated(feeds, _present(state.caches))
-        return _to_host(state.binding(changing)["logits"])
+            step = state.bind(self.session("decoder").repeated(feeds, _present(state.caches)))
+        return _to_host(step(changing)["logits"])
 
     def check_memory(self, slots: int) -> None:
         session = self.session("decoder")

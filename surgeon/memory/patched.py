@@ -39,6 +39,18 @@ def patched_config_class(base: Any) -> type[PretrainedConfig]:
     return type(name, (Rebuilt, base), {**attributes, "made_by": (patched_config_class, (base,))})
 
 
+def check_visual_token_mask(mask: Tensor, tokens: Any, pictures: bool) -> None:
+    """tokens [B, S, ...], `pictures`: whether pixel values come with them. Raises ValueError for a mask that cannot be
+    theirs."""
+    if mask.dtype != torch.bool or mask.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"visual_token_mask is {mask.dtype} {list(mask.shape)}: pass torch.bool {list(tokens.shape[:2])}, one for "
+            "each token of this call"
+        )
+    if pictures and not bool(mask.any()):
+        raise ValueError("pixel values came with a visual_token_mask that is False everywhere: nothing would enter")
+
+
 def graft_model(base_model: Any, text_model: str, layer_shape: str, kinds: Mapping[str, type[Graft]]) -> None:
     """Give a plain base model its grafts, in place, by its config's record. Parameters that it had keep their names.
 
@@ -108,6 +120,9 @@ def patched_base_model_class(
                 raise ValueError("this family takes no pixel_values_videos: pass a video's frames as pictures")
             pictures = has_pictures(kwargs)
             input_ids, inputs_embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+            if kwargs.get("visual_token_mask") is not None and (pictures or input_ids is None):
+                tokens = input_ids if inputs_embeds is None else inputs_embeds
+                check_visual_token_mask(kwargs["visual_token_mask"], tokens, pictures)
             if pictures and kwargs.get("visual_token_mask") is None:
                 kwargs["visual_token_mask"] = self.visual_token_mask(input_ids, inputs_embeds)
             if not pictures:  # what the prompt brought, which later calls of a generation are given again

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 
 from surgeon.memory.pickled import Rebuilt, named_after
@@ -69,6 +70,12 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
             else:
                 memory = VisualMemory.of(past_key_values, self.config.num_hidden_layers)
                 past_length = past_key_values.get_seq_length()
+            # under torch.compile and in static caches lengths may be tensors, which are not waited for
+            if isinstance(past_length, int) and isinstance(memory.length, int) and memory.length != past_length:
+                raise ValueError(
+                    f"the cache holds {past_length} tokens and its visual memory was made for {memory.length}: it was "
+                    "filled by another model, or copied or cut without its memory, which is its last layer"
+                )
             if sample_ids is not None and past_length:
                 raise ValueError("sample_ids are of samples that are packed into one call: pass no past_key_values")
             if sample_ids is None and alone and attention_mask is None and not kwargs.get("compressed_positions"):
@@ -84,7 +91,10 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
                 standing = Slots(memory_embeds_mask, memory_places + past_length)
                 entering = Entering(memory_embeds, memory_position_ids[None], standing)
             elif visual_token_mask is not None:
-                enters = visual_token_mask if memory_token_mask is None else memory_token_mask[:, -positions.shape[2] :]
+                length = positions.shape[2]
+                enters = visual_token_mask
+                if memory_token_mask is not None:  # of the prompt, which a generation without a cache repeats, longer
+                    enters = pad(memory_token_mask[:, -length:], (0, max(0, length - memory_token_mask.shape[1])))
                 if bool(enters.any()):
                     entering = Entering.from_sequence(inputs_embeds, positions, places, enters, sample_ids)
 

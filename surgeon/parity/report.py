@@ -32,6 +32,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     remedy: str = "no case was compared; give a prompt that fits both"
     """What to do where nothing was judged."""
+    nothing_proved: bool = False
+    """What was judged says nothing of what was asked: a verdict that is not `failed` is `not judged`."""
     seconds: float = 0.0
     version: str = __version__
 
@@ -40,6 +42,8 @@ class Report:
         """`passed` where nothing failed and something was judged: of two forms their logits, else their bytes."""
         if any(check.failures for check in self.checks) or any(c.verdict == "failed" for c in self.comparisons):
             return "failed"
+        if self.nothing_proved:
+            return "not judged"
         judged = [c for c in self.comparisons if c.verdict == "passed"] if self.reference else self.checks
         return "passed" if judged else "not judged"
 

@@ -21,12 +21,13 @@ _NOT_COMPUTED = {
     "pad_token_id",
 }
 """Keys of a config that say nothing of what its model computes. Which tokens end an answer is compared on its own."""
+_NOT_OF_GENERATION = {"_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
 _NAMES = {"processor_class", "auto_map", "image_processor_type"}
 
 
 def compare_settings(reference: Inputs, subject: Inputs) -> list[str]:
     """What sets the forms apart, in words: values of their configs (a sliding window or a base of the rotary embedding
-    that no short prompt reaches), tokenizers, chat templates, image processors, the tokens that end an answer."""
+    that no short prompt reaches), tokenizers, chat templates, image processors, generation settings."""
     failures = [
         f"config.json: {name} is {_short(a)} in the reference and {_short(b)} in the subject"
         for name, a, b in _differences(_config(reference), _config(subject))
@@ -34,6 +35,12 @@ def compare_settings(reference: Inputs, subject: Inputs) -> list[str]:
     failures += [
         f"image processor: {name} is {_short(a)} in the reference and {_short(b)} in the subject"
         for name, a, b in _differences(_pictures(reference), _pictures(subject))
+    ]
+    failures += [
+        f"generation_config.json: {name} is {_short(a)} in the reference and {_short(b)} in the subject"
+        for name, a, b in _differences(
+            *(_without(i.generation_config, _NOT_OF_GENERATION) for i in (reference, subject))
+        )
     ]
     if _tokenizer(reference) != _tokenizer(subject):
         failures.append("the tokenizers are not the same: other tokens, merges or added tokens")

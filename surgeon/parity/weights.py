@@ -15,6 +15,8 @@ class WeightDifference:
     changed: list[str]
     """With other values, or of another shape."""
     missing: list[str]
+    rounded: list[str]
+    """Equal only as the other's coarser dtype rounds them, which hides what is smaller."""
 
 
 def compare_weights(reference: nn.Module, other: nn.Module) -> WeightDifference:
@@ -24,7 +26,9 @@ def compare_weights(reference: nn.Module, other: nn.Module) -> WeightDifference:
     missing = [name for name in expected if name not in found]
     changed = [name for name, tensor in expected.items() if name in found and not _equal(tensor, found[name])]
     tensors = {id(tensor) for tensor in reference.state_dict(keep_vars=True).values()}
-    return WeightDifference(len(tensors), changed, missing)
+    there = [name for name in expected if name in found and name not in changed]
+    rounded = [name for name in there if not torch.equal(expected[name], found[name].to(expected[name].dtype))]
+    return WeightDifference(len(tensors), changed, missing, rounded)
 
 
 def _equal(expected: Tensor, found: Tensor) -> bool:

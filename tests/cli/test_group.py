@@ -1,6 +1,8 @@
 """Commands are found by their files, and what breaks in one is one line and leaves nothing behind."""
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,11 @@ def test_what_breaks_half_way_is_one_line_and_leaves_nothing(
     assert entries(tmp_path) == []
     debugged = run("--debug", "patch", source, tmp_path / "out", "--pass", "pvm:layers=1")
     assert debugged.exit_code == code and "Traceback" in debugged.stderr and "in broken" in debugged.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_behind_the_output_is_one_line() -> None:
+    command = [sys.executable, "-m", "cli", "passes"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "no space is left" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -41,3 +41,15 @@ def test_a_request_for_as_many_tokens_as_it_takes_to_end_ends(tmp_path: Path) ->
     assert tokens[2] not in tokens[:2]
     assert answer(source, PROMPT, 3).finish_reason == "stop"
     assert answer(source, PROMPT, 2).finish_reason == "length"
+
+
+def test_nothing_of_the_checkpoint_but_its_end_tokens_changes_an_answer(tmp_path: Path) -> None:
+    """As of a bundle, which has nothing to obey the rest."""
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl")
+    tokens = answer(source, PROMPT, 4).token_ids
+    path = source / "generation_config.json"
+    settings = json.loads(path.read_text())
+    path.unlink()
+    unseen = {"suppress_tokens": tokens, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 3}
+    path.write_text(json.dumps(settings | unseen))
+    assert answer(source, PROMPT, 4).token_ids == tokens

@@ -397,3 +397,26 @@ def test_a_bundle_without_its_config(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "bundle" / "processor" / "config.json").unlink()
     with pytest.raises(BundleError, match=r"config\.json cannot be read"):
         BundleRuntime(tmp_path / "bundle")
+
+
+def test_rows_that_are_exchanged_between_steps_keep_their_cache_and_memory(runtime: BundleRuntime) -> None:
+    """What was bound for the steps before is another's then."""
+    inputs = runtime.prepare(PROMPTS)
+    state, logits = runtime.start(inputs)
+    token = logits.argmax(-1)
+    logits = runtime.step(state, token)
+    expected = runtime.step(state, logits.argmax(-1))
+
+    state, _ = runtime.start(inputs)
+    logits = runtime.step(state, token)
+    order = list(range(len(token)))[::-1]
+    exchanged = dataclasses.replace(
+        state,
+        lengths=state.lengths[order],
+        next_positions=state.next_positions[order],
+        caches={name: tensor[order] for name, tensor in state.caches.items()},
+        memory={name: tensor[order] for name, tensor in state.memory.items()},
+        memory_mask=state.memory_mask[order],
+        memory_places=state.memory_places[order],
+    )
+    np.testing.assert_allclose(runtime.step(exchanged, logits.argmax(-1)[order]), expected[order], atol=1e-5)

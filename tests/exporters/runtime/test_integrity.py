@@ -107,6 +107,21 @@ def test_a_patched_checkpoint_holds_its_sources_bytes(tmp_path: Path) -> None:
     assert_refused(run("validate", tmp_path / "patched", "--bytes"), "nothing is recorded", "that it was made of")
 
 
+@pytest.mark.parametrize("how", ["altered", "missing"])
+def test_the_code_that_travels_with_a_checkpoint_is_compared(how: str, tmp_path: Path) -> None:
+    """transformers runs it where this tool is not installed."""
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", num_hidden_layers=2)
+    apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
+    assert run("validate", source, tmp_path / "patched", "--bytes", "--prompt", "Hi", "--steps", 1).exit_code == 0
+    file = tmp_path / "patched" / "surgeon_memory_pvm.py"
+    text = file.read_text()
+    file.unlink()
+    if how == "altered":
+        assert "F.silu" in text
+        file.write_text(text.replace("F.silu", "F.gelu"))
+    assert_told("surgeon_memory_pvm.py is not what this version writes", source, tmp_path / "patched")
+
+
 def test_engines(export: Export, bundle: Path, tmp_path: Path) -> None:
     pair = export("qwen3_vl", dtype=torch.float16)
     engines = make_engines(pair, tmp_path / "engines", Limits(prefill=Range.of(1, 48), batch=Range.of(1, 2)))

@@ -23,6 +23,7 @@ from patching import apply
 from surgeon.checkpoint import Checkpoint
 from surgeon.console import show_report
 from surgeon.errors import SurgeonError, TooLongError
+from surgeon.models import load
 from surgeon.parity.cases import own_case
 from surgeon.parity.torch_subject import TorchSubject
 
@@ -204,6 +205,34 @@ def test_grafts_of_another_size_of_gate_are_not_blamed_on_rounding(export: Expor
     assert report.verdict == "failed"
     assert not any("rounding" in note for note in report.all_notes())
     assert any("differ without them" in note for note in report.all_notes())
+
+
+def test_without_a_picture_nothing_is_proved_of_grafts(tmp_path: Path) -> None:
+    """All prompts with one are longer than the bundle takes."""
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", num_hidden_layers=2)
+    apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
+    export_bundle(tmp_path / "patched", tmp_path / "bundle", dtype=torch.float32, max_length=32, measure=False)
+    done = run("validate", tmp_path / "patched", tmp_path / "bundle", "--steps", 1)
+    assert done.exit_code == 1, done.output
+    assert "NOT JUDGED" in done.stdout and "--max-length" in done.stdout
+
+
+def test_what_a_coarser_dtype_rounds_is_not_said_to_be_equal(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", torch.bfloat16, num_hidden_layers=1)
+    model = load(source, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "wide")
+    for file in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja"):
+        shutil.copy(source / file, tmp_path / "wide")
+    said = [
+        check.said
+        for check in validate_pair(source, tmp_path / "wide", prompt="Hello!", steps=1).checks
+        if check.name == "weights"
+    ]
+    assert said[0].endswith("value for value") and "rounds" not in said[0]
+    altered(tmp_path / "wide", "mlp.down_proj.weight")
+    report = validate_pair(source, tmp_path / "wide", prompt="Hello!", steps=1)
+    (weights,) = [check for check in report.checks if check.name == "weights"]
+    assert "1 tensor (model.language_model.layers.0.mlp.down_proj.weight) of them as bf16 rounds it" in weights.said
 
 
 def test_tied_tensors_are_counted_once(tmp_path: Path) -> None:

@@ -198,3 +198,16 @@ class TestCompressedPositions:
         memory.length += 3
         memory.crop(-1)
         assert memory.next_position is not None and memory.next_position.tolist() == [2]
+
+
+@pytest.mark.parametrize("what", ["rebuilt", "cut"])
+def test_a_cache_that_lost_its_memory_is_refused(model: PreTrainedModel, what: str) -> None:
+    """Whoever copies or cuts keys and values layer by layer leaves the pictures behind, or some that are gone."""
+    cache, position = filled(model, TURN, [FIRST])
+    if what == "rebuilt":
+        cache = DynamicCache([(layer.keys, layer.values) for layer in cache.layers[:-1]])
+    else:
+        for layer in cache.layers[:-1]:
+            layer.keys, layer.values = layer.keys[:, :, :4], layer.values[:, :, :4]
+    with pytest.raises(ValueError, match="copied or cut without its memory"):
+        continued(model, cache, position)

@@ -62,3 +62,20 @@ def test_text_alone_is_said_to_be(model: PreTrainedModel) -> None:
     with torch.no_grad():
         logits = model(inputs_embeds=embeds, visual_token_mask=torch.zeros_like(ids, dtype=torch.bool)).logits
         torch.testing.assert_close(logits, model(input_ids=ids).logits, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda mask: mask.long(), r"torch\.int64 .*: pass torch\.bool"),
+        (lambda mask: mask[:, :5], r"\[2, 5\]: pass torch\.bool \[2, "),
+        (lambda mask: torch.zeros_like(mask), "False everywhere"),
+    ],
+    ids=["dtype", "length", "nothing"],
+)
+def test_a_mask_that_cannot_be_of_these_tokens_is_refused(
+    model: PreTrainedModel, kwargs: dict[str, Any], change: Any, said: str
+) -> None:
+    mask = change(kwargs["input_ids"] == model.config.image_token_id)
+    with pytest.raises(ValueError, match=said):
+        model(**kwargs, visual_token_mask=mask)

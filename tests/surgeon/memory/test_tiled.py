@@ -198,6 +198,8 @@ def test_allocation(tiles: str, tmp_path: Path) -> None:
     assert tiny.generate(*PROMPTS) == expected
     beams = [tiny.generate(prompt, num_beams=2)[0] for prompt in PROMPTS]
     assert tiny.generate(*PROMPTS, num_beams=2) == beams
+    if tiles == "context":  # the memory alone is filled with the prompt
+        assert tiny.generate(*PROMPTS, use_cache=False) == expected
 
 
 def test_tiles_in_the_memory_alone_turn_with_the_patches_they_cover(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ CHANGES: dict[str, tuple[str, Callable[[str], str], str]] = {
     "tiles": ("preprocessor_config.json", of_json(lambda d: d.update(max_patches=3)), "max_patches is 6"),
     "tokenizer": ("tokenizer.json", of_json(lambda d: d["model"]["merges"].pop()), "tokenizers"),
     "template": ("chat_template.jinja", lambda t: t + "{% if messages|length > 4 %}?{% endif %}", "chat templates"),
+    "sampling": ("generation_config.json", of_json(lambda d: d.update(suppress_tokens=[7])), "suppress_tokens is None"),
     "end": ("generation_config.json", of_json(lambda d: d.update(eos_token_id=7)), "answers end with the tokens"),
 }
 
