@@ -218,11 +218,14 @@ class _Pair:
         if not (self._grafts(self.reference) and self._grafts(self.subject)):
             report.notes.append("the grafts were not judged, one of the two has none: compare patched forms")
             return
+        if not any(prompt.images for case in self.cases for prompt in case.prompts):
+            report.notes.append("the grafts were not judged: no prompt has a picture")
+            return
         if not any(len(logits) for logits, _ in judged.after_pictures):
             report.nothing_proved = True
             report.remedy = (
-                "no prompt with a picture was compared, so nothing is known of the grafts: give --image, or a bundle "
-                "of a larger --max-length"
+                "no prompt with a picture was compared, so nothing is known of the grafts: give a smaller picture, or a "
+                "bundle of a larger --max-length"
             )
             return
         a, b = self.reference.gates(), self.subject.gates()
