@@ -224,8 +224,8 @@ class _Pair:
         if not any(len(logits) for logits, _ in judged.after_pictures):
             report.nothing_proved = True
             report.remedy = (
-                "no prompt with a picture was compared, so nothing is known of the grafts: give a smaller picture, or a "
-                "bundle of a larger --max-length"
+                "no prompt with a picture was compared, so nothing is known of the grafts: give a smaller picture, or "
+                "a bundle of a larger --max-length"
             )
             return
         a, b = self.reference.gates(), self.subject.gates()

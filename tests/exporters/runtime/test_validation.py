@@ -211,7 +211,7 @@ def test_without_a_picture_nothing_is_proved_of_grafts(tmp_path: Path) -> None:
     """All prompts with one are longer than the bundle takes."""
     source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", num_hidden_layers=2)
     apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
-    export_bundle(tmp_path / "patched", tmp_path / "bundle", dtype=torch.float32, max_length=32, measure=False)
+    export_bundle(tmp_path / "patched", tmp_path / "bundle", dtype=torch.float32, max_length=24, measure=False)
     done = run("validate", tmp_path / "patched", tmp_path / "bundle", "--steps", 1)
     assert done.exit_code == 1, done.output
     assert "NOT JUDGED" in done.stdout and "--max-length" in done.stdout
