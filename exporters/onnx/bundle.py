@@ -133,7 +133,7 @@ def _write(
         _save(graph, directory / f"{name}.onnx")
     _copy_processor(checkpoint, directory / PROCESSOR)
     paths = {file.path: directory / file.path for file in placed}
-    sha256 = sha256_of_files(list(paths.values()), progress) if digests else {}
+    sha256 = sha256_of_files([*checkpoint.files, *paths.values()], progress) if digests else {}
 
     text, record = described.text_config(config), record_of(config)
     manifest = Manifest(
@@ -143,6 +143,9 @@ def _write(
             fingerprint=checkpoint.fingerprint(),
             model_type=described.model_type,
             grafts=grafts_of(config),
+            sha256={file.relative_to(checkpoint.directory).as_posix(): sha256[file] for file in checkpoint.files}
+            if digests
+            else {},
         ),
         dtype=_name(dtype),
         max_length=max_length,

@@ -12,9 +12,10 @@ from surgeon.memory.visibility import Visibility
 from surgeon.record import Allocation, Layout, Positions
 
 FILE = "bundle.json"
-FORMAT = 3
+FORMAT = 4
 """1: without `layout`, `positions` and `allocation`, which it is read as, and without memories that need positions. 2:
-without `visibility`, which it is read as, and without digests of weight files and of the processor's."""
+without `visibility`, which it is read as, and without digests of weight files and of the processor's. 3: without
+digests of the checkpoint's files."""
 
 
 class _Strict(BaseModel):
@@ -42,6 +43,8 @@ class Source(_Strict):
     """The family's, without the prefix of a patched checkpoint."""
     grafts: list[dict[str, Any]]
     """The config's record of grafts; empty for a plain model."""
+    sha256: dict[str, str] = {}
+    """Its weight files, by path relative to it; empty where they were not computed, as in `WeightFile`."""
 
 
 class Sizes(_Strict):

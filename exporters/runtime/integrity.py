@@ -8,7 +8,6 @@ import torch
 from exporters.forms import FORMS, form_of
 from exporters.onnx.digests import Progress, sha256_of_files
 from exporters.onnx.manifest import Manifest
-from exporters.onnx.weights import FOLDER
 from exporters.runtime.runtime import PROCESSOR
 from surgeon import __version__
 from surgeon.checkpoint import Checkpoint
@@ -17,6 +16,9 @@ from surgeon.families import family
 from surgeon.memory.patched import RECORD
 from surgeon.parity.report import Check
 from surgeon.remote_code import travelling_files
+
+_SHOWN = 10
+"""Tensors that are named, of those that differ."""
 
 
 def check_bytes(a: str | Path, b: str | Path | None = None, progress: Progress | None = None) -> list[Check]:
@@ -54,12 +56,16 @@ def _bundle(directory: Path, progress: Progress | None) -> Check:
     expected = {graph.file: graph.sha256 for graph in manifest.graphs.values()}
     for name, weights in manifest.weights.items():
         if weights.sha256 is None:
-            raise BundleError(
-                f"{directory} records no digest of {name}: it was exported with --no-digests or by an older version of "
-                "surgeon; export it again"
-            )
+            raise _without_digests(directory, name)
         expected[name] = weights.sha256
     return _compared(directory, expected | _processor(manifest), progress)
+
+
+def _without_digests(bundle: Path, of: str) -> BundleError:
+    return BundleError(
+        f"{bundle} records no digest of {of}: it was exported with --no-digests or by an older version of surgeon; "
+        "export it again"
+    )
 
 
 def _engines(directory: Path, progress: Progress | None) -> Check:
@@ -103,11 +109,15 @@ def _patched(a: str | Path, b: str | Path) -> Check:
                 f"{source.directory} is {source.fingerprint()[:12]}: another checkpoint, or altered since"
             )
         failures += _code(patched)
-        names = [name for name in source.tensors if not _same_tensor(source, patched, name)]
-        failures += [f"{patched.directory}: {name} is not that of {source.directory}" for name in names[:10]]
-        if len(names) > 10:
-            failures.append(f"and {len(names) - 10} more tensors")
-        said = f"{len(source.tensors)} tensors of {patched.directory} are those of {source.directory}, byte for byte"
+        other = {name: why for name in source.tensors if (why := _difference(source, patched, name)) is not None}
+        failures += [
+            f"{patched.directory}: {name} is not that of {source.directory}: {why}"
+            for name, why in list(other.items())[:_SHOWN]
+        ]
+        if len(other) > _SHOWN:
+            failures.append(f"and {_count(len(other) - _SHOWN, 'more tensor')}")
+        tensors = _count(len(source.tensors), "tensor")
+        said = f"{tensors} of {source.directory} in {patched.directory}, byte for byte"
         return Check("bytes", said, failures)
 
 
@@ -125,49 +135,53 @@ def _code(patched: Checkpoint) -> list[str]:
     ]
 
 
-def _same_tensor(source: Checkpoint, other: Checkpoint, name: str) -> bool:
+def _difference(source: Checkpoint, other: Checkpoint, name: str) -> str | None:
+    """Why a tensor of the one is not that of the other, in words; None where it is."""
     if name not in other.tensors:
-        return False
+        return "it is missing"
     a, b = source.tensors[name], other.tensors[name]
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
+    if a.shape != b.shape:
+        return f"its shape is {list(b.shape)}, not {list(a.shape)}"
+    if a.dtype != b.dtype:
+        return f"it is stored as {b.dtype}, not {a.dtype}"
     if a.file.samefile(b.file) and a.offset == b.offset:
-        return True
+        return None
     try:
-        return torch.equal(*(each.read(name).flatten().view(torch.uint8) for each in (source, other)))
+        equal = torch.equal(*(each.read(name).flatten().view(torch.uint8) for each in (source, other)))
     finally:
         source.release(name)
         other.release(name)
+    return None if equal else "it has other values"
 
 
 def _exported(directory: str | Path, bundle: Path, progress: Progress | None) -> Check:
-    """The checkpoint's files, where the bundle points into them, and its fingerprint."""
-    manifest = Manifest.read(bundle)
+    """The checkpoint's weight files, and its fingerprint, against what the bundle recorded of them."""
+    source = Manifest.read(bundle).source
+    if not source.sha256:
+        raise _without_digests(bundle, "the weight files it was exported from")
     with Checkpoint.open(directory) as checkpoint:
         failures = []
-        if checkpoint.fingerprint() != manifest.source.fingerprint:
+        if checkpoint.fingerprint() != source.fingerprint:
             failures.append(
-                f"{bundle} was exported from {manifest.source.name}, {manifest.source.fingerprint[:12]}, and "
+                f"{bundle} was exported from {source.name}, {source.fingerprint[:12]}, and "
                 f"{directory} is {checkpoint.fingerprint()[:12]}: another checkpoint, or altered since"
             )
-        files = {
-            f"{FOLDER}/{path.relative_to(checkpoint.directory).as_posix().replace('/', '_')}": path
-            for path in checkpoint.files
-        }
-        shared = {n: p for n, p in files.items() if n in manifest.weights and manifest.weights[n].how != "converted"}
-        digests = sha256_of_files(list(shared.values()), progress)
-        failures += [
-            f"{path} is not the file that {bundle} was exported from"
-            for name, path in shared.items()
-            if digests[path] != manifest.weights[name].sha256
-        ]
-    converted = sum(weights.how == "converted" for weights in manifest.weights.values())
-    said = f"{bundle} records the fingerprint of {directory}"
-    if shared:
-        said += f", and {len(shared)} weight file{'s' * (len(shared) > 1)} byte for byte"
-    if converted:
-        said += f"; {converted} converted, of whose source the fingerprint alone is compared, not every byte"
+        files = {path.relative_to(checkpoint.directory).as_posix(): path for path in checkpoint.files}
+        digests = sha256_of_files(list(files.values()), progress)
+    failures += [
+        f"{directory} has no {name}, which {bundle} was exported from" for name in source.sha256.keys() - files
+    ]
+    failures += [
+        f"{path} is not the file that {bundle} was exported from"
+        for name, path in files.items()
+        if digests[path] != source.sha256.get(name)
+    ]
+    said = f"{bundle} records the fingerprint of {directory}, and the SHA-256 of {_count(len(files), 'weight file')}"
     return Check("bytes", said, failures)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _built(bundle: Path, engines: Path) -> Check:

@@ -11,11 +11,14 @@ from exporters.runtime.integrity import check_bytes
 from exporters.runtime.pair import open_pair
 from exporters.runtime.runtime import PROCESSOR
 from exporters.runtime.session import Provider
-from surgeon.errors import OptionError, SurgeonError
+from passes import registry
+from surgeon.checkpoint import Checkpoint
+from surgeon.errors import InputError, OptionError, SurgeonError
 from surgeon.parity.cases import Case, default_cases, own_case
 from surgeon.parity.ladder import MAX_EFFECT_ERROR, MOVED, TUNED, Rung, effect_failures, rung_between
 from surgeon.parity.metrics import compare_effect
 from surgeon.parity.processor import ProcessorUnavailable, check_inputs
+from surgeon.parity.replay import compare_record
 from surgeon.parity.report import Check, Report
 from surgeon.parity.settings import compare_settings
 from surgeon.parity.subject import Subject
@@ -70,8 +73,14 @@ def validate_pair(
         stages=(reference.stage, subject.stage),
         dtypes=(reference.dtype, subject.dtype),
     )
-    pair.check(report)
-    pair.compare(report)
+    try:
+        pair.check(report)
+        pair.compare(report)
+    except InputError as error:
+        if report.verdict != "failed":
+            raise
+        # settings that differ are the reason, not the prompt
+        report.notes.append(f"nothing more was compared: {error}")
     report.seconds = time.monotonic() - started
     return report
 
@@ -120,13 +129,11 @@ class _Pair:
     # -- what is judged of itself ------------------------------------------------------------------------------
     def check(self, report: Report) -> None:
         """What they are set to, the prompts and, of two checkpoints, their tensors."""
-        report.checks.append(
-            Check(
-                "settings",
-                "configs, tokenizers, chat templates and image processors are the same",
-                compare_settings(self.reference.inputs, self.subject.inputs),
-            )
-        )
+        said = "configs, tokenizers, chat templates and image processors are the same"
+        failures = compare_settings(self.reference.inputs, self.subject.inputs)
+        report.checks.append(Check("settings", said, failures))
+        if self._checkpoints:
+            self._check_record(report)
         loaded = isinstance(self.reference, TorchSubject)
         folder = self.reference.directory if loaded else Path(self.reference.path) / PROCESSOR  # type: ignore[attr-defined]
         try:
@@ -138,6 +145,12 @@ class _Pair:
             self._check_weights(report)
         else:
             self._check_gates(report)
+
+    def _check_record(self, report: Report) -> None:
+        with Checkpoint.open(self.reference.path) as source, Checkpoint.open(self.subject.path) as patched:
+            failures = compare_record(source, patched, registry())
+        if failures is not None:
+            report.checks.append(Check("record", "grafts and positions are what the recorded passes make", failures))
 
     def _check_gates(self, report: Report) -> None:
         """Forms of one patched model have its gates, as far as their dtypes can tell: a prompt may not show them."""

@@ -30,15 +30,15 @@ def compare_settings(reference: Inputs, subject: Inputs) -> list[str]:
     that no short prompt reaches), tokenizers, chat templates, image processors, generation settings."""
     failures = [
         f"config.json: {name} is {_short(a)} in the reference and {_short(b)} in the subject"
-        for name, a, b in _differences(_config(reference), _config(subject))
+        for name, a, b in differences(_config(reference), _config(subject))
     ]
     failures += [
         f"image processor: {name} is {_short(a)} in the reference and {_short(b)} in the subject"
-        for name, a, b in _differences(_pictures(reference), _pictures(subject))
+        for name, a, b in differences(_pictures(reference), _pictures(subject))
     ]
     failures += [
         f"generation_config.json: {name} is {_short(a)} in the reference and {_short(b)} in the subject"
-        for name, a, b in _differences(
+        for name, a, b in differences(
             *(_without(i.generation_config, _NOT_OF_GENERATION) for i in (reference, subject))
         )
     ]
@@ -52,11 +52,12 @@ def compare_settings(reference: Inputs, subject: Inputs) -> list[str]:
     return failures
 
 
-def _differences(a: Any, b: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+def differences(a: Any, b: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Where two trees of dicts differ: the keys' path, and the value in each; None stands for a key that is missing."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = [*a, *(key for key in b if key not in a)]
         inner = ((f"{name}.{key}" if name else str(key), a.get(key), b.get(key)) for key in keys)
-        return [difference for path, x, y in inner for difference in _differences(x, y, path)]
+        return [difference for path, x, y in inner for difference in differences(x, y, path)]
     return [] if a == b else [(name, a, b)]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from checkpoints import tiny_checkpoint
 from command import assert_refused, run
+from exporters.onnx.bundle import export_bundle
 from exporters.onnx.digests import sha256_of_files
 from exporters.onnx.manifest import Manifest, sha256
 from exporters.tensorrt.profiles import Limits, Range
@@ -101,10 +102,26 @@ def test_a_patched_checkpoint_holds_its_sources_bytes(tmp_path: Path) -> None:
     assert held.exit_code == 0 and "byte for byte" in held.stdout, held.output
     altered = Path(shutil.copytree(tmp_path / "patched", tmp_path / "altered"))
     flip(altered / "model-base.safetensors")
-    assert_told("altered: model.", source, altered)
+    assert_told("it has other values", source, altered)
+    half = tiny_checkpoint(tmp_path / "half", "qwen3_vl", torch.float16, num_hidden_layers=2)
+    assert_told("it is stored as BF16, not F16", half, tmp_path / "patched")
+    deeper = tiny_checkpoint(tmp_path / "deeper", "qwen3_vl", torch.bfloat16, num_hidden_layers=3)
+    assert_told("it is missing", deeper, tmp_path / "patched")
+    assert "more tensor" in run("validate", deeper, tmp_path / "patched", "--bytes").stdout
     other = tiny_checkpoint(tmp_path / "other", "qwen3_vl", torch.bfloat16, num_hidden_layers=2, seed=1)
     assert_told("was made of source", other, tmp_path / "patched")
     assert_refused(run("validate", tmp_path / "patched", "--bytes"), "nothing is recorded", "that it was made of")
+
+
+def test_a_converted_bundle_is_of_one_checkpoint_alone(tmp_path: Path) -> None:
+    """Nothing of the checkpoint's own bytes is in the bundle; what is compared was recorded as it was exported."""
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", torch.bfloat16, num_hidden_layers=1)
+    target = tmp_path / "bundle"
+    export_bundle(source, target, dtype=torch.float32, max_length=64)
+    done = run("validate", source, target, "--bytes", "--prompt", "Hi", "--steps", 1)
+    assert done.exit_code == 0 and "and the SHA-256 of 1 weight file" in done.stdout, done.output
+    flip(source / "model.safetensors")
+    assert_told("source/model.safetensors is not the file", source, target)
 
 
 @pytest.mark.parametrize("how", ["altered", "missing"])
@@ -142,6 +159,14 @@ def test_a_bundle_without_digests_says_so(tmp_path: Path) -> None:
     assert_refused(run("validate", tmp_path / "bundle", "--bytes"), "no digest of weights/", "export it again")
 
 
+def test_a_bundle_of_before_says_that_it_does_not_know_its_checkpoint(export: Export, bundle: Path) -> None:
+    written = json.loads((bundle / "bundle.json").read_text())
+    del written["source"]["sha256"]
+    (bundle / "bundle.json").write_text(json.dumps(written | {"format": 3}))
+    command = ("validate", export("qwen3_vl").checkpoint, bundle, "--bytes")
+    assert_refused(run(*command), "no digest of the weight files it was exported from", "export it again")
+
+
 def test_one_path_alone_needs_bytes(bundle: Path) -> None:
     done = run("validate", bundle)
     assert done.exit_code == 2 and "--bytes" in done.stderr
@@ -162,6 +187,6 @@ def test_older_manifests_are_read(bundle: Path) -> None:
     written = json.loads((bundle / "bundle.json").read_text())
     for weights in written["weights"].values():
         del weights["sha256"]
-    del written["processor"]
+    del written["processor"], written["source"]["sha256"]
     (bundle / "bundle.json").write_text(json.dumps(written | {"format": 2}))
     assert Manifest.load(bundle).format == 2

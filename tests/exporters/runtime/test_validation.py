@@ -162,6 +162,16 @@ def test_one_altered_tensor_fails_where_no_logit_shows_it(tmp_path: Path) -> Non
     assert "1 tensor (model.visual.blocks.0.mlp.linear_fc1.bias)" in report.checks[-1].failures[0]
 
 
+def test_settings_that_make_a_prompt_unusable_are_what_is_told(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", num_hidden_layers=1)
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"image_token_id": config["image_token_id"] - 1}))
+    done = run("validate", source, other, "--image", CHART, "--prompt", "What?", "--steps", 1)
+    assert done.exit_code == 1
+    assert "image_token_id is" in done.stdout and "nothing more was compared: " in done.stdout, done.output
+
+
 def test_unrelated_checkpoints_of_one_shape_fail_and_are_not_judged_by_request(tmp_path: Path) -> None:
     a = tiny_checkpoint(tmp_path / "a", "qwen3_vl", num_hidden_layers=1)
     b = tiny_checkpoint(tmp_path / "b", "qwen3_vl", num_hidden_layers=1, seed=1)
