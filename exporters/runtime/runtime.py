@@ -15,12 +15,12 @@ from exporters.onnx.manifest import Manifest
 from exporters.onnx.rope import position_axes
 from exporters.runtime.placement import Entering, Picture, Placement, padded
 from exporters.runtime.state import State, Tokens, Wanted, rows_of, stack
-from surgeon.errors import BundleError, CheckpointError, SurgeonError, TooLongError
+from surgeon.errors import BundleError, CheckpointError, InputError, SurgeonError, TooLongError
 from surgeon.families import Family, family
 from surgeon.inputs import Inputs, Message, ModelInputs, Prompt
 from surgeon.json_file import read_object
 from surgeon.memory.patched import MODEL_TYPE_PREFIX
-from surgeon.memory.visibility import causally
+from surgeon.memory.visibility import causally, visibility_of
 from surgeon.models import grafts_of, read_config
 from surgeon.positions import Positions, choose_positions, grid_in_sequence, position_ids, record_of
 
@@ -117,12 +117,15 @@ class Runtime(ABC):
 
     def step(self, state: State, tokens: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
         """Feed each row's next token, int64 [B] -> logits fp32 [B, V]. Rows that are not in `active` (bool [B]) stay as
-        they are, and their logits mean nothing. Raises BundleError where an active row is full."""
+        they are, and their logits mean nothing. Raises BundleError where an active row is full, InputError for tokens
+        that are not the model's."""
+        if np.shape(tokens) != (state.batch_size,):
+            raise InputError(f"a step takes one token a row, [{state.batch_size}]; tokens are {list(np.shape(tokens))}")
         active = np.ones(state.batch_size, dtype=bool) if active is None else active
         if (state.lengths[active] >= self.max_length).any():
             raise TooLongError(f"a row has the bundle's maximum of {self.max_length} tokens; none can follow")
         changing = {
-            "inputs_embeds": self._embed(tokens.astype(np.int64)[:, None]),
+            "inputs_embeds": self._embed(np.where(active, tokens, 0).astype(np.int64)[:, None]),
             "position_ids": self._text_positions(state.next_positions[:, None]),
             # what an inactive row writes is overwritten by its next token, which a full row never has
             "write_indices": np.minimum(state.lengths, self.max_length - 1),
@@ -256,6 +259,9 @@ class Runtime(ABC):
         }
 
     def _embed(self, input_ids: np.ndarray) -> np.ndarray:
+        count = self.manifest.sizes.vocab_size
+        if (unknown := input_ids[(input_ids < 0) | (input_ids >= count)]).size:
+            raise InputError(f"token {unknown[0]} is not in the model's vocabulary of {count}")
         embeds = self.run("embed", {"input_ids": input_ids})["inputs_embeds"]
         return embeds  # type: ignore[return-value]  # an array: it does not stay on the device
 
@@ -297,6 +303,7 @@ def _check_agreement(manifest: Manifest, described: Family, config: PretrainedCo
         "layout": (manifest.layout and manifest.layout.model_dump(), record.get("layout")),
         "positions": (manifest.positions and manifest.positions.model_dump(), record.get("positions")),
         "allocation": (manifest.allocation, record.get("allocation", "both")),
+        "visibility": (manifest.visibility, visibility_of(record)),
     }
     for key, (stated, expected) in compared.items():
         if stated != expected:

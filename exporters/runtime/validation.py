@@ -206,6 +206,8 @@ class _Pair:
         if said or self.backbone_tuned:
             # first as they are: the backbone that was tuned is then put into the reference
             report.comparisons.append(self._run(MOVED if moved and not closing else TUNED))
+        if apart and not closing and self._checkpoints:
+            report.notes.append(f"all {len(apart)} gates are 0, as they start: the grafts change nothing until trained")
         if closing:
             report.notes.append(
                 f"gates, largest value: {_said({n: max(a.get(n, 0.0), b.get(n, 0.0)) for n in sorted(apart)})}"

@@ -1,8 +1,10 @@
 """A bundle computes what transformers computes from its checkpoint."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from checkpoints import MODEL_TYPES
 from exporters.runtime import BundleRuntime
 from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, Pair, Row, picture
-from surgeon.errors import BundleError
+from surgeon.errors import BundleError, InputError
 from surgeon.inputs import ModelInputs, Prompt
 from surgeon.memory.visibility import Visibility
 
@@ -380,6 +382,27 @@ def test_another_number_of_rows(pair: Pair, runtime: BundleRuntime) -> None:
         runtime.append(state, pair.raw(SECOND_TURN[:2]))
 
 
+def test_tokens_of_no_embedding_are_refused(pair: Pair, runtime: BundleRuntime) -> None:
+    """ONNX counts negative ids from the end of the vocabulary."""
+    inputs = pair.raw(FIRST_TURN)
+    state, logits = runtime.start(inputs)
+    tokens = logits.argmax(-1)
+    vocab = runtime.manifest.sizes.vocab_size
+    for wrong in (-1, vocab):
+        with pytest.raises(InputError, match=f"token {wrong} is not in the model's vocabulary of {vocab}"):
+            runtime.step(state, np.array([*tokens[:-1], wrong]))
+    for shape in ((len(tokens), 1), (1,)):
+        with pytest.raises(InputError, match=rf"one token a row, \[{len(tokens)}\]; tokens are \[{shape[0]}"):
+            runtime.step(state, np.zeros(shape, dtype=np.int64))
+    # of a row that does not go on, the token means nothing
+    going = runtime.step(state, np.array([*tokens[:-1], -1]), np.arange(len(tokens)) < len(tokens) - 1)
+    other, _ = runtime.start(inputs)
+    np.testing.assert_array_equal(going[:-1], runtime.step(other, tokens)[:-1])
+    inputs.input_ids[0, -1] = vocab
+    with pytest.raises(InputError, match=f"token {vocab} "):
+        runtime.start(inputs)
+
+
 # -- what cannot be ----------------------------------------------------------------------------------------------
 def test_an_unknown_extra_output(pair: Pair) -> None:
     runtime = BundleRuntime(pair.bundle, extra_outputs=["hidden_state.1"])
@@ -397,6 +420,29 @@ def test_a_bundle_without_its_config(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "bundle" / "processor" / "config.json").unlink()
     with pytest.raises(BundleError, match=r"config\.json cannot be read"):
         BundleRuntime(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sizes.num_hidden_layers", 9),
+        ("sizes.hidden_size", 128),
+        ("sizes.vocab_size", 100),
+        ("tokens.image", 7),
+        ("visibility", "all"),
+        ("source.grafts", []),
+        ("positions", {"scheme": "rope_dhr", "tile_order": "row"}),
+        ("allocation", "memory"),
+    ],
+)
+def test_a_manifest_of_another_model_than_its_config(pair: Pair, tmp_path: Path, key: str, value: object) -> None:
+    bundle = Path(shutil.copytree(pair.bundle, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    *path, last = key.split(".")
+    reduce(dict.__getitem__, path, manifest)[last] = value
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=rf"bundle.json says that {key} is .*damaged, export it again"):
+        BundleRuntime(bundle)
 
 
 def test_rows_that_are_exchanged_between_steps_keep_their_cache_and_memory(runtime: BundleRuntime) -> None:

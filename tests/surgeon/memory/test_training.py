@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from checkpoints import MODEL_TYPES
-from patching import batch, open_gates, patched_pair, picture
+from checkpoints import MODEL_TYPES, tiny_model
+from patching import apply, batch, open_gates, patched_pair, picture
 from surgeon import models
 
 GRID = (1, 4, 6)
@@ -96,3 +96,30 @@ def test_lora_on_top(patched: PreTrainedModel, tmp_path: Path) -> None:
     merged.save_pretrained(tmp_path / "merged")
     with torch.no_grad():
         torch.testing.assert_close(loss_of(models.load(tmp_path / "merged")), loss_of(merged))
+
+
+def test_grafts_whole_beside_lora(tmp_path: Path) -> None:
+    """docs/usage.md: `modules_to_save` trains every tensor of the grafts, gates first, and merges into plain ones."""
+    tiny_model("qwen3_vl").save_pretrained(tmp_path / "source")
+    apply(tmp_path / "source", tmp_path / "patched", "pvm:layers=1,latent=32", "mixin:layers=0")
+    model = models.load(tmp_path / "patched")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["pvm", "mixin"])
+    tuned = get_peft_model(model, config)
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(tuned).backward()
+        optimizer.step()
+    with torch.no_grad():
+        trained = loss_of(tuned)
+    merged = tuned.merge_and_unload()
+    after = merged.state_dict()
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    grafts = {name for name in before if ".pvm." in name or ".mixin." in name}
+    attention = {name for name in before if name.endswith(("self_attn.q_proj.weight", "self_attn.v_proj.weight"))}
+    assert changed == grafts | attention and len(grafts) == 26
+    merged.save_pretrained(tmp_path / "trained")
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(models.load(tmp_path / "trained")), trained)
