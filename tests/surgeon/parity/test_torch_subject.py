@@ -1,4 +1,4 @@
-"""A checkpoint as one side of a comparison: greedy, as long as it is asked to be, whatever its files say of sampling."""
+"""A checkpoint as one side of a comparison: greedy, as long as it is asked to, whatever its files say of sampling."""
 
 import json
 from pathlib import Path
