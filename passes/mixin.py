@@ -57,7 +57,6 @@ class MixinPass(Pass):
                 f"pass mixin is already applied, at layers {', '.join(map(str, grafted[0]))}; "
                 "patch the unpatched checkpoint"
             )
-        resolve_visibility(self.options.visibility, graph, self.name)
         own, backbone = self.options.head_dim, graph.family.head_dim(graph.config)
         if own is not None and own % 2:
             raise PreconditionError(f"pass mixin: head_dim={own} is odd; rotary positions need an even one")

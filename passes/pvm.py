@@ -48,7 +48,6 @@ class PvmPass(Pass):
                 f"pass pvm is already applied, at layers {', '.join(map(str, grafted[0]))}; "
                 "patch the unpatched checkpoint"
             )
-        resolve_visibility(self.options.visibility, graph, self.name)
 
     def _require_published_form(self, graph: "LvlmGraph") -> None:
         """The branch is a small block of the backbone's kind, and of what a config may ask for it has no more than the
