@@ -1,16 +1,12 @@
-"""What a person sees: progress on stderr, where it is a terminal, and tables on stdout."""
+"""What a person sees on stdout: tables and reports."""
 
-import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from surgeon.doctor import Diagnosis
@@ -20,57 +16,6 @@ if TYPE_CHECKING:
     from surgeon.parity.report import Report
     from surgeon.parity.validate import Comparison
     from surgeon.patch import PatchReport
-
-ProgressCallback = Callable[[str, int, int], None]
-"""Called with what is going on, how much is done and how much there is."""
-
-
-def quiet() -> None:
-    """Keep the libraries' warnings and log lines to themselves; this tool's own warnings are one line each.
-
-    Call it before transformers is imported: its verbosity is read then.
-    """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", module=r"(surgeon|passes|exporters|cli)\b")
-    warnings.showwarning = _one_line
-
-
-def _one_line(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    print(f"warning: {message}", file=file or sys.stderr)
-
-
-@contextmanager
-def progress() -> Iterator[ProgressCallback | None]:
-    """A callback that draws a bar per stage and leaves nothing behind; None where stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    stage_text, amount_text = TextColumn("{task.description}"), TextColumn("{task.fields[amount]}")
-    columns = (stage_text, BarColumn(), amount_text, TimeRemainingColumn())
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, amount="")
-            bars.update(tasks[stage], completed=done, total=total, amount=_amount(done, total))
-
-        yield update
-
-
-def _amount(done: int, total: int) -> str:
-    """Layers and tensors are counted in thousands at most: what is more is bytes."""
-    return f"{done}/{total}" if total < 100_000 else f"{decimal(done)}/{decimal(total)}"
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -18,13 +18,12 @@ from surgeon.errors import CheckpointError
 from surgeon.graph import LvlmGraph
 from surgeon.memory.patched import RECORD
 from surgeon.pipeline import Pass, run_passes
+from surgeon.progress import Progress
 from surgeon.published import TensorShapes, check_staged
 from surgeon.recipe import FILE_NAME, Recipe
 from surgeon.remote_code import foreign_auto_map, patched_config, travelling_file_names, write_remote_code
 from surgeon.side_files import configure_image_processor, copy_side_files, name_classes
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is going on, how much is done and how much there is, in bytes."""
 WeightsMode = Literal["auto", "copy", "link"]
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from surgeon.console import quiet
+from surgeon.quiet import quiet
 
 
 def say(**message: Any) -> None:

@@ -23,7 +23,7 @@ from exporters.onnx.precision.fit import fit_float16, not_measured
 from exporters.onnx.precision.policy import Float32Operators
 from exporters.onnx.rope import position_axes
 from exporters.onnx.vision import vision_graph
-from exporters.onnx.weights import Progress, bind
+from exporters.onnx.weights import bind
 from surgeon.checkpoint import Checkpoint, SourceFiles, share_file, staged
 from surgeon.errors import CheckpointError, OptionError
 from surgeon.families import Family, family
@@ -31,6 +31,7 @@ from surgeon.json_file import read_object
 from surgeon.memory.visibility import visibility_of
 from surgeon.models import StoredModel, grafts_of, read_model
 from surgeon.positions import record_of
+from surgeon.progress import Progress
 from surgeon.sizes import GenerationTokens, check
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

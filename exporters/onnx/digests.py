@@ -3,11 +3,12 @@
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-Progress = Callable[[str, int, int], None]
+from surgeon.progress import Progress
+
 _CHUNK = 4 << 20
 _THREADS = 4
 

@@ -1,7 +1,7 @@
 """Initialisers bound to safetensors files by offset: what a graph needs of a checkpoint is pointed into, not copied."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from surgeon.checkpoint import (
     write_safetensors,
 )
 from surgeon.errors import BundleError
+from surgeon.progress import Progress
 from surgeon.weights import Stored, Tied, WeightPlan
 
 FOLDER = "weights"
@@ -28,9 +29,6 @@ IR_DTYPES = {
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
 }
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from exporters.forms import FORMS, form_of
-from exporters.onnx.digests import Progress, sha256_of_files
+from exporters.onnx.digests import sha256_of_files
 from exporters.onnx.manifest import Manifest
 from exporters.runtime.runtime import PROCESSOR
 from surgeon import __version__
@@ -15,6 +15,7 @@ from surgeon.errors import BundleError, CheckpointError
 from surgeon.families import family
 from surgeon.memory.patched import RECORD
 from surgeon.parity.report import Check
+from surgeon.progress import Progress
 from surgeon.remote_code import travelling_files
 
 _SHOWN = 10

@@ -23,9 +23,10 @@ from surgeon.parity.report import Check, Report
 from surgeon.parity.settings import compare_settings
 from surgeon.parity.subject import Subject
 from surgeon.parity.torch_subject import TorchSubject
-from surgeon.parity.validate import AS_THEY_ARE, Comparison, Progress, validate
+from surgeon.parity.validate import AS_THEY_ARE, Comparison, validate
 from surgeon.parity.weights import compare_weights, take_weights
 from surgeon.positions import Positions
+from surgeon.progress import Progress
 
 OPENED = 2.0
 """What closed gates are opened to: a mixin's, which is a tanh, then lets 0.96 through."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import surgeon
 from exporters.kernels.graph import NAMESPACE
 from exporters.onnx import manifest as bundles
-from exporters.tensorrt.builder import Builder, Options, Progress, serialized
+from exporters.tensorrt.builder import Builder, Options, serialized
 from exporters.tensorrt.cache import BuildCache, graph_digest
 from exporters.tensorrt.errors import EngineError, LayerError
 from exporters.tensorrt.layers import LayerReport
@@ -18,6 +18,7 @@ from exporters.tensorrt.plan import GraphPlan, Plan, make_plan
 from surgeon.checkpoint import SourceFiles, check_link, check_target, share_file, staged
 from surgeon.cleanup import temporary_directory
 from surgeon.errors import SurgeonError
+from surgeon.progress import Progress
 
 if TYPE_CHECKING:
     from exporters.kernels.tuned import Tuned

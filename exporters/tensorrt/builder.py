@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +21,7 @@ from exporters.tensorrt.manifest import digest
 from exporters.tensorrt.plan import GraphPlan, Kernels, Plan
 from exporters.tensorrt.profiles import Limits
 from surgeon.checkpoint import staged_file
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is going on, how much is done and how much there is."""
+from surgeon.progress import Progress
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "BOOL": "bool"}
 _SHOWN = 3

@@ -1,7 +1,6 @@
 """Import a checkpoint: its importer reads the config, its tensors are streamed, and the rest is written beside them."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -17,13 +16,11 @@ from surgeon.importers._layout import Layout
 from surgeon.importers._registry import importer_of
 from surgeon.importers._tensors import Converted, equal, plan_tensors, write_tensors
 from surgeon.models import build_meta, read_config
+from surgeon.progress import Progress
 from surgeon.published import check_staged
 from surgeon.remote_code import patched_config, write_remote_code
 from surgeon.side_files import name_classes
 from surgeon.weights import check_dtype
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is going on, how much is done and how much there is, in bytes."""
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Compare two subjects over cases, and say where they part."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -11,8 +11,8 @@ from surgeon.parity.cases import Case
 from surgeon.parity.ladder import Rung
 from surgeon.parity.metrics import LogitDifference, compare, compare_logits, not_compared
 from surgeon.parity.subject import Subject, Trace
+from surgeon.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 Verdict = Literal["passed", "failed", "not judged"]
 AS_THEY_ARE = "as they are"
 

@@ -23,7 +23,7 @@ class Hidden:
     # This tool is not installed here, whatever is in site-packages.
 
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("surgeon", "passes", "exporters", "cli"):
+        if name.split(".")[0] in ("surgeon", "passes", "exporters", "commands", "cli"):
             raise ImportError(f"{name} is hidden")
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from exporters.onnx.manifest import Activation, Precision
-from exporters.onnx.precision.measure import LIMIT, MARGIN, Progress, Unmeasurable, exceeding, measure
+from exporters.onnx.precision.measure import LIMIT, MARGIN, Unmeasurable, exceeding, measure
 from exporters.onnx.precision.widen import WidenToFloat32
+from surgeon.progress import Progress
 
 
 def fit_float16(directory: Path, progress: Progress | None = None) -> tuple[Precision, dict[str, ir.Model]]:

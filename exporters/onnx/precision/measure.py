@@ -1,7 +1,7 @@
 """How large a model's activations become, against what fp16 can hold: measured on the bundle's own graphs."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,13 +15,12 @@ from exporters.runtime.session import Session, SessionOptions
 from surgeon.errors import BundleError, CheckpointError
 from surgeon.inputs import Prompt
 from surgeon.parity.cases import default_cases
+from surgeon.progress import Progress
 
 LIMIT = 65504.0
 """The largest number that fp16 has."""
 MARGIN = 4.0
 """Other pictures and prompts than those measured may make values this many times as large."""
-
-Progress = Callable[[str, int, int], None]
 
 
 class Unmeasurable(Exception):

@@ -314,7 +314,7 @@ def test_every_directory_that_is_published_is_verified() -> None:
     """Whoever adds another publisher says what its output must be."""
     calls = [
         (path.relative_to(ROOT), node)
-        for room in ("surgeon", "passes", "exporters", "cli")
+        for room in ("surgeon", "passes", "exporters", "commands")
         for path in (ROOT / room).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "staged"

@@ -2,13 +2,13 @@
 
 import click
 
-from cli._options import json_option, print_json
+from commands._options import json_option, print_json
 
 
 @click.command("passes")
 @json_option
 def passes(as_json: bool) -> None:
-    """The passes, and the options of each.
+    """List the passes and the options of each.
 
     A pass is a rewrite of the model; `patch --pass NAME:option=value,...` runs it.
 

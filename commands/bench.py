@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli._options import backend_option, json_option, print_json, provider_of
+from commands._options import backend_option, json_option, print_json, provider_of
 
 
 @click.command("bench")
@@ -30,10 +30,11 @@ def bench(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Latency, tokens per second and memory of checkpoints, bundles and engines, side by side.
+    """Measure latency, throughput and memory of forms side by side.
 
-    Each is loaded in a process of its own, all at the same time, and they are measured in turns. The tokens are greedy
-    and an answer does not end early. Without --image it is about a picture of this tool's own.
+    A form is a checkpoint, a bundle or a directory of engines. Each is loaded in a process of its own, all at the same
+    time, and they are measured in turns. The tokens are greedy and an answer does not end early. Without --image it is
+    about a picture of this tool's own.
 
     \b
     surgeon bench CKPT BUNDLE --tokens 128 --out bench.png
@@ -41,12 +42,13 @@ def bench(
     from exporters.bench import Workload, draw, measure
     from surgeon import console
     from surgeon.parity.cases import default_cases
+    from surgeon.progress import progress_bars
 
     (own,) = default_cases()[0].prompts
     pictures = images or tuple(Path(str(picture)) for picture in own.images)
     provider = provider_of(backend, *paths)
     workload = Workload(prompt or own.text, pictures, tokens, batch, rounds, threads, provider)
-    with console.progress() as progress:
+    with progress_bars() as progress:
         found = measure(paths, workload, progress)
     if out is not None:
         draw(found, out)

@@ -1,33 +1,42 @@
-"""Commands are found by their files, and what breaks in one is one line and leaves nothing behind."""
+"""The table of commands and their files; what breaks in one is one line and leaves nothing behind."""
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 import surgeon.patch
-from cli import cli
-from cli._group import SurgeonGroup
+from cli import COMMANDS, cli, module_of
 from command import ROOT, entries, run
-
-COMMAND = "import click\n@click.command()\ndef twice(): click.echo(2)\nCOMMAND = twice\n"
-
-
-def test_a_new_file_is_a_new_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "more_commands").mkdir()
-    for name, content in (("__init__", ""), ("_shared", "no = command\n"), ("doubled", COMMAND)):
-        (tmp_path / "more_commands" / f"{name}.py").write_text(content)
-    monkeypatch.syspath_prepend(tmp_path)
-    group = SurgeonGroup()
-    group.add_package(importlib.import_module("more_commands"))
-    assert list(group.commands) == ["twice"]
 
 
 def test_every_file_is_the_command_of_its_name() -> None:
-    files = {path.stem.rstrip("_") for path in (ROOT / "cli").glob("[!_]*.py")}
-    assert files == cli.commands.keys() and "import" in files
+    files = {path.stem for path in (ROOT / "commands").glob("[!_]*.py")}
+    assert files == {module_of(name) for name in COMMANDS} and "import_" in files
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_table_says_what_the_command_says_first(name: str) -> None:
+    """A line that fits 80 columns whole, so that the list is read without loading a command."""
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None and command.name == name
+    assert str(command.help).split("\n\n")[0] == COMMANDS[name]
+    assert len(COMMANDS[name]) <= 80 - len("  autotune  ")
+
+
+def test_the_list_is_whole_and_in_the_order_of_a_session() -> None:
+    shown = run("--help").stdout.partition("Commands:\n")[2].splitlines()
+    assert [tuple(line.split(None, 1)) for line in shown] == list(COMMANDS.items())
+    order = ["inspect", "import", "patch", "validate", "export", "engine", "generate", "bench", "autotune", "doctor"]
+    assert [name for name in COMMANDS if name != "passes"] == order
+
+
+def test_help_loads_no_command() -> None:
+    code = "import sys, cli; cli.cli(['--help'], standalone_mode=False); print([m for m in sys.modules if 'comm' in m])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("\n[]\n"), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Literal
 
 import click
 
-from cli._options import json_option, print_json
+from commands._options import json_option, print_json
 
 
 @click.command("engine")
@@ -82,10 +82,11 @@ def engine(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Build NVIDIA engines of a bundle, with TensorRT or TensorRT for RTX.
+    """Build TensorRT engines from a bundle.
 
-    The library works in a process of its own. Ranges are LOW..HIGH, or LOW..USUAL..HIGH with the size to be fastest
-    for. OUT appears complete or not at all; OUT/layers.json says which operators became fused kernels.
+    With TensorRT, or TensorRT for RTX. The library works in a process of its own. Ranges are LOW..HIGH, or
+    LOW..USUAL..HIGH with the size to be fastest for. OUT appears complete or not at all; OUT/layers.json says which
+    operators became fused kernels.
 
     \b
     surgeon engine BUNDLE OUT --target sm89,sm120 --prefill 1..4096 --batch 1..8
@@ -98,7 +99,7 @@ def engine(
     from exporters.tensorrt import show
     from exporters.tensorrt.build import Options, build_engines, plan_engines
     from exporters.tensorrt.profiles import Limits
-    from surgeon import console
+    from surgeon.progress import progress_bars
 
     limits = Limits.parse(prefill, batch, picture_tokens, visual_tokens)
     options = Options(backend, capabilities, dtype, limits, timing_cache, cache, strict, graphs, kernels, blocks)
@@ -111,7 +112,7 @@ def engine(
         print_json(show.plan_json(plan, capabilities)) if as_json else show.show_plan(plan, capabilities)
         return
     assert target is not None
-    with console.progress() as progress:
+    with progress_bars() as progress:
         if serve_layout is None:
             built = build_engines(bundle, target, options, overwrite=overwrite, progress=progress)
         else:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import click
 
-from cli._options import backend_option, json_option, positions_option, print_json, provider_of
+from commands._options import backend_option, json_option, positions_option, print_json, provider_of
 
 
 @click.command("validate")
@@ -56,12 +56,13 @@ def validate(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Prove that a later form of a model computes what an earlier one did. A and B: checkpoints, bundles or engines.
+    """Prove that a later form of a model computes what its source did.
 
-    Compared are the logits over each prompt and over every decoding step, and the greedy tokens; a failure names the
-    first layer that is wrong. What must hold depends on the two: a patch holds its source's tensors, and with its gates
-    closed gives the source's logits bit for bit; an fp32 bundle gives the checkpoint's to 1e-4 with the same tokens,
-    fp16 and bf16 ones to stated bounds. Exits with 1 where it does not hold, and where nothing could be judged.
+    A and B are checkpoints, bundles or directories of engines. Compared are the logits over each prompt and over every
+    decoding step, and the greedy tokens; a failure names the first layer that is wrong. What must hold depends on the
+    two: a patch holds its source's tensors, and with its gates closed gives the source's logits bit for bit; an fp32
+    bundle gives the checkpoint's to 1e-4 with the same tokens, fp16 and bf16 ones to stated bounds. Exits with 1 where
+    it does not hold, and where nothing could be judged.
 
     \b
     surgeon validate CKPT PATCHED
@@ -69,6 +70,7 @@ def validate(
     surgeon validate PATCHED BUNDLE --image cat.png --prompt "What is this?" --report report.json
     """
     from surgeon import console
+    from surgeon.progress import progress_bars
 
     if report_file is not None:
         from surgeon.checkpoint import check_target
@@ -79,7 +81,7 @@ def validate(
     provider = provider_of(backend, a, *([] if b is None else [b]))
     from exporters.runtime.validation import validate_bytes, validate_pair
 
-    with console.progress() as progress:
+    with progress_bars() as progress:
         if b is None:
             report = validate_bytes(a, progress=progress)
         else:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from cli._options import json_option, print_json
+from commands._options import json_option, print_json
 
 
 @click.command("doctor")
@@ -18,7 +18,7 @@ from cli._options import json_option, print_json
 )
 @json_option
 def doctor(directory: Path, as_json: bool) -> None:
-    """What is installed, which backends work on this machine, and why the others do not.
+    """Report what is installed, and which backends work here and why.
 
     Each backend is really tried: a session is made, a tensor is computed. What killed runs left in the directory
     (.NAME.staging-*, .NAME.old-*) is named.

@@ -6,7 +6,7 @@ from typing import Literal
 
 import click
 
-from cli._options import json_option, print_json
+from commands._options import json_option, print_json
 
 
 @click.command("patch")
@@ -43,10 +43,11 @@ def patch_command(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Write a patched copy of a checkpoint: the source's weights as they are, the new ones in a file of their own.
+    """Graft memory layers into a copy of a checkpoint.
 
-    Until it is trained the copy computes exactly what the source does. OUT appears complete or not at all; the recipe
-    that made it is in OUT/surgeon-recipe.yaml.
+    The source's weights stay as they are, new ones come into a file of their own. Until it is trained the copy computes
+    exactly what the source does. OUT appears complete or not at all; the recipe that made it is in
+    OUT/surgeon-recipe.yaml.
 
     \b
     surgeon patch CKPT OUT --pass pvm:layers=8,16,24,latent=512
@@ -69,6 +70,7 @@ def patch_command(
     from surgeon import console
     from surgeon.checkpoint import Checkpoint, check_target
     from surgeon.patch import patch, plan
+    from surgeon.progress import progress_bars
 
     if dry_run:
         with Checkpoint.open(source, weights="optional") as checkpoint:
@@ -77,7 +79,7 @@ def patch_command(
             check_target(target, overwrite, protect=[checkpoint.directory])
     else:
         assert target is not None
-        with console.progress() as progress:
+        with progress_bars() as progress:
             report = patch(
                 source,
                 target,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from cli._options import json_option, print_json
+from commands._options import json_option, print_json
 
 
 @click.command("import")
@@ -20,7 +20,7 @@ from cli._options import json_option, print_json
 @click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is complete.")
 @json_option
 def import_command(source: str, target: Path, image_token_id: int | None, overwrite: bool, as_json: bool) -> None:
-    """Convert a checkpoint that needs code of its own into one that transformers loads itself.
+    """Convert a checkpoint of another layout to transformers' own.
 
     CKPT is an InternVL as published (internvl_chat; InternLM2, Qwen2, Qwen3 or Llama inside), which becomes
     transformers' internvl, a CoMemo (comemo_chat), which becomes that with mixin layers and RoPE-DHR, or a Qwen3-VL
@@ -33,10 +33,10 @@ def import_command(source: str, target: Path, image_token_id: int | None, overwr
     surgeon import ./CoMemo-2B ./comemo-2b
     surgeon import ./PVM-8B ./pvm-8b
     """
-    from surgeon import console
     from surgeon.importers import import_checkpoint
+    from surgeon.progress import progress_bars
 
-    with console.progress() as progress:
+    with progress_bars() as progress:
         report = import_checkpoint(
             source, target, image_token_id=image_token_id, overwrite=overwrite, progress=progress
         )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import click
 
-from cli._options import backend_option, json_option, positions_option, print_json, provider_of
+from commands._options import backend_option, json_option, positions_option, print_json, provider_of
 from exporters.forms import form_of
 
 
@@ -37,9 +37,10 @@ def generate(
     backend: str | None,
     as_json: bool,
 ) -> None:
-    """Answer a prompt about pictures, with a checkpoint in torch, a bundle in ONNX Runtime or engines on a GPU.
+    """Answer a prompt about images, with any form of a model.
 
-    The text comes on stdout as it is made. Pictures are shown to the model in the order they are given.
+    A checkpoint runs in torch, a bundle in ONNX Runtime, engines in TensorRT. The text is streamed to stdout. Images
+    are shown to the model in the order in which they are named.
 
     \b
     surgeon generate CKPT --image cat.png --prompt "What is this?"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli._options import json_option, print_json
+from commands._options import json_option, print_json
 from exporters.forms import form_of
 
 
@@ -14,10 +14,11 @@ from exporters.forms import form_of
 @click.option("--image", type=click.Path(path_type=Path), help="A picture, to draw where its tokens stand.")
 @click.option("--out", type=click.Path(path_type=Path), help="The drawing: a .png, .svg or .pdf file.")
 def inspect(path: str, as_json: bool, image: Path | None, out: Path | None) -> None:
-    """What a checkpoint is: family, sizes, where grafts can go, what is grafted, parameters per part.
+    """Show what a checkpoint, a bundle or a directory of engines is.
 
-    No weight is read, and a directory with a config.json alone is enough. With --image and --out, for a family that
-    cuts pictures into tiles: a drawing of the picture's tiles and thumbnail, coloured by position id.
+    Of a checkpoint: family, sizes, where grafts can go, what is grafted, parameters per part. No weight is read, and a
+    directory with a config.json alone is enough. With --image and --out, for a family that cuts pictures into tiles: a
+    drawing of the picture's tiles and thumbnail, coloured by position id.
 
     \b
     surgeon inspect ./Qwen3-VL-8B-Instruct

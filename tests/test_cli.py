@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import cli
+from cli import COMMANDS
 from command import ROOT, entries, process, run
 from surgeon import __version__
 
@@ -30,7 +30,7 @@ def test_version() -> None:
     assert run("--version").stdout == f"surgeon {__version__}\n"
 
 
-@pytest.mark.parametrize("command", sorted(cli.commands))
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_teaches_with_an_example(command: str) -> None:
     assert f"surgeon {command}" in run(command, "--help").stdout.partition("\n")[2]
 

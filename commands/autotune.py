@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from cli._options import json_option, print_json
+from commands._options import json_option, print_json
 
 
 @click.command("autotune")
@@ -50,9 +50,10 @@ def autotune(
     dtype: str | None,
     as_json: bool,
 ) -> None:
-    """Measure how the fused kernels of a patched checkpoint are best cut on this GPU, and keep it for this GPU.
+    """Tune the fused kernels of a patched checkpoint for this GPU.
 
-    Without it they are cut by rule. Only the checkpoint's config is read. torch, ONNX Runtime and `surgeon engine` take
+    Measures which tile config of each kernel is fastest at the model's sizes and keeps that for GPUs of this kind;
+    without it a heuristic chooses. Only the checkpoint's config is read. torch, ONNX Runtime and `surgeon engine` take
     what was measured by themselves on the same GPU; engines built elsewhere take the file with --blocks.
 
     \b
@@ -61,8 +62,9 @@ def autotune(
     from exporters.kernels.autotune import tune_checkpoint
     from exporters.onnx.bundle import DTYPES
     from surgeon import console
+    from surgeon.progress import progress_bars
 
-    with console.progress() as progress:
+    with progress_bars() as progress:
         found = tune_checkpoint(
             checkpoint,
             batches=batches,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli._options import json_option, print_json
+from commands._options import json_option, print_json
 
 
 @click.command("export")
@@ -47,17 +47,19 @@ def export(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write an ONNX bundle of a checkpoint, plain or patched: the graphs, and everything a runtime needs to know.
+    """Export a checkpoint, plain or patched, as a bundle of ONNX graphs.
 
-    The graphs point into the checkpoint's weights where they can, so keep it where it is.
+    BUNDLE becomes a directory with the graphs and everything that a runtime needs to know. The graphs point into the
+    checkpoint's weights where they can, so keep it where it is.
 
     \b
     surgeon export OUT BUNDLE --dtype fp16 --max-length 8192
     """
     from exporters.onnx.bundle import DTYPES, export_bundle
     from surgeon import console
+    from surgeon.progress import progress_bars
 
-    with console.progress() as progress:
+    with progress_bars() as progress:
         manifest = export_bundle(
             source,
             target,

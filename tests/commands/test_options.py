@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from checkpoints import has_tokenizer
-from cli._options import provider_of
 from command import assert_refused, run
+from commands._options import provider_of
 
 
 def some(form: str, directory: Path) -> str:
