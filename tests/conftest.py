@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,3 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ.pop(_KERNELS), ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sharded checkpoint for commands to work on. Tests that damage one copy it."""
+    from checkpoints import tiny_checkpoint  # imports transformers, which may not be before the settings above
+
+    return tiny_checkpoint(tmp_path_factory.mktemp("source") / "source", "qwen3_vl", sharded=True)

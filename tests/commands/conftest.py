@@ -1,17 +1,9 @@
-"""A checkpoint for commands to work on."""
+"""A checkpoint for a command to damage."""
 
 import shutil
 from pathlib import Path
 
 import pytest
-
-from checkpoints import tiny_checkpoint
-
-
-@pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sharded checkpoint. Tests that damage one copy it."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("cli") / "source", "qwen3_vl", sharded=True)
 
 
 @pytest.fixture
