@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from surgeon.checkpoint import rename
 from surgeon.checkpoint.publish import staged, staged_file
 from surgeon.errors import TargetError
+from surgeon.leftovers import recover
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,6 +118,19 @@ def test_the_only_copy_that_a_killed_process_left_is_put_back(tmp_path: Path) ->
         pytest.fail("entered")
     assert names(tmp_path) == ["out"]
     assert names(target) == ["old"]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_two_copies_the_one_set_aside_last_is_put_back(tmp_path: Path, order: tuple[int, int]) -> None:
+    """Runs were killed one after the other; the names of what they left say nothing of the order."""
+    for number in order:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / str(number)).touch()
+        (tmp_path / "out").rename(tmp_path / f".out.old-{number:08x}")
+        time.sleep(0.05)  # a file system's clock ticks in milliseconds
+    with pytest.warns(UserWarning, match="was put back"):
+        recover(tmp_path / "out")
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == [str(order[-1])]
 
 
 def test_an_overwrite_after_a_killed_one(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from surgeon.errors import InputError
 from surgeon.pictures import load_picture
 
 EXIF_ORIENTATION = 0x0112
@@ -38,3 +39,11 @@ def test_photographs_with_a_preview_frame_are_pictures(tmp_path):
     with Image.open(tmp_path / "a.jpg") as image:
         assert image.n_frames == 2
     assert load_picture(tmp_path / "a.jpg").size == (40, 30)
+
+
+def test_two_frames_are_a_video(tmp_path):
+    noise(8, 8).save(tmp_path / "a.gif", save_all=True, append_images=[noise(8, 9).resize((8, 8))])
+    with pytest.raises(InputError, match=r"a\.gif has 2 frames: video is not supported"):
+        load_picture(tmp_path / "a.gif")
+    noise(8, 8).save(tmp_path / "still.gif")
+    assert load_picture(tmp_path / "still.gif").size == (8, 8)
