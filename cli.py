@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from surgeon import __version__
 from surgeon.errors import SurgeonError
+from surgeon.version import __version__
 
 COMMANDS = {
     "inspect": "Show what a checkpoint, a bundle or a directory of engines is.",

@@ -21,8 +21,8 @@ from _measure import Report, Spread, interleaved, parser, ratios
 from transformers import DynamicCache
 
 import passes
-from exporters.onnx.bundle import export_bundle
-from exporters.runtime.bundle_runtime import BundleRuntime
+from exporters.export import export_bundle
+from exporters.onnxruntime.bundle_runtime import BundleRuntime
 from surgeon import models
 from surgeon.families import family
 from surgeon.inputs import ModelInputs

@@ -99,7 +99,8 @@ def lay_out_8b_job(directory: str) -> dict[str, Any]:
 def bundle_job(source: str, patched: str, bundle: str, recipe: str, graphs: list[str] | None) -> dict[str, Any]:
     """Graft, and export in bf16."""
     import passes
-    from exporters.onnx.bundle import DTYPES, export_bundle
+    from exporters.export import export_bundle
+    from exporters.onnx.bundle import DTYPES
     from surgeon.patch import patch
     from surgeon.recipe import Recipe
 

@@ -38,7 +38,8 @@ def export_job(source: str, target: str, dtype: str) -> dict[str, Any]:
     """In a child: our export of the decoder graph, timed from after the imports."""
     import transformers
 
-    from exporters.onnx.bundle import DTYPES, export_bundle
+    from exporters.export import export_bundle
+    from exporters.onnx.bundle import DTYPES
 
     assert transformers.Qwen3VLForConditionalGeneration
     start, cpu = time.perf_counter(), time.process_time()

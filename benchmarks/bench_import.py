@@ -29,7 +29,7 @@ def import_job(source: str, target: str) -> dict[str, Any]:
     """In a child: import, timed from after the imports."""
     import transformers
 
-    from surgeon.importers import import_checkpoint
+    from surgeon.importing import import_checkpoint
 
     assert transformers.InternVLForConditionalGeneration  # transformers imports a model's code when it is asked for
     after_imports = resident()

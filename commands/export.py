@@ -55,7 +55,8 @@ def export(
     \b
     surgeon export OUT BUNDLE --dtype fp16 --max-length 8192
     """
-    from exporters.onnx.bundle import DTYPES, export_bundle
+    from exporters.export import export_bundle
+    from exporters.onnx.bundle import DTYPES
     from surgeon import console
     from surgeon.progress import progress_bars
 

@@ -61,6 +61,7 @@ def generate(
     found: Any
     if (form := form_of(path)) != "checkpoint":
         from exporters import runtime
+        from exporters.onnxruntime import BundleRuntime
 
         model: runtime.Runtime
         if form == "engines":
@@ -68,7 +69,7 @@ def generate(
 
             model = EngineRuntime(path)
         else:
-            model = runtime.BundleRuntime(path, provider=provider)
+            model = BundleRuntime(path, provider=provider)
         (found,) = runtime.generate(model, [asked], max_new_tokens, sampling, lambda row, text: show(text), positions)
     else:
         from surgeon.torch_generate import answer

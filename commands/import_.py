@@ -33,7 +33,7 @@ def import_command(source: str, target: Path, image_token_id: int | None, overwr
     surgeon import ./CoMemo-2B ./comemo-2b
     surgeon import ./PVM-8B ./pvm-8b
     """
-    from surgeon.importers import import_checkpoint
+    from surgeon.importing import import_checkpoint
     from surgeon.progress import progress_bars
 
     with progress_bars() as progress:

@@ -79,7 +79,7 @@ def validate(
     if b is None and not bytes_too:
         raise click.UsageError("name two forms of a model, or with --bytes one")
     provider = provider_of(backend, a, *([] if b is None else [b]))
-    from exporters.runtime.validation import validate_bytes, validate_pair
+    from exporters.validation.validate import validate_bytes, validate_pair
 
     with progress_bars() as progress:
         if b is None:

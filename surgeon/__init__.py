@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__version__ = "0.1.0"
+from surgeon.version import __version__ as __version__
 
 
 def load(path: Any, **kwargs: Any) -> Any:

@@ -25,13 +25,12 @@ from surgeon.json_file import read_object
 from surgeon.models import read_config
 from surgeon.pictures import Picture, load_picture
 from surgeon.positions import Positions, choose_positions, grid_in_sequence, record_of
+from surgeon.side_files import IMAGE_PROCESSOR_FILES, TOKENIZER_FILES
 from surgeon.sizes import GenerationTokens, check, one_line
 
 Message = dict[str, Any]
 Side = Literal["left", "right"]
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 IMAGE_BACKEND = "pil"
 """What transformers' image processors compute with. By default they take torchvision where it is installed, whose
 pixels are slightly other ones: the same picture would be another question from machine to machine."""

@@ -1,6 +1,5 @@
 """From a checkpoint's config to a model: plain or patched, on the meta device or with weights."""
 
-import importlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,32 +10,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import CheckpointError
 from surgeon.families import Family, family
-from surgeon.memory.graft import Graft
+from surgeon.grafts import graft_class, grafts_of, is_patched
+from surgeon.importers import refuse_importable
 from surgeon.memory.patched import RECORD, patched_config_class, patched_model_class
 from surgeon.record import check_record, has_record
+from surgeon.remote_code import with_remote_code
 from surgeon.sizes import one_line
 from surgeon.weights import WeightPlan, stored_weights
-
-
-def graft_class(kind: str) -> type[Graft]:
-    """The graft class of a kind: the `GRAFT` of `surgeon/memory/<kind>.py`."""
-    try:
-        found: type[Graft] = importlib.import_module(f"surgeon.memory.{kind}").GRAFT
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise CheckpointError(
-            f"the checkpoint holds grafts of kind {kind!r}, which this version does not know; use a newer one"
-        ) from error
-    return found
-
-
-def is_patched(config: PretrainedConfig) -> bool:
-    """Whether a config asks for a patched model: one with grafts, or with positions of its own."""
-    return bool(getattr(config, RECORD, None))
-
-
-def grafts_of(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """The grafts that a config records: `{"kind", "layers", ...options}` each; none for a plain model."""
-    return list((getattr(config, RECORD, None) or {}).get("grafts", []))
 
 
 def read_config(config: dict[str, Any], *, plain: bool = False) -> PretrainedConfig:
@@ -132,8 +112,6 @@ def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
 
     Raises CheckpointError for a layout that has to be imported first, and as `read_config`.
     """
-    from surgeon.importers import refuse_importable  # importers make models of what they convert
-
     refuse_importable(checkpoint)
     return read_config(checkpoint.config)
 
@@ -163,8 +141,6 @@ def load(
     `device_map` among them says where the weights go, and `device` nothing then.
     Raises CheckpointError, also where a weight would be missing, left over or of another shape, FamilyError.
     """
-    from surgeon.remote_code import with_remote_code
-
     with Checkpoint.open(path) as checkpoint:
         directory = checkpoint.directory
         config = config_of(checkpoint)

@@ -8,7 +8,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from surgeon import __version__
 from surgeon.checkpoint.publish import staged
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.checkpoint.share import share_file
@@ -23,6 +22,7 @@ from surgeon.published import TensorShapes, check_staged
 from surgeon.recipe import FILE_NAME, Recipe
 from surgeon.remote_code import foreign_auto_map, patched_config, travelling_file_names, write_remote_code
 from surgeon.side_files import configure_image_processor, copy_side_files, name_classes
+from surgeon.version import __version__
 
 WeightsMode = Literal["auto", "copy", "link"]
 

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from surgeon.families import Family, family
+from surgeon.grafts import graft_class
 from surgeon.memory import patched
 
 ENTRY = "modeling_surgeon"
@@ -42,8 +43,6 @@ def _travelling(module: str, found: dict[str, str]) -> None:
 
 def travelling_files(described: Family, kinds: list[str]) -> dict[str, str]:
     """File name -> text of everything that a checkpoint of this family with grafts of these kinds needs to load."""
-    from surgeon.models import graft_class
-
     found: dict[str, str] = {}
     _travelling("memory.patched", found)
     for kind in kinds:

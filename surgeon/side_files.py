@@ -23,6 +23,9 @@ PROCESSOR = "processor_config.json"
 IMAGE_PROCESSOR = "preprocessor_config.json"
 VIDEO_PROCESSOR = "video_preprocessor_config.json"
 TOKENIZER = "tokenizer_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+IMAGE_PROCESSOR_FILES = (IMAGE_PROCESSOR, PROCESSOR)
+"""Of each list one at least is there, or the checkpoint has no such part."""
 AUTO_MAP = "auto_map"
 _CODE = ".py"
 

@@ -19,8 +19,8 @@ from PIL import Image
 
 from checkpoints import tiny_checkpoint
 from config_mutations import is_internal, mutate, time_limit
-from exporters.onnx.bundle import export_bundle
-from exporters.runtime import BundleRuntime
+from exporters.export import export_bundle
+from exporters.onnxruntime import BundleRuntime
 from exporters.tensorrt.build import Options, plan_engines
 from exporters.tensorrt.profiles import Limits
 from patching import apply

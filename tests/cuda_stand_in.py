@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporters.kernels.graph.node import Form, KernelNode
+from exporters.fusion.node import Form, KernelNode
 from exporters.kernels.plan import TensorType
 
 _SOURCE = """

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from checkpoints import tiny_checkpoint
-from exporters.onnx.bundle import export_bundle
+from exporters.export import export_bundle
 from exporters.onnx.manifest import Manifest
 from patching import apply
 from surgeon import models

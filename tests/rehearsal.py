@@ -12,8 +12,8 @@ import onnx_ir as ir
 import torch
 
 from exporters.onnx import manifest as bundles
-from exporters.runtime import SessionOptions
-from exporters.runtime.session import Session
+from exporters.onnxruntime import SessionOptions
+from exporters.onnxruntime.session import Session
 from exporters.tensorrt.device import Context, Device, Engine, Replay
 from exporters.tensorrt.library import installed_version
 from exporters.tensorrt.manifest import PROCESSOR, EngineFile, EngineManifest, LibraryUsed, digest

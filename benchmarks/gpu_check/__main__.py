@@ -146,7 +146,7 @@ def run_part(name: str, dry: bool, out: Path) -> int:
 
 def rehearse_without_a_gpu(name: str) -> None:
     """Kernels run interpreted where they would on CUDA, and the packages that a bare machine lacks are not there."""
-    from exporters.kernels.operators import mixin, pvm
+    from exporters.kernels.cuda import mixin, pvm
 
     for module, operators in (
         (pvm, ((pvm.persistent_visual_memory, pvm.fused), (pvm.pvm_memory, pvm.fused_memory))),

@@ -15,7 +15,7 @@ from benchmarks.gpu_check import grafts
 from benchmarks.gpu_check.counting import chains_of, counted_chains
 from benchmarks.gpu_check.part import PartReport, Setting, difference
 from benchmarks.gpu_check.timing import Timer
-from exporters.kernels.operators import use_fused
+from exporters.kernels.cuda import use_fused
 from surgeon.memory.decoder_layer import entry_name
 from surgeon.memory.reading import Reading
 from surgeon.memory.text_model import rotary

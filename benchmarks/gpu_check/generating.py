@@ -13,7 +13,7 @@ from benchmarks.gpu_check import grafts
 from benchmarks.gpu_check.counting import chains_of, counted_chains
 from benchmarks.gpu_check.part import PartReport, Setting
 from benchmarks.gpu_check.timing import Timer
-from exporters.kernels.operators import use_fused
+from exporters.kernels.cuda import use_fused
 
 
 def prompt(model: Any, side: int, text_length: int) -> dict[str, Tensor]:

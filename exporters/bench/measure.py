@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from exporters.runtime.session import Provider
+from exporters.onnxruntime.session import Provider
 from surgeon.cleanup import add_cleanup_errors
 from surgeon.errors import SurgeonError
 

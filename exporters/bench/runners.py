@@ -15,8 +15,8 @@ from surgeon import models
 from surgeon.inputs import Inputs, Prompt
 
 if TYPE_CHECKING:
+    from exporters.onnxruntime.session import Provider
     from exporters.runtime import Runtime
-    from exporters.runtime.session import Provider
 
 
 class Runner(ABC):
@@ -115,7 +115,7 @@ class BundleRunner(RuntimeRunner):
     stage = "bundle"
 
     def __init__(self, path: Path, prompts: Sequence[Prompt], threads: int | None, provider: "Provider") -> None:
-        from exporters.runtime import BundleRuntime
+        from exporters.onnxruntime import BundleRuntime
 
         super().__init__(BundleRuntime(path, provider=provider, threads=threads), prompts)
 

@@ -1,7 +1,7 @@
 """A bundle: a checkpoint's ONNX graphs, the weight files they point into, and what a runtime needs beside them."""
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,14 @@ import onnx_ir as ir
 import torch
 from transformers import PretrainedConfig
 
-import surgeon
 from exporters.onnx import manifest as manifests
 from exporters.onnx.decoder import decoder_graph
 from exporters.onnx.digests import sha256_of_files
 from exporters.onnx.embed import embed_graph
 from exporters.onnx.external_data import check_external_data
 from exporters.onnx.graph_file import ports_of
-from exporters.onnx.manifest import GraphFile, Manifest, Memory, Sizes, Source, Tokens, WeightFile
+from exporters.onnx.manifest import GraphFile, Manifest, Memory, Precision, Sizes, Source, Tokens, WeightFile
 from exporters.onnx.memory import memory_entries, memory_graph
-from exporters.onnx.precision.fit import fit_float16, not_measured
 from exporters.onnx.precision.policy import Float32Operators
 from exporters.onnx.rope import position_axes
 from exporters.onnx.vision import vision_graph
@@ -27,12 +25,14 @@ from exporters.onnx.weights import bind
 from surgeon.checkpoint import Checkpoint, SourceFiles, share_file, staged
 from surgeon.errors import CheckpointError, OptionError
 from surgeon.families import Family, family
+from surgeon.grafts import grafts_of
 from surgeon.json_file import read_object
 from surgeon.memory.visibility import visibility_of
-from surgeon.models import StoredModel, grafts_of, read_model
+from surgeon.models import StoredModel, read_model
 from surgeon.positions import record_of
 from surgeon.progress import Progress
 from surgeon.sizes import GenerationTokens, check
+from surgeon.version import __version__
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRAPHS = ("embed", "vision", "memory", "decoder")
@@ -42,25 +42,24 @@ PROCESSOR = "processor"
 _PROCESSOR_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 
-def export_bundle(
+Calibrate = Callable[[Path, Progress | None], tuple[Precision, Mapping[str, ir.Model]]]
+"""An fp16 bundle -> what of it has to be fp32, and the graphs that had to change for that, by name."""
+
+
+def write_bundle(
     checkpoint: str | Path,
     target: Path,
     *,
     dtype: torch.dtype,
     max_length: int,
+    calibrate: Calibrate,
     overwrite: bool = False,
     progress: Progress | None = None,
     graphs: Collection[str] | None = None,
-    measure: bool = True,
     digests: bool = True,
 ) -> Manifest:
-    """Export a plain or patched checkpoint (a directory or a hub id) to a new directory `target`; -> its manifest.
-
-    dtype: of the graphs, float32, float16 or bfloat16. max_length: slots of the key/value caches, prompt and answer
-    together. graphs: some of `GRAPHS`; by default all that the model has. `progress(stage, done, total)` is called
-    as the work goes on. No weight is loaded; weights of another dtype are converted one at a time. measure: whether
-    fp16 graphs are run, in fp32, to see what would overflow, and given fp32 there (docs/precision.md). digests: whether
-    the weight files are read once more for their SHA-256, which `surgeon validate --bytes` compares.
+    """Write the graphs of a checkpoint, and everything beside them, to a new directory `target`; -> its manifest.
+    Arguments as those of `exporters.export.export_bundle`; `calibrate` is called with a bundle of fp16.
 
     Raises OptionError for a dtype, length or graph that cannot be, CheckpointError and FamilyError for the checkpoint,
     BundleError for a model that cannot be exported, TargetError for the target. `target` appears whole or not at all.
@@ -81,7 +80,7 @@ def export_bundle(
 
         with staged(target, overwrite, protect=[opened.directory], verify=verify) as directory:
             manifest = _write(opened, described, stored, directory, dtype, max_length, progress, graphs, digests)
-            return _fit(directory, manifest, measure, progress) if dtype == torch.float16 else manifest
+            return _calibrated(directory, manifest, calibrate, progress) if dtype == torch.float16 else manifest
 
 
 def _check_length(max_length: int, text: Any) -> None:
@@ -138,7 +137,7 @@ def _write(
 
     text, record = described.text_config(config), record_of(config)
     manifest = Manifest(
-        tool_version=surgeon.__version__,
+        tool_version=__version__,
         source=Source(
             name=checkpoint.directory.resolve().name,
             fingerprint=checkpoint.fingerprint(),
@@ -184,17 +183,17 @@ def _write(
     return manifest
 
 
-def _fit(directory: Path, manifest: Manifest, measure: bool, progress: Progress | None) -> Manifest:
+def _calibrated(directory: Path, manifest: Manifest, calibrate: Calibrate, progress: Progress | None) -> Manifest:
     """The bundle in `directory` with fp32 where its values would overflow fp16; -> its manifest."""
-    precision, graphs = fit_float16(directory, progress) if measure else (not_measured("it was not asked for"), {})
+    precision, graphs = calibrate(directory, progress)
     described = dict(manifest.graphs)
     for name, graph in graphs.items():
         path = directory / manifest.graphs[name].file
         _save(graph, path)
         described[name] = _describe(graph, path)
-    fitted = manifest.model_copy(update={"precision": precision, "graphs": described})
-    fitted.save(directory)
-    return fitted
+    calibrated = manifest.model_copy(update={"precision": precision, "graphs": described})
+    calibrated.save(directory)
+    return calibrated
 
 
 def _name(dtype: torch.dtype) -> Any:

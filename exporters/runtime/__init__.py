@@ -1,20 +1,8 @@
-"""Run a bundle, and what every runtime shares."""
+"""What every runtime of a bundle's graphs does on the host: prompts, images, memory, positions, decoding."""
 
-from exporters.runtime.bundle_runtime import BundleRuntime
 from exporters.runtime.generate import Generation, generate
 from exporters.runtime.placement import Picture
 from exporters.runtime.runtime import Runtime
-from exporters.runtime.session import Provider, SessionOptions, choose_provider
 from exporters.runtime.state import State
 
-__all__ = [
-    "BundleRuntime",
-    "Generation",
-    "Picture",
-    "Provider",
-    "Runtime",
-    "SessionOptions",
-    "State",
-    "choose_provider",
-    "generate",
-]
+__all__ = ["Generation", "Picture", "Runtime", "State", "generate"]

@@ -17,11 +17,12 @@ from exporters.runtime.placement import Entering, Picture, Placement, padded
 from exporters.runtime.state import State, Tokens, Wanted, rows_of, stack
 from surgeon.errors import BundleError, CheckpointError, InputError, SurgeonError, TooLongError
 from surgeon.families import Family, family
+from surgeon.grafts import grafts_of
 from surgeon.inputs import Inputs, Message, ModelInputs, Prompt
 from surgeon.json_file import read_object
 from surgeon.memory.patched import MODEL_TYPE_PREFIX
 from surgeon.memory.visibility import causally, visibility_of
-from surgeon.models import grafts_of, read_config
+from surgeon.models import read_config
 from surgeon.positions import Positions, choose_positions, grid_in_sequence, position_ids, record_of
 
 PROCESSOR = "processor"

@@ -124,3 +124,8 @@ def stack(rows: Sequence[np.ndarray]) -> np.ndarray:
     longest = max(row.shape[1] for row in rows)
     rest = [(0, 0)] * (rows[0].ndim - 2)
     return np.concatenate([np.pad(row, ((0, 0), (0, longest - row.shape[1]), *rest)) for row in rows])
+
+
+def stays_on_device(name: str) -> bool:
+    """Whether an input or output is of caches or memory, which the host does not look into."""
+    return name.startswith(("past_", "present_", "memory_keys", "memory_values"))

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import surgeon
-from exporters.kernels.graph import NAMESPACE
+from exporters.fusion import NAMESPACE
 from exporters.onnx import manifest as bundles
 from exporters.tensorrt.builder import Builder, Options, serialized
 from exporters.tensorrt.cache import BuildCache, graph_digest
@@ -19,6 +18,7 @@ from surgeon.checkpoint import SourceFiles, check_link, check_target, share_file
 from surgeon.cleanup import temporary_directory
 from surgeon.errors import SurgeonError
 from surgeon.progress import Progress
+from surgeon.version import __version__
 
 if TYPE_CHECKING:
     from exporters.kernels.tuned import Tuned
@@ -133,7 +133,7 @@ def _tuned(options: Options) -> "Tuned | None":
 def _manifest(plan: Plan, library: Library, targets: tuple[str, ...], directory: Path) -> EngineManifest:
     here = None if targets else gpu()
     return EngineManifest(
-        tool_version=surgeon.__version__,
+        tool_version=__version__,
         library=LibraryUsed(backend=library.backend, version=library.version),
         targets=list(targets) or ([] if here is None else [here.capability]),
         gpu=None if here is None else here.name,

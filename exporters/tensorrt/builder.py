@@ -112,8 +112,8 @@ class Builder:
         if not graph.plugins:
             return {}
         # needs Triton, which a graph without plugins does not
+        from exporters.fusion.node import compile_nodes
         from exporters.kernels.folder import compiled
-        from exporters.kernels.graph.node import compile_nodes
         from exporters.tensorrt.plugins.reach import capabilities
 
         here = gpu()

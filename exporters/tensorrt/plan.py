@@ -16,8 +16,8 @@ from exporters.tensorrt.profiles import Limits, Profile, cache_bytes, make_profi
 from exporters.tensorrt.rewrites import rewrite
 
 if TYPE_CHECKING:
-    from exporters.kernels.graph.fused_kernels import FusedKernels
-    from exporters.kernels.graph.node import KernelNode
+    from exporters.fusion.fused_kernels import FusedKernels
+    from exporters.fusion.node import KernelNode
     from exporters.kernels.tuned import Tuned
 
 Kernels = Literal["standard", "fused"]
@@ -159,8 +159,8 @@ def _fusion(profiles: list[Profile], tuned: "Tuned | None", measured: set[str]) 
             f"--kernels fused needs Triton ({error}): pip install 'lvlm-surgeon[kernels]', or take --kernels standard"
         ) from error
     # these are written in Triton, which is not installed everywhere
-    from exporters.kernels.graph import NAMESPACE, VERSION
-    from exporters.kernels.graph.fused_kernels import FusedKernels
+    from exporters.fusion import NAMESPACE, VERSION
+    from exporters.fusion.fused_kernels import FusedKernels
     from exporters.kernels.tuned import chooser
     from exporters.tensorrt.plugins.reach import largest, reaches_of
 

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from exporters.kernels.graph import NAMESPACE
+from exporters.fusion import NAMESPACE
 from exporters.runtime.runtime import GraphName, Runtime
-from exporters.runtime.session import stays_on_device
-from exporters.runtime.state import State, Tokens
+from exporters.runtime.state import State, Tokens, stays_on_device
 from exporters.tensorrt.device import CudaDevice, Device
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.library import gpu

@@ -3,8 +3,7 @@
 One file per layout, whose `IMPORTER` recognises its checkpoints. Files with a leading underscore are shared.
 """
 
-from surgeon.importers._convert import ImportReport, import_checkpoint
 from surgeon.importers._layout import Importer, Layout
-from surgeon.importers._registry import recognise, refuse_importable, supported
+from surgeon.importers._registry import importer_of, recognise, refuse_importable, supported
 
-__all__ = ["ImportReport", "Importer", "Layout", "import_checkpoint", "recognise", "refuse_importable", "supported"]
+__all__ = ["Importer", "Layout", "importer_of", "recognise", "refuse_importable", "supported"]

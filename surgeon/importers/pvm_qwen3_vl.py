@@ -9,8 +9,7 @@ from typing import Any
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import CheckpointError, OptionError
 from surgeon.importers._layout import Importer, Layout, Rule, rule, setting
-from surgeon.inputs import IMAGE_PROCESSOR_FILES, TOKENIZER_FILES
-from surgeon.side_files import copy_side_files
+from surgeon.side_files import IMAGE_PROCESSOR_FILES, TOKENIZER_FILES, copy_side_files
 
 _BLOCK = re.compile(r"model\.language_model\.layers\.(\d+)\.pvm_block\..+")
 _LATENT = "model.language_model.layers.{}.pvm_block.text_reducer.weight"

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from surgeon import __version__
 from surgeon.parity.validate import Comparison, Verdict
+from surgeon.version import __version__
 
 
 @dataclass

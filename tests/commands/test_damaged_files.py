@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from checkpoints import has_tokenizer
 from command import assert_refused, process, run
-from exporters.onnx.bundle import export_bundle
+from exporters.export import export_bundle
 from patching import apply
 from surgeon import rendering
 

@@ -6,8 +6,8 @@ import torch
 from onnxscript import BOOL, INT32, script
 from torch import Tensor
 
-from exporters.kernels.operators.mixin import mixin
 from exporters.onnx.functions.base import GraftFunction, domain, op
+from exporters.operators.mixin import mixin
 from surgeon import ops
 from surgeon.memory import mixin as memory
 from surgeon.memory.rotary import Rotary

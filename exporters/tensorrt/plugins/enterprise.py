@@ -9,8 +9,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from exporters.kernels.graph import NAMESPACE
-from exporters.kernels.graph.formula import evaluate
+from exporters.fusion import NAMESPACE
+from exporters.fusion.formula import evaluate
 
 _DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32", "bool": "BOOL"}
 _COMBINATION = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int32": "INT32", "bool": "BOOL"}

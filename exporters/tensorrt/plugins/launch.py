@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from exporters.kernels.graph.formula import evaluate
+from exporters.fusion.formula import evaluate
 
 Dims = Sequence[Sequence[int]]
 """The shape of every input."""

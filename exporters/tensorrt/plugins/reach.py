@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from exporters.fusion.node import Reach, reaches
 from exporters.kernels.aot import capability_for
-from exporters.kernels.graph.node import Reach, reaches
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.profiles import Profile
 

@@ -9,8 +9,8 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from exporters.kernels.graph import FORMAT, NAMESPACE, VERSION
-from exporters.kernels.graph.formula import evaluate
+from exporters.fusion import FORMAT, NAMESPACE, VERSION
+from exporters.fusion.formula import evaluate
 from exporters.tensorrt.plugins.launch import Driver
 
 _FIELD = "described"

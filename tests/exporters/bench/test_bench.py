@@ -12,7 +12,7 @@ from checkpoints import has_tokenizer, tiny_checkpoint
 from command import run
 from exporters.bench import Workload, draw, measure
 from exporters.bench.runners import open_runner
-from exporters.onnx.bundle import export_bundle
+from exporters.export import export_bundle
 from surgeon.errors import OptionError, SurgeonError
 from surgeon.inputs import Prompt
 

@@ -7,7 +7,7 @@ import pytest
 
 from exporters.kernels import tuned
 from exporters.kernels.folder import VARIABLE, FolderError, compiled, folder
-from exporters.runtime.custom_ops import native
+from exporters.onnxruntime.custom_ops import native
 
 
 @pytest.fixture

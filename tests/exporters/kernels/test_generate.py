@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from exporters.kernels.operators import mixin, pvm
+from exporters.kernels.cuda import mixin, pvm
 from patching import apply
 from surgeon import models
 from surgeon.inputs import Inputs, Prompt

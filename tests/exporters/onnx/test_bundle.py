@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import tiny_checkpoint
+from exporters.export import export_bundle
 from exporters.onnx import bundle
-from exporters.onnx.bundle import export_bundle
 from exporters.onnx.manifest import Manifest
 from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, DecoderRun, Pair
 from surgeon.checkpoint import read_header, share_file

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from checkpoints import tiny_checkpoint, tiny_config
-from exporters.onnx.bundle import export_bundle
+from exporters.export import export_bundle
 from exporters.onnx.decoder import decoder_graph
 from pairs import MIXIN, PLAIN, PVM, DecoderRun, Pair
 from surgeon import models

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporters.runtime import BundleRuntime, generate
+from exporters.onnxruntime import BundleRuntime
+from exporters.runtime import generate
 from pairs import MAX_LENGTH, Pair, picture
 from surgeon.errors import BundleError, InputError
 from surgeon.generation import Sampling

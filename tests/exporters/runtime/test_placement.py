@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from exporters.runtime import BundleRuntime, Picture
+from exporters.onnxruntime import BundleRuntime
+from exporters.runtime import Picture
 from pairs import MIXIN, PLAIN, PVM, Pair, Row, picture
 from surgeon.errors import InputError
 from surgeon.inputs import ModelInputs, Prompt

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from transformers import PretrainedConfig
 
-from exporters.runtime import BundleRuntime, Picture
+from exporters.onnxruntime import BundleRuntime
+from exporters.runtime import Picture
 from exporters.runtime.placement import Placement
 from pairs import MIXIN, PVM, Pair, Row, picture
 from surgeon.memory.patched import RECORD

@@ -18,7 +18,8 @@ from google.protobuf import text_format
 
 from checkpoints import has_tokenizer
 from command import run
-from exporters.runtime import BundleRuntime, generate
+from exporters.onnxruntime import BundleRuntime
+from exporters.runtime import generate
 from exporters.serving import triton
 from exporters.tensorrt import runtime as runtimes
 from exporters.tensorrt.errors import EngineError

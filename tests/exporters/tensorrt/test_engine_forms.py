@@ -11,14 +11,14 @@ import torch
 from checkpoints import has_tokenizer, tiny_checkpoint
 from command import run
 from exporters.bench.runners import open_runner
+from exporters.export import export_bundle
 from exporters.forms import form_of
-from exporters.onnx.bundle import export_bundle
-from exporters.runtime.pair import open_pair
-from exporters.runtime.subject import EngineSubject
-from exporters.runtime.validation import validate_pair
 from exporters.tensorrt import runtime as runtimes
 from exporters.tensorrt.library import gpu
 from exporters.tensorrt.profiles import Limits, Range
+from exporters.validation.pair import open_pair
+from exporters.validation.subject import EngineSubject
+from exporters.validation.validate import validate_pair
 from pairs import MIXIN, PLAIN, PVM, Pair, picture
 from patching import apply
 from rehearsal import CpuDevice, make_engines

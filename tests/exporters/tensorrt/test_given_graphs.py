@@ -14,7 +14,7 @@ import pytest
 from checkpoints import MODEL_TYPES, PLAIN_TYPES
 from engines import CASES, Case
 from exporters.onnx.manifest import Port
-from exporters.runtime.rewrites import EmulateBFloat16
+from exporters.onnxruntime.rewrites import EmulateBFloat16
 from exporters.tensorrt.plan import make_plan
 from exporters.tensorrt.profiles import Limits, Range, split_dimension
 from pairs import MAX_LENGTH, MIXIN, PVM, Pair

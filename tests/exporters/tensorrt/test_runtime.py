@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from checkpoints import has_tokenizer
-from exporters.runtime import BundleRuntime, Runtime, generate
+from exporters.onnxruntime import BundleRuntime
+from exporters.runtime import Runtime, generate
 from exporters.tensorrt import runtime as runtimes
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.library import gpu, installed_version

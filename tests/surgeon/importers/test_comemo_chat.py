@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from published import IMAGE_TOKEN_ID, expected_tensors, golden_checkpoint
 from surgeon import models
 from surgeon.errors import CheckpointError
-from surgeon.importers import import_checkpoint
+from surgeon.importing import import_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from checkpoints import tiny_model
 from published import IMAGE_TOKEN_ID, expected_tensors, golden_checkpoint, publish
 from surgeon.errors import CheckpointError, OptionError, SurgeonError
-from surgeon.importers import import_checkpoint
+from surgeon.importing import import_checkpoint
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:

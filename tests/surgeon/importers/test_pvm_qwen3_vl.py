@@ -17,7 +17,7 @@ from golden import DATA, expected_tensors, our_name
 from surgeon import models
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import CheckpointError, OptionError, SurgeonError
-from surgeon.importers import import_checkpoint
+from surgeon.importing import import_checkpoint
 
 Change = Callable[[dict[str, Any]], Any]
 LAYER = "model.language_model.layers.{}.pvm_block."

@@ -22,7 +22,8 @@ from checkpoints import DEMO
 from published import golden_checkpoint
 from surgeon import models
 from surgeon.errors import CheckpointError, OptionError
-from surgeon.importers import _sentencepiece, import_checkpoint
+from surgeon.importers import _sentencepiece
+from surgeon.importing import import_checkpoint
 from surgeon.inputs import Inputs, Prompt
 
 IMAGE, START, END = "<IMG_CONTEXT>", "<img>", "</img>"

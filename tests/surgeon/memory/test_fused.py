@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
-from exporters.kernels.operators import mixin, pvm
+from exporters.kernels.cuda import mixin, pvm
 from surgeon.memory import fused
 from surgeon.memory.graft import weight_of
 from surgeon.memory.pvm import PersistentVisualMemory

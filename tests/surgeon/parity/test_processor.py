@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoProcessor
 
 from checkpoints import MODEL_TYPES, PLAIN_TYPES, has_tokenizer, tiny_checkpoint
-from exporters.runtime.validation import validate_pair
+from exporters.validation.validate import validate_pair
 from patching import apply
 from surgeon.families.base import Family
 from surgeon.inputs import Inputs

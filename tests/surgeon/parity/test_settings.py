@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from checkpoints import tiny_checkpoint
-from exporters.runtime.validation import validate_pair
+from exporters.validation.validate import validate_pair
 from patching import apply
 from surgeon.inputs import Inputs
 from surgeon.parity.settings import compare_settings

@@ -1,0 +1,1 @@
+"""fp16 graphs made to hold what their model computes: activations measured, and widened where fp16 ends."""

@@ -1,0 +1,37 @@
+"""What a bundle's fp16 graphs need beyond fp16."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from exporters.calibration.measure import LIMIT, MARGIN, Unmeasurable, exceeding, measure
+from exporters.calibration.widen import WidenToFloat32
+from exporters.onnx.manifest import Activation, Precision
+from surgeon.progress import Progress
+
+
+def fit_float16(directory: Path, progress: Progress | None = None) -> tuple[Precision, dict[str, ir.Model]]:
+    """Measure the fp16 bundle in `directory`; -> what was found, and the graphs that had to change, by name.
+
+    Raises BundleError where a value would overflow that cannot be fp32, or is not finite in fp32 either.
+    """
+    try:
+        activations, prompts = measure(directory, progress)
+    except Unmeasurable as reason:
+        return not_measured(str(reason)), {}
+    widened = exceeding(activations)
+    graphs = {}
+    for name in dict.fromkeys(each.graph for each in widened):
+        graphs[name] = ir.load(directory / f"{name}.onnx")
+        WidenToFloat32([each.value for each in widened if each.graph == name])(graphs[name])
+    largest: dict[tuple[str, str], Activation] = {}
+    for each in activations:
+        key = (each.graph, each.layer)
+        if key not in largest or each.max_abs > largest[key].max_abs:
+            largest[key] = each
+    found = Precision(limit=LIMIT, margin=MARGIN, prompts=prompts, largest=list(largest.values()), widened=widened)
+    return found, graphs
+
+
+def not_measured(reason: str) -> Precision:
+    return Precision(limit=LIMIT, margin=MARGIN, prompts=0, skipped=reason)

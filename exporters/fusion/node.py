@@ -1,0 +1,205 @@
+"""A chain of kernels as nodes of a graph: what each reads and writes, how large, and its launches compiled."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporters.fusion import FORMAT
+from exporters.fusion.formula import Size, formula
+from exporters.kernels.aot import Job, compile_launches
+from exporters.kernels.blocks import DECODE_TOKENS, FEW_TOKENS
+from exporters.kernels.kernel import Blocks, Chain, Step
+from exporters.kernels.plan import ChooseBlocks, Launch, TensorType, by_rule, fixed_blocks, plan, plan_step
+
+_SPLITS_MEMORY = 512 << 20
+"""Bytes that one attention may leave behind at the largest sizes: all forms of it share its number of splits."""
+_ITEMSIZE = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Up to how many tokens a form is taken, and the sizes of the graph's symbols that it is cut for."""
+
+    tokens: int | None
+    """None: for all that is left."""
+    sizes: Mapping[str, int]
+
+
+def reaches(symbols: Iterable[str], tokens: int, slots: int) -> list[Reach]:
+    """The forms for requests of up to so many tokens, or about so many where nothing says: for one token or few, some,
+    many. `symbols`: the graph's; `slots`: the visual tokens that a memory usually holds.
+
+    The limits are those at which `default_blocks` changes its mind.
+    """
+    found = []
+    for limit, length in ((DECODE_TOKENS, 1), (FEW_TOKENS, min(FEW_TOKENS, tokens)), (None, tokens)):
+        last = limit is None or tokens <= limit
+        sizes = {**dict.fromkeys(symbols, 1), "B": 1, "S": length, "M": slots}
+        found.append(Reach(None if last else limit, sizes))
+        if last:
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class Form:
+    tokens: int | None
+    launch: Launch
+    """Its sizes are formulas of the node's inputs."""
+
+
+@dataclass(frozen=True)
+class KernelNode:
+    """One step of a chain. Its inputs are those of the kernel that are there, in the kernel's order."""
+
+    step: Step
+    inputs: tuple[TensorType, ...]
+    """As in the graph: a dimension is a number or a symbol."""
+    outputs: tuple[TensorType, ...]
+    forms: tuple[Form, ...]
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What it is, JSON, but for its compiled kernels. Layers that are alike have the same."""
+        launch = self.forms[0].launch
+        return {
+            "format": FORMAT,
+            "kernel": self.step.kernel.name,
+            "inputs": [tensor.dtype for tensor in self.inputs],
+            "outputs": [
+                {"dtype": tensor.dtype, "shape": [formula(size) for size in tensor.shape]}
+                for tensor in launch.outputs.values()
+            ],
+            "sizes": [formula(size) for size in launch.sizes.values()],
+            "forms": [
+                {
+                    "tokens": form.tokens,
+                    "grid": [formula(size) for size in form.launch.grid],
+                    "constants": form.launch.constants,
+                    "blocks": dataclasses.asdict(form.launch.blocks),
+                }
+                for form in self.forms
+            ],
+        }
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self.described, sort_keys=True).encode()).hexdigest()
+
+
+def plan_nodes(
+    chain: Chain,
+    given: Mapping[str, TensorType],
+    forms: Sequence[Reach],
+    most: Mapping[str, int],
+    choose: ChooseBlocks = by_rule,
+) -> list[KernelNode]:
+    """One node for each step of a chain. `given`: the chain's inputs by name, without those that are None; a dimension
+    is a number or a symbol of `most`, the largest size of each.
+
+    All forms split the memory alike: attention chooses its form by a row's tokens, what reads its splits by all rows'.
+    """
+    wanted = _blocks(chain, given, forms[0].sizes, choose)
+    splits = {name: _splits(chain, given, most, name, wanted[name].splits, choose) for name in wanted}
+
+    def alike(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
+        return dataclasses.replace(choose(step, inputs), splits=splits[step.name])
+
+    cut = [_blocks(chain, given, form.sizes, alike) for form in forms]
+    values, found = dict(given), []
+    for step in chain.steps:
+        there = {name: values[step.inputs[name]] for name in step.kernel.inputs if step.inputs.get(name) in values}
+        symbolic = {name: _referring(tensor, place) for place, (name, tensor) in enumerate(there.items())}
+        launches = [plan_step(step, symbolic, fixed_blocks(blocks)) for blocks in cut]
+        inputs = tuple(there.values())
+        outputs = {name: _named(tensor, inputs) for name, tensor in launches[0].outputs.items()}
+        made = tuple(Form(form.tokens, launch) for form, launch in zip(forms, launches, strict=True))
+        found.append(KernelNode(step, inputs, tuple(outputs.values()), made))
+        values |= {value: outputs[name] for name, value in step.outputs.items()}
+    return found
+
+
+def compile_nodes(
+    nodes: Mapping[str, KernelNode], capabilities: Sequence[int], cache: Path | None = None, *, aligned: bool = True
+) -> dict[str, dict[str, Any]]:
+    """What a runtime is told of every node, JSON, with its kernels for each compute capability. `cache`: a folder to
+    keep compiled kernels in; `aligned`: whether the runtime places every tensor at a multiple of 16 bytes.
+
+    Raises CompileError for a kernel that does not compile.
+    """
+    jobs = [
+        (name, number, Job(form.launch, capability, aligned))
+        for name, node in nodes.items()
+        for number, form in enumerate(node.forms)
+        for capability in capabilities
+    ]
+    found = {name: node.described for name, node in nodes.items()}
+    for described in found.values():
+        for form in described["forms"]:
+            form["kernels"] = []
+    compiled = compile_launches([job for _, _, job in jobs], cache, fit=True)
+    for (name, number, _), kernel in zip(jobs, compiled, strict=True):
+        kinds = [parameter.kind for parameter in kernel.parameters]
+        assert kinds == sorted(kinds, key=("input", "size", "output").index), "they are passed in this order"
+        found[name]["forms"][number]["kernels"].append(
+            {
+                "capability": kernel.capability,
+                "entry": kernel.entry,
+                "ptx": kernel.ptx,
+                "shared": kernel.shared,
+                "num_warps": kernel.num_warps,
+            }
+        )
+    return found
+
+
+def _concrete(given: Mapping[str, TensorType], sizes: Mapping[str, int]) -> dict[str, TensorType]:
+    return {
+        name: TensorType(tuple(size if isinstance(size, int) else sizes[size] for size in tensor.shape), tensor.dtype)
+        for name, tensor in given.items()
+    }
+
+
+def _blocks(
+    chain: Chain, given: Mapping[str, TensorType], sizes: Mapping[str, int], choose: ChooseBlocks
+) -> dict[str, Blocks]:
+    return {launch.step.name: launch.blocks for launch in plan(chain, _concrete(given, sizes), choose)}
+
+
+def _splits(
+    chain: Chain, given: Mapping[str, TensorType], most: Mapping[str, int], name: str, splits: int, choose: ChooseBlocks
+) -> int:
+    """As many as decoding asks for, unless what they leave behind at the largest sizes would not fit."""
+    if splits == 1:
+        return 1
+
+    def single(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
+        return dataclasses.replace(choose(step, inputs), splits=1)
+
+    launch = next(each for each in plan(chain, _concrete(given, most), single) if each.step.name == name)
+    size = sum(math.prod(tensor.shape) * _ITEMSIZE[tensor.dtype] for tensor in launch.outputs.values())
+    while splits > 1 and size * splits > _SPLITS_MEMORY:
+        splits //= 2
+    return splits
+
+
+def _referring(tensor: TensorType, place: int) -> TensorType:
+    """An input with references to its dimensions in place of the graph's symbols."""
+    shape = (size if isinstance(size, int) else Size.of(place, axis) for axis, size in enumerate(tensor.shape))
+    return TensorType(tuple(shape), tensor.dtype)
+
+
+def _named(tensor: TensorType, inputs: Sequence[TensorType]) -> TensorType:
+    """With the graph's symbols in place of the references to inputs, which are all that kernels' outputs have."""
+    shape = []
+    for size in tensor.shape:
+        if isinstance(size, Size):
+            _, place, axis = size.formula
+            size = inputs[place].shape[axis]
+        shape.append(size)
+    return TensorType(tuple(shape), tensor.dtype)

@@ -1,0 +1,323 @@
+"""`surgeon validate`: two paths in, a verdict out."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from exporters.forms import form_of
+from exporters.onnxruntime.session import Provider
+from exporters.runtime.runtime import PROCESSOR
+from exporters.validation.integrity import check_bytes
+from exporters.validation.pair import open_pair
+from passes import registry
+from surgeon.checkpoint import Checkpoint
+from surgeon.errors import InputError, OptionError, SurgeonError
+from surgeon.parity.cases import Case, default_cases, own_case
+from surgeon.parity.ladder import MAX_EFFECT_ERROR, MOVED, TUNED, Rung, effect_failures, rung_between
+from surgeon.parity.metrics import compare_effect
+from surgeon.parity.processor import ProcessorUnavailable, check_inputs
+from surgeon.parity.replay import compare_record
+from surgeon.parity.report import Check, Report
+from surgeon.parity.settings import compare_settings
+from surgeon.parity.subject import Subject
+from surgeon.parity.torch_subject import TorchSubject
+from surgeon.parity.validate import AS_THEY_ARE, Comparison, validate
+from surgeon.parity.weights import compare_weights, take_weights
+from surgeon.positions import Positions
+from surgeon.progress import Progress
+
+OPENED = 2.0
+"""What closed gates are opened to: a mixin's, which is a tanh, then lets 0.96 through."""
+_ROUNDING = 2**-7
+"""Of bf16, with room."""
+_SMALLEST = 1e-7
+"""What fp16 rounds to zero."""
+SHOWS = 0.1
+"""A gate below this is as good as closed: whatever is behind it hardly reaches the logits."""
+
+
+def validate_pair(
+    a: str | Path,
+    b: str | Path,
+    images: Sequence[Path] = (),
+    prompt: str | None = None,
+    steps: int = 32,
+    progress: Progress | None = None,
+    positions: Positions | None = None,
+    provider: Provider = "auto",
+    backbone_tuned: bool = False,
+    grafts_tuned: bool = False,
+    bytes_too: bool = False,
+) -> Report:
+    """Load two forms of a model, compare them over the default cases or the given pictures and prompt.
+
+    `positions`: dhr or plain, of both, where they offer RoPE-DHR; by default dhr. `provider`: what runs bundles.
+    `backbone_tuned`, `grafts_tuned`: of two checkpoints, the later may hold other values of the earlier one's backbone,
+    of the grafts that both have. `bytes_too`: first as `validate_bytes`; files that are not those that were recorded
+    are not loaded. Raises SurgeonError where one cannot be loaded, or the two are not forms of one model.
+    """
+    started = time.monotonic()
+    report = validate_bytes(a, b, progress) if bytes_too else None
+    if report is not None and not report.passed:
+        return report
+    cases = own_case(images, prompt) if images or prompt is not None else default_cases()
+    if progress is not None:
+        progress("loading", 0, len(cases))
+    reference, subject = open_pair(a, b, positions, provider)
+    pair = _Pair(reference, subject, cases, steps, progress, backbone_tuned, grafts_tuned)
+    report = Report(
+        checks=[] if report is None else report.checks,
+        subject=subject.path,
+        reference=reference.path,
+        stages=(reference.stage, subject.stage),
+        dtypes=(reference.dtype, subject.dtype),
+    )
+    try:
+        pair.check(report)
+        pair.compare(report)
+    except InputError as error:
+        if report.verdict != "failed":
+            raise
+        # settings that differ are the reason, not the prompt
+        report.notes.append(f"nothing more was compared: {error}")
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def validate_bytes(a: str | Path, b: str | Path | None = None, progress: Progress | None = None) -> Report:
+    """Compare the files of one path, or of two, with the digests that were recorded when they were made. No model is
+    loaded. Raises SurgeonError where nothing is recorded, or a path is of no known form."""
+    started = time.monotonic()
+    paths = [str(path) for path in (a, b) if path is not None]
+    stages = tuple("engine" if form_of(path) == "engines" else form_of(path) for path in paths)
+    report = Report(subject=paths[-1], reference=None, stages=stages, dtypes=(), checks=check_bytes(a, b, progress))
+    report.seconds = time.monotonic() - started
+    return report
+
+
+@dataclass
+class _Pair:
+    """Two loaded forms of a model, what is asked of them, and what sets them apart."""
+
+    reference: Subject
+    subject: Subject
+    cases: Sequence[Case]
+    steps: int
+    progress: Progress | None
+    backbone_tuned: bool
+    grafts_tuned: bool
+    tuned: set[str] = field(default_factory=set)
+    """Gates of grafts that both have, with other values."""
+
+    def __post_init__(self) -> None:
+        if (self.backbone_tuned or self.grafts_tuned) and not self._checkpoints:
+            option = "--backbone-tuned" if self.backbone_tuned else "--grafts-tuned"
+            raise OptionError(f"{option} is for two checkpoints; a bundle holds its checkpoint's own weights")
+        if self._grafts(self.reference) != self._grafts(self.subject):
+            for each in (self.reference, self.subject):
+                if each.gates() is None:
+                    raise SurgeonError(
+                        f"{each.path} has grafts that the other has not, and engines do not show their gates: compare "
+                        "it with the patched checkpoint or its bundle"
+                    )
+
+    @property
+    def _checkpoints(self) -> bool:
+        return isinstance(self.reference, TorchSubject) and isinstance(self.subject, TorchSubject)
+
+    # -- what is judged of itself ------------------------------------------------------------------------------
+    def check(self, report: Report) -> None:
+        """What they are set to, the prompts and, of two checkpoints, their tensors."""
+        said = "configs, tokenizers, chat templates and image processors are the same"
+        failures = compare_settings(self.reference.inputs, self.subject.inputs)
+        report.checks.append(Check("settings", said, failures))
+        if self._checkpoints:
+            self._check_record(report)
+        loaded = isinstance(self.reference, TorchSubject)
+        folder = self.reference.directory if loaded else Path(self.reference.path) / PROCESSOR  # type: ignore[attr-defined]
+        try:
+            said, failures = check_inputs(self.reference.inputs, folder, self.cases)
+            report.checks.append(Check("inputs", said, failures))
+        except ProcessorUnavailable as reason:
+            report.notes.append(f"the inputs were not compared with transformers' own processor: {reason}")
+        if self._checkpoints:
+            self._check_weights(report)
+        else:
+            self._check_gates(report)
+
+    def _check_record(self, report: Report) -> None:
+        with Checkpoint.open(self.reference.path) as source, Checkpoint.open(self.subject.path) as patched:
+            failures = compare_record(source, patched, registry())
+        if failures is not None:
+            report.checks.append(Check("record", "grafts and positions are what the recorded passes make", failures))
+
+    def _check_gates(self, report: Report) -> None:
+        """Forms of one patched model have its gates, as far as their dtypes can tell: a prompt may not show them."""
+        a, b = self.reference.gates() or {}, self.subject.gates() or {}
+        common = sorted(a.keys() & b.keys())
+        if not common:
+            return
+        failures = [
+            f"{name} is {a[name]:.4g} in the reference and {b[name]:.4g} in the subject"
+            for name in common
+            if not abs(a[name] - b[name]) <= _ROUNDING * abs(a[name]) + _SMALLEST
+        ]
+        report.checks.append(Check("gates", f"{len(common)} gates are the same in both", failures))
+
+    def _check_weights(self, report: Report) -> None:
+        assert isinstance(self.reference, TorchSubject) and isinstance(self.subject, TorchSubject)
+        difference = compare_weights(self.reference.model, self.subject.model)
+        changed = set(difference.changed)
+        grafts = self.reference.graft_tensors()
+        self.tuned = {gate for gate, own in grafts.items() if changed & set(own)}
+        in_grafts = {name for own in grafts.values() for name in own}
+        which = "the other tensors" if changed or difference.missing else f"all {_count(difference.compared)}"
+        alike = "value for value"
+        if difference.rounded:
+            alike = f"{_first(difference.rounded)} of them as {self.subject.dtype} rounds it, the rest value for value"
+        check = Check("weights", f"{which} of the reference are in the subject, {alike}")
+        if difference.missing:
+            check.failures.append(f"{_first(difference.missing)} of the reference not in the subject")
+        for part, allowed, names in (
+            ("backbone", self.backbone_tuned, [name for name in difference.changed if name not in in_grafts]),
+            ("grafts", self.grafts_tuned, [name for name in difference.changed if name in in_grafts]),
+        ):
+            if not names:
+                continue
+            what = f"{_first(names)} of the {part} with other values in the subject"
+            if allowed:
+                check.said += f"; {what}, as --{part}-tuned allows"
+            else:
+                check.failures.append(f"{what}; where they were tuned, say so with --{part}-tuned")
+        report.checks.append(check)
+
+    # -- what is judged by its logits --------------------------------------------------------------------------
+    def compare(self, report: Report) -> None:
+        known = (self.reference.gates(), self.subject.gates())
+        a, b = (each or {} for each in known)
+        added = set() if None in known else a.keys() ^ b.keys()  # engines have the other's grafts
+        apart = added | self.tuned
+        closing = dict.fromkeys(apart, 0.0) if any(a.get(n) or b.get(n) for n in apart) else {}
+        moved = self.subject.positions != "plain" and self._scheme(self.reference) != self._scheme(self.subject)
+        rung = rung_between((self.reference.stage, self.subject.stage), (self.reference.dtype, self.subject.dtype))
+        said = ["gates closed"] * bool(closing) + ["plain positions"] * moved
+        state = f"{' and '.join(said)} in memory" if said else AS_THEY_ARE
+        if said or self.backbone_tuned:
+            # first as they are: the backbone that was tuned is then put into the reference
+            report.comparisons.append(self._run(MOVED if moved and not closing else TUNED))
+        if apart and not closing and self._checkpoints:
+            report.notes.append(f"all {len(apart)} gates are 0, as they start: the grafts change nothing until trained")
+        if closing:
+            report.notes.append(
+                f"gates, largest value: {_said({n: max(a.get(n, 0.0), b.get(n, 0.0)) for n in sorted(apart)})}"
+            )
+        if self.backbone_tuned:
+            if not (added or moved):
+                report.remedy = (
+                    "with --backbone-tuned two checkpoints with the same grafts need not agree on anything; leave it "
+                    "out to have their tensors and logits compared"
+                )
+                return
+            assert isinstance(self.reference, TorchSubject) and isinstance(self.subject, TorchSubject)
+            take_weights(self.reference.model, self.subject.model)
+            state = f"{state}, the reference with the subject's backbone"
+        judged = self._run(rung, state, closing, moved)
+        report.comparisons.insert(0, judged)
+        self._open(report, judged, closing, moved)
+
+    def _open(self, report: Report, judged: Comparison, closing: Mapping[str, float], moved: bool) -> None:
+        """Compare again with the gates opened that are closed in both: a closed gate hides whatever is behind it."""
+        if self._checkpoints or not (self._grafts(self.reference) or self._grafts(self.subject)):
+            return
+        if not (self._grafts(self.reference) and self._grafts(self.subject)):
+            report.notes.append("the grafts were not judged, one of the two has none: compare patched forms")
+            return
+        if not any(prompt.images for case in self.cases for prompt in case.prompts):
+            report.notes.append("the grafts were not judged: no prompt has a picture")
+            return
+        if not any(len(logits) for logits, _ in judged.after_pictures):
+            report.nothing_proved = True
+            report.remedy = (
+                "no prompt with a picture was compared, so nothing is known of the grafts: give a smaller picture, or "
+                "a bundle of a larger --max-length"
+            )
+            return
+        a, b = self.reference.gates(), self.subject.gates()
+        known = a or b
+        if known is None:
+            report.notes.append("engines do not show their gates: where they are closed, the grafts were not judged")
+            return
+        dim = [name for name in known if min((each or known).get(name, SHOWS) for each in (a, b)) < SHOWS]
+        if not dim:
+            return
+        what = f"{len(dim)} of {len(known)} gates are closed, or as good as ({_said({n: known[n] for n in dim})})"
+        if a is None or b is None:
+            report.notes.append(
+                f"the grafts were not judged: {what}, and engines cannot be given others; compare a bundle, or engines "
+                "of a trained one"
+            )
+            return
+        report.notes.append(f"{what}: both were also compared with these opened to {OPENED:g} in memory")
+        opened = self._run(judged.rung, "gates opened in memory", {**closing, **dict.fromkeys(dim, OPENED)}, moved)
+        if opened.rung.name in MAX_EFFECT_ERROR:
+            self._judge_effect(judged, opened)
+        report.comparisons.insert(1, opened)
+
+    def _judge_effect(self, closed: Comparison, opened: Comparison) -> None:
+        if len(closed.after_pictures) != len(opened.after_pictures):  # other prompts: that has failed
+            return
+        if closed.verdict == "failed":  # how far rounding sets the two apart is not known then
+            opened.notes.append("what the opened grafts change was not judged: the two differ without them")
+            return
+        effect = compare_effect(closed.after_pictures, opened.after_pictures)
+        failures, hidden = effect_failures(opened.rung, effect)
+        opened.failures += failures
+        opened.notes.append(
+            hidden
+            or f"opened, the grafts change the logits by {effect.size:.2g} of their size; the subject's change "
+            f"is off by {effect.error:.2g} of that"
+        )
+
+    def _run(
+        self, rung: Rung, state: str = AS_THEY_ARE, gates: Mapping[str, float] | None = None, plain: bool = False
+    ) -> Comparison:
+        with ExitStack() as stack:
+            for each in (self.reference, self.subject):
+                stack.enter_context(each.with_gates(gates or {}))
+                if plain:
+                    stack.enter_context(_plain_positions(each))
+            return validate(self.reference, self.subject, self.cases, rung, self.steps, self.progress, state)
+
+    @staticmethod
+    def _grafts(subject: Subject) -> list[object]:
+        return list((subject.record or {}).get("grafts", []))
+
+    @staticmethod
+    def _scheme(subject: Subject) -> object:
+        """Its position ids, where they are not the family's."""
+        return (subject.record or {}).get("positions")
+
+
+@contextmanager
+def _plain_positions(subject: Subject) -> Iterator[None]:
+    before, subject.positions = subject.positions, "plain"
+    try:
+        yield
+    finally:
+        subject.positions = before
+
+
+def _count(tensors: int) -> str:
+    return "1 tensor" if tensors == 1 else f"{tensors:,} tensors"
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"{_count(len(names))} ({names[0]}{' the first' if len(names) > 1 else ''})"
+
+
+def _said(gates: Mapping[str, float]) -> str:
+    """Some gates and their values, in words."""
+    some = [f"{name.removesuffix('.alpha')} {value:.3g}" for name, value in list(gates.items())[:4]]
+    return ", ".join(some) + (f" and {len(gates) - 4} more" if len(gates) > 4 else "")
