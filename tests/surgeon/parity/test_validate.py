@@ -189,6 +189,11 @@ def test_the_first_wrong_layer_is_named() -> None:
     broken = Toy(lambda x: x * np.float32("nan"), layer_faults={1: lambda v: v * np.nan, 2: lambda v: v * np.nan})
     first = validate(Toy(), broken, CASES, ladder.FP32, steps=2).cases[0].first_wrong or ""
     assert first.startswith("hidden_states.1, row 0: ") and "NaN or infinite" in first
+    one_token = Toy(
+        lambda x: x + np.float32(1), {2: lambda v: v + np.eye(len(v), v.shape[1])[[1, 0, 2]] * [1, 3, 1, 1]}
+    )
+    first = validate(Toy(), one_token, CASES, ladder.FP32, steps=2).cases[0].first_wrong or ""
+    assert first.startswith("hidden_states.2, row 0: off by 3") and first.endswith("at token 0")
     missing = Toy(lambda x: x + np.float32(1))
     missing.tensors = lambda prompts: {}  # type: ignore[method-assign]
     assert validate(Toy(), missing, CASES, ladder.FP32).cases[0].first_wrong == "hidden_states.0: missing"
