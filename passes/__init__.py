@@ -1,10 +1,11 @@
 """The passes: one file per rewrite."""
 
-import sys
+from surgeon.discovery import Extensions
+from surgeon.pipeline import Pass
 
-from surgeon.pipeline import Pass, discover
+_PASSES = Extensions("passes", "PASS", group="surgeon.passes")
 
 
 def registry() -> dict[str, type[Pass]]:
-    """Every pass in this package, by name."""
-    return discover(sys.modules[__name__])
+    """Every pass, of this package or of another that is installed, by the name that recipes call it."""
+    return {each.name: each for each in _PASSES.all().values()}

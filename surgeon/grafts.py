@@ -1,24 +1,26 @@
 """What a patched config records of its grafts, and the classes of their kinds."""
 
-import importlib
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from surgeon.discovery import Extensions
 from surgeon.errors import CheckpointError
 from surgeon.memory.graft import Graft
 from surgeon.memory.patched import RECORD
 
+_GRAFTS = Extensions("surgeon.memory", "GRAFT", group="surgeon.grafts")
+
 
 def graft_class(kind: str) -> type[Graft]:
-    """The graft class of a kind: the `GRAFT` of `surgeon/memory/<kind>.py`."""
-    try:
-        found: type[Graft] = importlib.import_module(f"surgeon.memory.{kind}").GRAFT
-    except (ModuleNotFoundError, AttributeError) as error:
+    """The graft class of a kind. Raises CheckpointError where there is none."""
+    graft: type[Graft] | None = _GRAFTS.get(kind)
+    if graft is None:
         raise CheckpointError(
-            f"the checkpoint holds grafts of kind {kind!r}, which this version does not know; use a newer one"
-        ) from error
-    return found
+            f"the checkpoint holds grafts of kind {kind!r}, which this version does not know; use a newer one, or "
+            "install the package that brings them"
+        )
+    return graft
 
 
 def is_patched(config: PretrainedConfig) -> bool:

@@ -1,13 +1,10 @@
 """Passes: their contract, the manager that runs and checks them, and where they are found."""
 
 import difflib
-import importlib
 import json
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
@@ -77,15 +74,6 @@ class Pass(ABC):
 
 
 Registry = Mapping[str, type[Pass]]
-
-
-def discover(package: ModuleType) -> dict[str, type[Pass]]:
-    """The passes of a package: every module's `PASS`, by its name."""
-    found = {}
-    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")):
-        pass_class: type[Pass] = importlib.import_module(f"{package.__name__}.{module}").PASS
-        found[pass_class.name] = pass_class
-    return found
 
 
 def make_pass(registry: Registry, name: str, options: Mapping[str, Any]) -> Pass:

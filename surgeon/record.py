@@ -1,6 +1,5 @@
 """What a patched config records, checked where it is read: whoever uses the record may rely on its types."""
 
-import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -10,6 +9,7 @@ from transformers import PretrainedConfig
 
 from surgeon.errors import CheckpointError
 from surgeon.families import Family
+from surgeon.grafts import graft_class
 from surgeon.memory.patched import MODEL_TYPE_PREFIX, RECORD
 from surgeon.memory.visibility import Visibility
 from surgeon.sizes import Positive, Size, check
@@ -182,8 +182,5 @@ def _check_layers(grafts: Sequence[AnyGraft], depth: int) -> None:
 def _record_of(kind: str) -> type[GraftRecord]:
     if kind in GRAFTS:
         return GRAFTS[kind]
-    if importlib.util.find_spec(f"surgeon.memory.{kind}") is None:
-        raise CheckpointError(
-            f"the checkpoint holds grafts of kind {kind!r}, which this version does not know; use a newer one"
-        )
+    graft_class(kind)
     return OtherGraft

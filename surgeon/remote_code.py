@@ -1,6 +1,7 @@
 """The Python files that travel with a patched checkpoint, so that transformers loads it without this tool."""
 
 import ast
+import importlib.util
 import re
 import sys
 from collections.abc import Callable
@@ -15,19 +16,21 @@ from surgeon.grafts import graft_class
 from surgeon.memory import patched
 
 ENTRY = "modeling_surgeon"
-_OWN_IMPORT = re.compile(r"^(\s*)from surgeon\.([\w.]+) import ", re.MULTILINE)
+_OWN_IMPORT = re.compile(r"^(\s*)from (surgeon\.[\w.]+) import ", re.MULTILINE)
 _ALLOWED = {"torch", "transformers", *sys.stdlib_module_names}
 
 
 def _flat_name(module: str) -> str:
-    return "surgeon_" + module.replace(".", "_")
+    return "surgeon_" + module.removeprefix("surgeon.").replace(".", "_")
 
 
 def _travelling(module: str, found: dict[str, str]) -> None:
-    """Add `surgeon.<module>` and what it imports of surgeon to `found`: flat file name -> source with flat imports."""
+    """Add a module and what it imports of surgeon to `found`: flat file name -> source with flat imports."""
     if _flat_name(module) in found:
         return
-    source = (Path(__file__).parent / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin).read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(source)):
         imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
@@ -35,7 +38,7 @@ def _travelling(module: str, found: dict[str, str]) -> None:
         for name in imported:
             top = name.split(".")[0]
             if top != "surgeon" and top not in _ALLOWED:
-                raise AssertionError(f"surgeon/{module} travels with checkpoints and may not import {name}")
+                raise AssertionError(f"{module} travels with checkpoints and may not import {name}")
     found[_flat_name(module)] = _OWN_IMPORT.sub(lambda m: f"{m[1]}from .{_flat_name(m[2])} import ", source)
     for match in _OWN_IMPORT.finditer(source):
         _travelling(match[2], found)
@@ -44,15 +47,18 @@ def _travelling(module: str, found: dict[str, str]) -> None:
 def travelling_files(described: Family, kinds: list[str]) -> dict[str, str]:
     """File name -> text of everything that a checkpoint of this family with grafts of these kinds needs to load."""
     found: dict[str, str] = {}
-    _travelling("memory.patched", found)
-    for kind in kinds:
-        _travelling(f"memory.{kind}", found)
-    classes = {kind: graft_class(kind).__name__ for kind in kinds}
+    grafts = [graft_class(kind) for kind in kinds]
+    for module in (patched.__name__, *(graft.__module__ for graft in grafts)):
+        _travelling(module, found)
     within_base_model = described.text_model.split(".", 1)[1]
 
     def made(maker: str, base: str, text_model: str) -> list[str]:
         arguments = [base, repr(text_model), repr(described.layer_shape), repr(described.visual_token_keys)]
-        return [f"{maker}(", *(f"    {argument}," for argument in [*arguments, *classes.values()]), ")"]
+        return [
+            f"{maker}(",
+            *(f"    {argument}," for argument in [*arguments, *(graft.__name__ for graft in grafts)]),
+            ")",
+        ]
 
     first, *model = made("patched_model_class", described.model_class, described.text_model)
     base_model = made("patched_base_model_class", described.base_model_class, within_base_model)
@@ -61,10 +67,10 @@ def travelling_files(described: Family, kinds: list[str]) -> dict[str, str]:
         "",
         f"from transformers import {described.config_class}, {described.base_model_class}, {described.model_class}",
         "",
-        f"from .{_flat_name('memory.patched')} import (",
+        f"from .{_flat_name(patched.__name__)} import (",
         *(f"    {name}," for name in ("patched_base_model_class", "patched_config_class", "patched_model_class")),
         ")",
-        *(f"from .{_flat_name('memory.' + kind)} import {name}" for kind, name in classes.items()),
+        *(f"from .{_flat_name(graft.__module__)} import {graft.__name__}" for graft in grafts),
         "",
         f"SurgeonConfig = patched_config_class({described.config_class})",
         f"SurgeonModel = {first}",

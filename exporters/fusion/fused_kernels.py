@@ -10,8 +10,7 @@ from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from exporters.fusion import NAMESPACE, VERSION
 from exporters.fusion.node import KernelNode, Reach, plan_nodes
-from exporters.kernels.kernel import Chain
-from exporters.kernels.of_kind import module_of
+from exporters.kernels.kernel import Chain, chains_of
 from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule
 from exporters.kernels.support import reason_against
 from exporters.onnx.functions import DOMAIN, registry
@@ -31,10 +30,9 @@ _ONTO = "onto"
 
 @cache
 def chains() -> dict[str, Callable[[float], Chain]]:
-    """By the name of a graft's function, which takes what its chain does in the same order: that of the file in
-    `exporters/kernels` that is named after the kind of graft."""
-    found = {each.function.name: module_of("exporters.kernels", kind) for kind, each in registry().items()}
-    return {name: module.chain for name, module in found.items() if module is not None}
+    """By the name of a graft's function, which takes what its chain does in the same order."""
+    known = {each.function.name: chains_of(kind) for kind, each in registry().items()}
+    return {name: chains.read for name, chains in known.items() if chains is not None}
 
 
 class FusedKernels(Rewrite):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from surgeon.discovery import Extensions
+
 Dim = Any
 Shape = tuple[Dim, ...]
 
@@ -87,3 +89,21 @@ class Chain:
     """Values that are given, in the order of the graft's plain definition."""
     steps: tuple[Step, ...]
     outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Chains:
+    """What a kind of graft does, in launches."""
+
+    read: Callable[[float], Chain]
+    """eps -> hidden states and memory, to what the graft adds to the residual stream."""
+    fill: Callable[[float, int], Chain]
+    """eps, head_dim -> visual embeddings to the graft's keys and values."""
+
+
+_CHAINS = Extensions("exporters.kernels", "CHAINS", group="surgeon.chains")
+
+
+def chains_of(kind: str) -> Chains | None:
+    """Of a kind of graft; None where there are no kernels for it."""
+    return _CHAINS.get(kind)

@@ -3,7 +3,7 @@
 from functools import cache
 
 from exporters.kernels import attend, linear, remember, retrieve, swiglu
-from exporters.kernels.kernel import Chain, Step
+from exporters.kernels.kernel import Chain, Chains, Step
 
 
 @cache
@@ -79,3 +79,6 @@ def memory_chain(eps: float, head_dim: int) -> Chain:
         ),
         outputs=("keys", "values"),
     )
+
+
+CHAINS = Chains(read=chain, fill=memory_chain)

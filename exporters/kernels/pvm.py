@@ -7,7 +7,7 @@ over slots; the output projection; the two halves of the feed-forward; the injec
 from functools import cache
 
 from exporters.kernels import attend, inject, linear, remember, retrieve, swiglu
-from exporters.kernels.kernel import Chain, Step
+from exporters.kernels.kernel import Chain, Chains, Step
 
 
 @cache
@@ -82,3 +82,6 @@ def memory_chain(eps: float, head_dim: int) -> Chain:
         ),
         outputs=("keys", "values"),
     )
+
+
+CHAINS = Chains(read=chain, fill=memory_chain)

@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from exporters.kernels.kernel import Chain
-from exporters.kernels.of_kind import module_of
+from exporters.kernels.kernel import Chain, Chains, chains_of
 from exporters.kernels.plan import TensorType, plan
 from surgeon.memory.graft import Graft
 from surgeon.memory.rotary import Rope
@@ -37,7 +35,7 @@ class Size:
 
 def reading(graft: Graft, size: Size) -> tuple[Chain, Types]:
     """The chain that reads the memory, and its inputs. Raises TypeError for a kind of graft that has none."""
-    chain: Chain = _module(graft).chain(graft.eps)
+    chain: Chain = _chains(graft).read(_eps(graft))
     weights = graft.weights()  # type: ignore[operator]  # of a graft that has a chain
     batch, length = size.batch, size.length
     stream = TensorType((batch, length, _width(weights)), size.dtype)
@@ -60,7 +58,7 @@ def reading(graft: Graft, size: Size) -> tuple[Chain, Types]:
 
 def filling(graft: Graft, size: Size) -> tuple[Chain, Types]:
     """The chain that fills the memory, and its inputs. Raises TypeError for a kind of graft that has none."""
-    chain: Chain = _module(graft).memory_chain(graft.eps, _head_dim(graft))
+    chain: Chain = _chains(graft).fill(_eps(graft), _head_dim(graft))
     weights = graft.memory_weights()  # type: ignore[operator]
     angles = TensorType((size.batch, size.slots, _head_dim(graft) // 2), "float32")
     types = {
@@ -72,11 +70,16 @@ def filling(graft: Graft, size: Size) -> tuple[Chain, Types]:
     return chain, {name: types[name] for name in chain.inputs}
 
 
-def _module(graft: Graft) -> Any:
-    found = module_of(__package__, graft.kind)
-    if found is None:
+def _chains(graft: Graft) -> Chains:
+    chains = chains_of(graft.kind)
+    if chains is None:
         raise TypeError(f"no fused kernels for grafts of kind {graft.kind!r}")
-    return found
+    return chains
+
+
+def _eps(graft: Graft) -> float:
+    eps: float = graft.eps  # type: ignore[assignment]
+    return eps
 
 
 def _head_dim(graft: Graft) -> int:

@@ -1,26 +1,25 @@
 """Backbone families: one file each, found by the checkpoint's model_type."""
 
-import importlib
-import pkgutil
-
+from surgeon.discovery import Extensions
 from surgeon.errors import FamilyError
-from surgeon.families.base import Family, Grid, TileLayout, VisionExport
+from surgeon.families._base import Family, Grid, TileLayout, VisionExport
 
 __all__ = ["Family", "Grid", "TileLayout", "VisionExport", "family", "supported"]
 
+_FAMILIES = Extensions("surgeon.families", "FAMILY", group="surgeon.families")
+
 
 def supported() -> list[str]:
-    """The model types that have a family file."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_") and m.name != "base")
+    """The model types that have a family."""
+    return _FAMILIES.names()
 
 
 def family(model_type: str) -> Family:
     """The family of a config's `model_type` (also of its patched form, `surgeon_<model_type>`).
 
-    Raises FamilyError for a model_type without a family file.
+    Raises FamilyError for a model_type without a family.
     """
-    name = model_type.removeprefix("surgeon_")
-    if name not in supported():
+    described: Family | None = _FAMILIES.get(model_type.removeprefix("surgeon_"))
+    if described is None:
         raise FamilyError(f"model family {model_type!r} is not supported; supported: {', '.join(supported())}")
-    found: Family = importlib.import_module(f"{__name__}.{name}").FAMILY
-    return found
+    return described

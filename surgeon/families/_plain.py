@@ -7,7 +7,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from surgeon.errors import CheckpointError, FamilyError, InputError
-from surgeon.families.base import Family, Grid, check_rows
+from surgeon.families._base import Family, Grid, check_rows
 
 TEXT_MODELS = ("llama", "qwen2", "qwen3")
 """The text models whose decoder layers read as `pre_norm`."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from surgeon.errors import InputError
-from surgeon.families.base import Grid
+from surgeon.families._base import Grid
 
 
 def check_grid(grid: Grid, merge: int, patches: int) -> None:

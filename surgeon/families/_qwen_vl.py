@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from surgeon import ops
 from surgeon.errors import CheckpointError, InputError
 from surgeon.families import _qwen_host as host
-from surgeon.families.base import Family, Grid, VisionExport, check_rows, process_images
+from surgeon.families._base import Family, Grid, VisionExport, check_rows, process_images
 from surgeon.sizes import PixelLimits, Size, Sizes, TokenId, VisionSizes, check
 
 

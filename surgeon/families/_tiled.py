@@ -11,8 +11,8 @@ from pydantic import Field
 from transformers import PretrainedConfig
 
 from surgeon.errors import InputError
+from surgeon.families._base import Grid, TileLayout, process_images
 from surgeon.families._plain import PlainPositionsFamily, check_image_processor_class
-from surgeon.families.base import Grid, TileLayout, process_images
 from surgeon.sizes import Sizes, TileSize
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from surgeon import ops
-from surgeon.families.base import VisionExport
+from surgeon.families._base import VisionExport
 
 
 def image_attention(q: Tensor, k: Tensor, v: Tensor, length: int, num_heads: int, scale: float) -> Tensor:

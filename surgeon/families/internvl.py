@@ -12,9 +12,9 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 
 from surgeon import ops
 from surgeon.errors import FamilyError
+from surgeon.families._base import Grid, TileLayout, VisionExport
 from surgeon.families._tiled import TiledFamily
 from surgeon.families._vision import image_attention, tiles_export
-from surgeon.families.base import Grid, TileLayout, VisionExport
 from surgeon.sizes import Size, Sizes, TokenId, VisionSizes
 
 

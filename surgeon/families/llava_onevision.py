@@ -15,9 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 
 from surgeon.errors import FamilyError, InputError
+from surgeon.families._base import Grid, VisionExport, process_images
 from surgeon.families._plain import PlainPositionsFamily, check_image_processor_class
 from surgeon.families._vision import finish_export, image_attention
-from surgeon.families.base import Grid, VisionExport, process_images
 from surgeon.sizes import Pinpoints, Sizes, SquareTowerSizes, TileSize, TokenId
 
 

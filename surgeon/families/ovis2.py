@@ -11,9 +11,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from surgeon import ops
 from surgeon.errors import FamilyError
+from surgeon.families._base import Grid, TileLayout, VisionExport, token_of
 from surgeon.families._tiled import TiledFamily
 from surgeon.families._vision import image_attention, tiles_export
-from surgeon.families.base import Grid, TileLayout, VisionExport, token_of
 from surgeon.sizes import Size, Sizes, SquareTowerSizes, TokenId
 
 

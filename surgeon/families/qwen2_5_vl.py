@@ -13,8 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from surgeon import ops
 from surgeon.errors import CheckpointError
 from surgeon.families import _qwen_host as host
+from surgeon.families._base import Grid, VisionExport
 from surgeon.families._qwen_vl import QwenVision, QwenVisionSizes, QwenVLFamily
-from surgeon.families.base import Grid, VisionExport
 from surgeon.sizes import Size, check_indexes
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from surgeon.families import _qwen_host as host
+from surgeon.families._base import Grid, VisionExport
 from surgeon.families._qwen_vl import QwenVision, QwenVisionSizes, QwenVLFamily
-from surgeon.families.base import Grid, VisionExport
 from surgeon.sizes import Size, check_indexes
 
 

@@ -1,26 +1,26 @@
-"""Importers, one file per layout in this directory: every module's `IMPORTER`."""
+"""Importers, found by the layout's name."""
 
-import importlib
-import pkgutil
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.reader import Checkpoint
+from surgeon.discovery import Extensions
 from surgeon.errors import CheckpointError
 from surgeon.importers._layout import Importer
+
+_IMPORTERS = Extensions("surgeon.importers", "IMPORTER", group="surgeon.importers")
 
 
 def supported() -> list[str]:
     """The names of the layouts that have an importer."""
-    return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if not m.name.startswith("_"))
+    return _IMPORTERS.names()
 
 
 def recognise(config: Mapping[str, Any], tensors: Collection[str]) -> tuple[str, Importer] | None:
     """The layout of a checkpoint with this config.json and tensors of these names, and its importer; None for one that
     needs none, or has none."""
-    for name in supported():
-        importer: Importer = importlib.import_module(f"surgeon.importers.{name}").IMPORTER
+    importer: Importer
+    for name, importer in _IMPORTERS.all().items():
         if importer.recognises(config, tensors):
             return name, importer
     return None

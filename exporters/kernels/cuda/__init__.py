@@ -6,15 +6,16 @@ the entry points of the group `surgeon.kernels`. `use_fused` says so by hand.
 
 from torch import nn
 
-from exporters.kernels.of_kind import module_of
+from surgeon.discovery import Extensions
 from surgeon.memory.fused import FusedForm
 from surgeon.memory.graft import Graft
 
+_FORMS = Extensions("exporters.kernels.cuda", "FORM", group="surgeon.kernels")
+
 
 def form_of(kind: str) -> FusedForm | None:
-    """Of the file that is named after a kind of graft; None where there is none."""
-    found = module_of(__name__, kind)
-    return None if found is None else found.FORM
+    """Of a kind of graft; None where there is none."""
+    return _FORMS.get(kind)
 
 
 def use_fused(model: nn.Module, on: bool) -> int:

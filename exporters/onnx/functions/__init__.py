@@ -5,8 +5,6 @@ of a plain torch definition in `surgeon/memory`, and must agree with it. A graft
 file here that bears its kind's name; a graft without one is traced into standard operators.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -14,18 +12,21 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor
 
-from exporters.onnx.functions.base import DOMAIN, IR_VERSION, OPSET, GraftFunction, op
+from exporters.onnx.functions._base import DOMAIN, IR_VERSION, OPSET, GraftFunction, op
+from surgeon.discovery import Extensions
 from surgeon.memory.graft import Graft
 from surgeon.memory.rotary import Rotary
 
 __all__ = ["DOMAIN", "IR_VERSION", "OPSET", "call", "definitions", "op", "project", "registry", "translation_table"]
 
 
+_FUNCTIONS = Extensions("exporters.onnx.functions", "FUNCTION", group="surgeon.functions")
+
+
 @cache
 def registry() -> dict[str, GraftFunction]:
     """Every graft's function, by kind."""
-    kinds = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"]
-    return {kind: importlib.import_module(f"{__name__}.{kind}").FUNCTION for kind in kinds}
+    return _FUNCTIONS.all()
 
 
 def translation_table() -> dict[Any, Callable[..., Any]]:

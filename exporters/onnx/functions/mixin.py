@@ -6,7 +6,7 @@ import torch
 from onnxscript import BOOL, INT32, script
 from torch import Tensor
 
-from exporters.onnx.functions.base import GraftFunction, domain, op
+from exporters.onnx.functions._base import GraftFunction, domain, op
 from exporters.operators.mixin import mixin
 from surgeon import ops
 from surgeon.memory import mixin as memory

@@ -6,7 +6,7 @@ import torch
 from onnxscript import BOOL, INT32, script
 from torch import Tensor
 
-from exporters.onnx.functions.base import GraftFunction, domain, op
+from exporters.onnx.functions._base import GraftFunction, domain, op
 from exporters.operators.pvm import persistent_visual_memory
 from surgeon.memory.pvm import PersistentVisualMemory as PVM
 from surgeon.memory.rotary import Rotary

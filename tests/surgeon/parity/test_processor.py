@@ -10,7 +10,7 @@ from transformers import AutoProcessor
 from checkpoints import MODEL_TYPES, PLAIN_TYPES, has_tokenizer, tiny_checkpoint
 from exporters.validation.validate import validate_pair
 from patching import apply
-from surgeon.families.base import Family
+from surgeon.families._base import Family
 from surgeon.inputs import Inputs
 from surgeon.parity.cases import default_cases, own_case
 from surgeon.parity.processor import ProcessorUnavailable, check_inputs
