@@ -4,20 +4,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from passes._layers import LayerChoice, resolve_layers
-from passes._visibility import Visibility, resolve_visibility, visibility_field
-from surgeon.pipeline import Pass, PassOptions, PassResult, PostconditionError, PreconditionError
+from surgeon.graft_pass import LAYERS, GraftOptions, GraftPass
+from surgeon.layer_choice import LayerChoice
+from surgeon.pipeline import PassResult, PreconditionError
 
 if TYPE_CHECKING:
     from surgeon.graph import LvlmGraph
 
-KIND = "mixin"
 
-
-class MixinOptions(PassOptions):
-    layers: LayerChoice = Field(
-        default="every:4", description="zero-based decoder layers: a list, every:N, or strided:N (N spread out)"
-    )
+class MixinOptions(GraftOptions):
+    layers: LayerChoice = Field(default="every:4", description=LAYERS)
     every: int | None = Field(default=None, gt=0, description="short for layers=every:N")
     num_heads: int | None = Field(default=None, gt=0, description="attention heads; by default the backbone's")
     head_dim: int | None = Field(default=None, gt=0, description="width of a head; by default the backbone's")
@@ -31,7 +27,6 @@ class MixinOptions(PassOptions):
     tiles: Literal["both", "context", "memory"] = Field(
         default="both", description="where high-resolution tiles go beside the thumbnail: both, context, or memory"
     )
-    visibility: Visibility | None = visibility_field()
 
     @model_validator(mode="after")
     def _one_choice(self) -> "MixinOptions":
@@ -40,23 +35,18 @@ class MixinOptions(PassOptions):
         return self
 
 
-class MixinPass(Pass):
+class MixinPass(GraftPass):
     """Source: "CoMemo: LVLMs Need Image Context with Image Memory", section 3; published with every=4."""
 
-    name = "mixin"
-    summary = "CoMemo's memory path: gated cross-attention to the pictures in front of every N-th layer"
+    name = kind = "mixin"
+    summary = "CoMemo's memory path: gated cross-attention to the images in front of every N-th layer"
     Options = MixinOptions
-    identity = True
     options: MixinOptions
 
-    def requires(self, graph: "LvlmGraph") -> None:
-        self._layers(graph)
-        grafted = [entry["layers"] for entry in graph.record["grafts"] if entry["kind"] == KIND]
-        if grafted:
-            raise PreconditionError(
-                f"pass mixin is already applied, at layers {', '.join(map(str, grafted[0]))}; "
-                "patch the unpatched checkpoint"
-            )
+    def layer_choice(self) -> list[int] | str:
+        return self.options.layers if self.options.every is None else f"every:{self.options.every}"
+
+    def check_backbone(self, graph: "LvlmGraph") -> None:
         own, backbone = self.options.head_dim, graph.family.head_dim(graph.config)
         if own is not None and own % 2:
             raise PreconditionError(f"pass mixin: head_dim={own} is odd; rotary positions need an even one")
@@ -71,7 +61,7 @@ class MixinPass(Pass):
                 "into tiles; use tiles=both"
             )
 
-    def resolved(self, graph: "LvlmGraph") -> dict[str, Any]:
+    def graft_options(self, graph: "LvlmGraph") -> dict[str, Any]:
         text = graph.family.text_config(graph.config)
         chosen = self.options
 
@@ -79,33 +69,25 @@ class MixinPass(Pass):
             return backbone if value is None else value
 
         return {
-            "layers": self._layers(graph),
             "num_heads": own(chosen.num_heads, text.num_attention_heads),
             "head_dim": own(chosen.head_dim, graph.family.head_dim(graph.config)),
             "intermediate": own(chosen.intermediate, text.intermediate_size),
             "rope_theta": float(own(chosen.rope_theta, text.rope_parameters["rope_theta"])),
             "eps": own(chosen.eps, text.rms_norm_eps),
-            "tiles": chosen.tiles,
-            "visibility": resolve_visibility(chosen.visibility, graph, self.name),
         }
 
-    def rewrite(self, graph: "LvlmGraph") -> PassResult:
-        options = self.resolved(graph)
-        layers, tiles = options.pop("layers"), options.pop("tiles")
+    def resolved(self, graph: "LvlmGraph") -> dict[str, Any]:
+        return {**super().resolved(graph), "tiles": self.options.tiles}
+
+    def recorded(self, graph: "LvlmGraph") -> dict[str, Any]:
         axes = self._axes(graph)
-        touched = graph.graft(KIND, layers, options if axes is None else {**options, "rope_axes": axes})
-        if tiles != "both":
-            graph.lay_out_tiles(allocation=tiles)
-        return PassResult(modified=True, touched=touched)
+        return super().recorded(graph) | ({} if axes is None else {"rope_axes": axes})
 
-    def ensures(self, graph: "LvlmGraph", result: PassResult) -> None:
-        expected = [f"{graph.family.text_model}.layers.{i}.{KIND}" for i in self._layers(graph)]
-        if sorted(result.touched) != sorted(expected):
-            raise PostconditionError(f"pass mixin was to add {expected} and added {result.touched}")
-
-    def _layers(self, graph: "LvlmGraph") -> list[int]:
-        choice = self.options.layers if self.options.every is None else f"every:{self.options.every}"
-        return resolve_layers(choice, graph.num_hidden_layers, self.name)
+    def rewrite(self, graph: "LvlmGraph") -> PassResult:
+        result = super().rewrite(graph)
+        if self.options.tiles != "both":
+            graph.lay_out_tiles(allocation=self.options.tiles)
+        return result
 
     def _axes(self, graph: "LvlmGraph") -> list[int] | None:
         """Which position axis each rotary frequency turns with; None where there is one."""

@@ -5,14 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from passes._layers import LayerChoice, resolve_layers
-from passes._visibility import Visibility, resolve_visibility, visibility_field
-from surgeon.pipeline import Pass, PassOptions, PassResult, PostconditionError, PreconditionError
+from surgeon.graft_pass import GraftOptions, GraftPass
+from surgeon.pipeline import PreconditionError
 
 if TYPE_CHECKING:
     from surgeon.graph import LvlmGraph
-
-KIND = "pvm"
 
 _PUBLISHED_FORM: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("attention_bias", (False,), "the branch's projections have no bias"),
@@ -23,31 +20,24 @@ _PUBLISHED_FORM: tuple[tuple[str, tuple[object, ...], str], ...] = (
 """Keys of a text config, the values that the branch is defined for, and what it does whatever they say."""
 
 
-class PvmOptions(PassOptions):
-    layers: LayerChoice = Field(description="zero-based decoder layers: a list, every:N, or strided:N (N spread out)")
+class PvmOptions(GraftOptions):
     latent: int = Field(default=512, gt=0, description="width of the branch; a multiple of the backbone's head_dim")
-    visibility: Visibility | None = visibility_field()
 
 
-class PvmPass(Pass):
+class PvmPass(GraftPass):
     """Source: "Persistent Visual Memory", section 4; settings of section 5: layers 8, 16, 24 and latent 512."""
 
-    name = "pvm"
-    summary = "Persistent Visual Memory: a gated branch beside the MLP that attends to the pictures alone"
+    name = kind = "pvm"
+    summary = "Persistent Visual Memory: a gated branch beside the MLP that attends to the images alone"
     Options = PvmOptions
-    identity = True
     options: PvmOptions
 
-    def requires(self, graph: "LvlmGraph") -> None:
-        resolve_layers(self.options.layers, graph.num_hidden_layers, self.name)
+    def check_backbone(self, graph: "LvlmGraph") -> None:
         self._require_published_form(graph)
         self._require_heads_that_divide(graph)
-        grafted = [entry["layers"] for entry in graph.record["grafts"] if entry["kind"] == KIND]
-        if grafted:
-            raise PreconditionError(
-                f"pass pvm is already applied, at layers {', '.join(map(str, grafted[0]))}; "
-                "patch the unpatched checkpoint"
-            )
+
+    def graft_options(self, graph: "LvlmGraph") -> dict[str, Any]:
+        return {"latent": self.options.latent}
 
     def _require_published_form(self, graph: "LvlmGraph") -> None:
         """The branch is a small block of the backbone's kind, and of what a config may ask for it has no more than the
@@ -82,9 +72,8 @@ class PvmPass(Pass):
 
         from surgeon.memory.pvm import PersistentVisualMemory
 
-        options = {**self.resolved(graph), "latent": latent}
         with torch.device("meta"):
-            branch = PersistentVisualMemory.from_config(graph.family.text_config(graph.config), options)
+            branch = PersistentVisualMemory.from_config(graph.family.text_config(graph.config), {"latent": latent})
         return latent // branch.head_dim, branch.num_key_value_heads
 
     def _heads_divide(self, graph: "LvlmGraph", latent: int) -> bool:
@@ -98,22 +87,6 @@ class PvmPass(Pass):
         # ends: query heads that are a multiple of the backbone's for each key/value head always divide
         higher = (width for width in itertools.count(below + head_dim, head_dim) if self._heads_divide(graph, width))
         return [*itertools.islice(lower, 1), next(higher)]
-
-    def resolved(self, graph: "LvlmGraph") -> dict[str, Any]:
-        layers = resolve_layers(self.options.layers, graph.num_hidden_layers, self.name)
-        visibility = resolve_visibility(self.options.visibility, graph, self.name)
-        return {"layers": layers, "latent": self.options.latent, "visibility": visibility}
-
-    def rewrite(self, graph: "LvlmGraph") -> PassResult:
-        options = self.resolved(graph)
-        touched = graph.graft(KIND, options.pop("layers"), options)
-        return PassResult(modified=True, touched=touched)
-
-    def ensures(self, graph: "LvlmGraph", result: PassResult) -> None:
-        layers = resolve_layers(self.options.layers, graph.num_hidden_layers, self.name)
-        expected = [f"{graph.family.text_model}.layers.{i}.{KIND}" for i in layers]
-        if sorted(result.touched) != sorted(expected):
-            raise PostconditionError(f"pass pvm was to add {expected} and added {result.touched}")
 
 
 PASS = PvmPass
