@@ -64,8 +64,10 @@ def validate_pair(
         return report
     cases = own_case(images, prompt) if images or prompt is not None else default_cases()
     if progress is not None:
-        progress("loading", 0, len(cases))
+        progress("loading", 0, 2)
     reference, subject = open_pair(a, b, positions, provider)
+    if progress is not None:
+        progress("loading", 2, 2)
     pair = _Pair(reference, subject, cases, steps, progress, backbone_tuned, grafts_tuned)
     report = Report(
         checks=[] if report is None else report.checks,

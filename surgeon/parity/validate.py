@@ -84,13 +84,15 @@ def validate(
     comparison = Comparison(rung, state)
     for number, case in enumerate(cases):
         if progress is not None:
-            progress(f"{case.name}, {state}", number, len(cases))
+            progress(f"comparing, {state}", number, len(cases))
         try:
             _run(comparison, reference, subject, case, steps)
         except TooLongError as error:
             comparison.notes.append(f"left out {case.name!r}: {error}")
             if len(comparison.notes) == len(cases):
                 raise
+    if progress is not None:
+        progress(f"comparing, {state}", len(cases), len(cases))
     return comparison
 
 

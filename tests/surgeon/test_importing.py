@@ -34,6 +34,7 @@ def test_says_what_it_made_and_warns_on_stderr(tmp_path: Path) -> None:
     found = json.loads(again.stdout)
     assert (found["model_type"], found["grafts"], found["image_token_id"]) == ("surgeon_internvl", {"mixin": [3]}, 593)
     assert len(found["warnings"]) == 1
+    assert found["bytes_written"] == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(
