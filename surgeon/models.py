@@ -8,10 +8,11 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from surgeon.checkpoint.reader import Checkpoint
-from surgeon.errors import CheckpointError
+from surgeon.errors import CheckpointError, FamilyError
 from surgeon.families import Family, family
 from surgeon.grafts import graft_class, grafts_of, is_patched
 from surgeon.importers import refuse_importable
+from surgeon.memory.decoder_layer import check_parts
 from surgeon.memory.patched import RECORD, patched_config_class, patched_model_class
 from surgeon.record import check_record, has_record
 from surgeon.remote_code import with_remote_code
@@ -62,13 +63,16 @@ def model_class(described: Family, config: PretrainedConfig) -> type[PreTrainedM
         return base
     kinds = sorted({entry["kind"] for entry in grafts_of(config)})
     grafts = [graft_class(kind) for kind in kinds]
-    return patched_model_class(base, described.text_model, described.layer_shape, described.visual_token_keys, *grafts)
+    return patched_model_class(
+        base, described.text_model, described.norm_placement, described.visual_token_keys, *grafts
+    )
 
 
 def build_meta(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of a config on the meta device: every parameter has its name, shape and dtype, and no bytes.
 
-    Raises CheckpointError for a config of which transformers cannot make a model.
+    Raises CheckpointError for a config of which transformers cannot make a model, FamilyError where its decoder layers
+    are not what the family says.
     """
     described = family(config.model_type)
     chosen: Any = model_class(described, config)
@@ -78,6 +82,12 @@ def build_meta(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> 
         if not is_patched(config) or not _builds(described, config, dtype):
             raise _unusable(described, error) from error
         raise  # the model is sound without its grafts: a fault of their code
+    decoder: Any = model.get_submodule(described.text_model)
+    for layer in decoder.layers:
+        try:
+            check_parts(layer, described.norm_placement)
+        except ValueError as error:
+            raise FamilyError(f"family {described.model_type} declares norm_placement wrongly: {error}") from error
     return model.eval()
 
 

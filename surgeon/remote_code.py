@@ -53,7 +53,7 @@ def travelling_files(described: Family, kinds: list[str]) -> dict[str, str]:
     within_base_model = described.text_model.split(".", 1)[1]
 
     def made(maker: str, base: str, text_model: str) -> list[str]:
-        arguments = [base, repr(text_model), repr(described.layer_shape), repr(described.visual_token_keys)]
+        arguments = [base, repr(text_model), repr(described.norm_placement), repr(described.visual_token_keys)]
         return [
             f"{maker}(",
             *(f"    {argument}," for argument in [*arguments, *(graft.__name__ for graft in grafts)]),

@@ -61,7 +61,7 @@ class Positions(nn.Module):
         return cos.to(self.dtype), sin.to(self.dtype), mask, *features, *grafts
 
 
-class Layer(nn.Module):
+class PreNormLayer(nn.Module):
     """A pre-norm decoder layer, written out over the submodules of a transformers layer.
 
     Which optional parts it has (biases, norms of queries and keys, grafts) is read off its submodules.
@@ -120,6 +120,10 @@ class Layer(nn.Module):
         for _, graft in grafts_at(self.layer, "beside_mlp"):
             hidden_states = hidden_states + read(graft, residual.view(batch, length, width))
         return hidden_states, keys, values
+
+
+LAYERS: dict[str, type[nn.Module]] = {"pre_norm": PreNormLayer}
+"""By the family's placement of norms."""
 
 
 class Head(nn.Module):
@@ -263,7 +267,7 @@ class _Parts:
                 inputs["rotary"] = {kind: (floats("B", "S", rope.head_dim // 2),) * 2 for kind, rope in ropes.items()}
                 names += [f"{part}.{kind}" for kind in ropes for part in ("cos", "sin")]
         outputs = ["hidden_states", "present_keys", "present_values"]
-        return Program.of(Layer(layer), inputs, outputs, input_names=names)
+        return Program.of(LAYERS[self.family.norm_placement](layer), inputs, outputs, input_names=names)
 
     def head(self, final_norm: nn.Module, lm_head: nn.Module) -> Program:
         indices = placeholder("B", "T", dtype=torch.int64)
@@ -282,8 +286,11 @@ def _kind(layer: Any) -> str:
 
 
 def _check(family: Family, text: Any, max_length: int) -> None:
-    if family.layer_shape != "pre_norm":
-        raise BundleError(f"cannot export decoder layers of shape {family.layer_shape!r}; supported: pre_norm")
+    if family.norm_placement not in LAYERS:
+        raise BundleError(
+            f"cannot export decoder layers with norms placed as {family.norm_placement!r}; supported: "
+            f"{', '.join(LAYERS)}"
+        )
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         raise BundleError(
             "cannot export a decoder with sliding-window attention (layer_types in the config); "

@@ -74,8 +74,9 @@ class Family(ABC):
     lm_head: ClassVar[str] = "lm_head"
     visual_token_keys: ClassVar[tuple[str, ...]] = ("image_token_id",)
     """The config keys that hold the ids of tokens whose embedding is replaced by a visual one."""
-    layer_shape: ClassVar[str] = "pre_norm"
-    """How a decoder layer's forward reads; see `surgeon/memory/decoder_layer.py`."""
+    norm_placement: ClassVar[str]
+    """Where the norms of a decoder layer stand, one of `NORM_PLACEMENTS` of `surgeon/memory/decoder_layer.py`. Each
+    family says so, and a model whose layers have other parts is refused."""
     token_types: ClassVar[bool] = False
     """Whether the model takes `mm_token_type_ids` (1 at image tokens) beside the token ids."""
     config_sizes: ClassVar[type[Sizes]] = Sizes

@@ -37,6 +37,7 @@ class InternVLVisionSizes(VisionSizes):
 
 class InternVL(TiledFamily):
     model_type = "internvl"
+    norm_placement = "pre_norm"
     model_class = "InternVLForConditionalGeneration"
     config_class = "InternVLConfig"
     video_processor_class = "InternVLVideoProcessor"

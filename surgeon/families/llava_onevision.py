@@ -38,6 +38,7 @@ class LlavaOnevision(PlainPositionsFamily):
     the whole and its tiles), and its size in pixels."""
 
     model_type = "llava_onevision"
+    norm_placement = "pre_norm"
     model_class = "LlavaOnevisionForConditionalGeneration"
     config_class = "LlavaOnevisionConfig"
     config_sizes = LlavaOnevisionSizes

@@ -30,6 +30,7 @@ class Ovis2VisionSizes(SquareTowerSizes):
 
 class Ovis2(TiledFamily):
     model_type = "ovis2"
+    norm_placement = "pre_norm"
     model_class = "Ovis2ForConditionalGeneration"
     config_class = "Ovis2Config"
     config_sizes = Ovis2Sizes

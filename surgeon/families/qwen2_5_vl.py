@@ -32,6 +32,7 @@ class Qwen25VisionSizes(QwenVisionSizes):
 
 class Qwen25VL(QwenVLFamily):
     model_type = "qwen2_5_vl"
+    norm_placement = "pre_norm"
     model_class = "Qwen2_5_VLForConditionalGeneration"
     config_class = "Qwen2_5_VLConfig"
     vision_sizes = Qwen25VisionSizes

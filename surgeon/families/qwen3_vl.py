@@ -31,6 +31,7 @@ class Qwen3VisionSizes(QwenVisionSizes):
 
 class Qwen3VL(QwenVLFamily):
     model_type = "qwen3_vl"
+    norm_placement = "pre_norm"
     model_class = "Qwen3VLForConditionalGeneration"
     config_class = "Qwen3VLConfig"
     vision_sizes = Qwen3VisionSizes

@@ -1,4 +1,4 @@
-"""A decoder layer with grafts, its forward written out. One class per shape of layer; families name theirs."""
+"""A decoder layer with grafts, its forward written out. One class per placement of norms; families name theirs."""
 
 from functools import cache
 from typing import Any
@@ -14,6 +14,8 @@ from surgeon.memory.reading import Reading
 class PreNormLayer:
     """norm, attention, residual; norm, MLP, residual. Llama, Qwen2, Qwen3 and the decoders of Qwen-VL and InternVL."""
 
+    parts = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+    """The submodules of a layer that computes this. One with more or fewer computes something else."""
     self_attn: Any
     mlp: Any
     input_layernorm: Any
@@ -57,7 +59,18 @@ class PreNormLayer:
         return hidden_states
 
 
-SHAPES: dict[str, type] = {"pre_norm": PreNormLayer}
+NORM_PLACEMENTS: dict[str, type[PreNormLayer]] = {"pre_norm": PreNormLayer}
+
+
+def check_parts(layer: Any, norm_placement: str) -> None:
+    """Raises ValueError where a decoder layer, its grafts aside, is not of the parts that this placement computes."""
+    grafts = getattr(layer, "graft_sites", {})
+    parts = {name for name, _ in layer.named_children() if name not in grafts}
+    expected = NORM_PLACEMENTS[norm_placement].parts
+    if parts != expected:
+        apart = [f"has also {name}" for name in sorted(parts - expected)]
+        apart += [f"lacks {name}" for name in sorted(expected - parts)]
+        raise ValueError(f"a {type(layer).__name__} is no {norm_placement} layer: it {' and '.join(apart)}")
 
 
 def add_graft(layer: Any, graft: Graft) -> None:
@@ -83,7 +96,8 @@ def entry_name(layer: Any, kind: str) -> str:
 
 
 @cache
-def patched_layer_class(base: type, shape: str) -> type:
-    """`base` with the forward of this shape. A subclass: isinstance, checkpointing and hooks of `base` still hold."""
-    made_by = {"made_by": (patched_layer_class, (base, shape))}
-    return named_after(base, type(base.__name__, (Rebuilt, SHAPES[shape], base), made_by))
+def patched_layer_class(base: type, norm_placement: str) -> type:
+    """`base` with the forward of this placement of norms. A subclass: isinstance, checkpointing and hooks of `base`
+    still hold."""
+    made_by = {"made_by": (patched_layer_class, (base, norm_placement))}
+    return named_after(base, type(base.__name__, (Rebuilt, NORM_PLACEMENTS[norm_placement], base), made_by))

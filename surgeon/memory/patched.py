@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from surgeon.memory.decoder_layer import add_graft, patched_layer_class
+from surgeon.memory.decoder_layer import add_graft, check_parts, patched_layer_class
 from surgeon.memory.fused import fused_form
 from surgeon.memory.graft import Graft
 from surgeon.memory.later_turn import drop_cached_pictures
@@ -51,7 +51,7 @@ def check_visual_token_mask(mask: Tensor, tokens: Any, pictures: bool) -> None:
         raise ValueError("pixel values came with a visual_token_mask that is False everywhere: nothing would enter")
 
 
-def graft_model(base_model: Any, text_model: str, layer_shape: str, kinds: Mapping[str, type[Graft]]) -> None:
+def graft_model(base_model: Any, text_model: str, norm_placement: str, kinds: Mapping[str, type[Graft]]) -> None:
     """Give a plain base model its grafts, in place, by its config's record. Parameters that it had keep their names.
 
     text_model: the decoder's path within it.
@@ -61,8 +61,9 @@ def graft_model(base_model: Any, text_model: str, layer_shape: str, kinds: Mappi
     plain: Any = type(decoder)
     decoder.__class__ = patched_text_model_class(plain, visibility_of(record))
     for layer in decoder.layers:
+        check_parts(layer, norm_placement)
         plain_layer: Any = type(layer)
-        layer.__class__ = patched_layer_class(plain_layer, layer_shape)
+        layer.__class__ = patched_layer_class(plain_layer, norm_placement)
         layer.graft_sites = {}
     for entry in record["grafts"]:
         for index in entry["layers"]:
@@ -92,7 +93,7 @@ class _WithGrafts:
 
 @cache
 def patched_base_model_class(
-    base: Any, text_model: str, layer_shape: str, visual_token_keys: tuple[str, ...], *grafts: type[Graft]
+    base: Any, text_model: str, norm_placement: str, visual_token_keys: tuple[str, ...], *grafts: type[Graft]
 ) -> Any:
     """`base`, a model without a head, with grafts of the given kinds.
 
@@ -103,12 +104,12 @@ def patched_base_model_class(
     class PatchedBaseModel(Rebuilt, _WithGrafts, base):
         """Knows where the pictures of a call stand, and tells the decoder."""
 
-        made_by = (patched_base_model_class, (base, text_model, layer_shape, visual_token_keys, *grafts))
+        made_by = (patched_base_model_class, (base, text_model, norm_placement, visual_token_keys, *grafts))
         config_class = patched_config_class(base.config_class)
 
         def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            graft_model(self, text_model, layer_shape, {graft.kind: graft for graft in grafts})
+            graft_model(self, text_model, norm_placement, {graft.kind: graft for graft in grafts})
             self.post_init()
 
         @functools.wraps(base.forward)
@@ -169,7 +170,7 @@ def patched_base_model_class(
 
 @cache
 def patched_model_class(
-    base: Any, text_model: str, layer_shape: str, visual_token_keys: tuple[str, ...], *grafts: type[Graft]
+    base: Any, text_model: str, norm_placement: str, visual_token_keys: tuple[str, ...], *grafts: type[Graft]
 ) -> Any:
     """`base`, a model with a head, on a patched base model; arguments as `patched_base_model_class`, text_model from
     here."""
@@ -178,16 +179,16 @@ def patched_model_class(
     kinds = {graft.kind: graft for graft in grafts}
 
     class Patched(Rebuilt, _WithGrafts, base):
-        made_by = (patched_model_class, (base, text_model, layer_shape, visual_token_keys, *grafts))
+        made_by = (patched_model_class, (base, text_model, norm_placement, visual_token_keys, *grafts))
         config_class = patched_config_class(base.config_class)
 
         def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             base_model: Any = self.base_model
             plain: Any = type(base_model)
-            graft_model(base_model, within, layer_shape, kinds)
+            graft_model(base_model, within, norm_placement, kinds)
             # it has been made, and is grafted: of the class alone the methods are wanting
-            base_model.__class__ = patched_base_model_class(plain, within, layer_shape, visual_token_keys, *grafts)
+            base_model.__class__ = patched_base_model_class(plain, within, norm_placement, visual_token_keys, *grafts)
             self.post_init()
 
         @functools.wraps(base.generate)
