@@ -100,12 +100,12 @@ def bundle_job(source: str, patched: str, bundle: str, recipe: str, graphs: list
     """Graft, and export in bf16."""
     import passes
     from exporters.export import export_bundle
-    from exporters.onnx.bundle import DTYPES
+    from surgeon.dtypes import PRECISIONS
     from surgeon.patch import patch
     from surgeon.recipe import Recipe
 
     patch(source, Path(patched), Recipe.from_arguments([recipe], 0).make_passes(passes.registry()), weights="link")
-    export_bundle(patched, Path(bundle), dtype=DTYPES["bf16"], max_length=MAX_LENGTH, graphs=graphs)
+    export_bundle(patched, Path(bundle), dtype=PRECISIONS["bf16"], max_length=MAX_LENGTH, graphs=graphs)
     return {}
 
 

@@ -39,11 +39,11 @@ def export_job(source: str, target: str, dtype: str) -> dict[str, Any]:
     import transformers
 
     from exporters.export import export_bundle
-    from exporters.onnx.bundle import DTYPES
+    from surgeon.dtypes import PRECISIONS
 
     assert transformers.Qwen3VLForConditionalGeneration
     start, cpu = time.perf_counter(), time.process_time()
-    export_bundle(source, Path(target), dtype=DTYPES[dtype], max_length=4096, graphs=["decoder"])
+    export_bundle(source, Path(target), dtype=PRECISIONS[dtype], max_length=4096, graphs=["decoder"])
     return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
 
 

@@ -60,8 +60,8 @@ def autotune(
     surgeon autotune OUT --batch 1 --batch 8 --slots 1024
     """
     from exporters.kernels.autotune import tune_checkpoint
-    from exporters.onnx.bundle import DTYPES
     from surgeon import console
+    from surgeon.dtypes import PRECISIONS
     from surgeon.progress import progress_bars
 
     with progress_bars() as progress:
@@ -70,7 +70,7 @@ def autotune(
             batches=batches,
             lengths=lengths,
             slots=slots,
-            dtype=None if dtype is None else str(DTYPES[dtype]).removeprefix("torch."),
+            dtype=None if dtype is None else str(PRECISIONS[dtype]).removeprefix("torch."),
             progress=progress,
         )
     if as_json:

@@ -56,15 +56,15 @@ def export(
     surgeon export OUT BUNDLE --dtype fp16 --max-length 8192
     """
     from exporters.export import export_bundle
-    from exporters.onnx.bundle import DTYPES
     from surgeon import console
+    from surgeon.dtypes import PRECISIONS
     from surgeon.progress import progress_bars
 
     with progress_bars() as progress:
         manifest = export_bundle(
             source,
             target,
-            dtype=DTYPES[dtype],
+            dtype=PRECISIONS[dtype],
             max_length=max_length,
             overwrite=overwrite,
             progress=progress,

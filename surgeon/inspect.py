@@ -132,6 +132,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     Raises CheckpointError, FamilyError.
     """
     from surgeon.checkpoint.reader import Checkpoint
+    from surgeon.dtypes import name_of
     from surgeon.graph import LvlmGraph
 
     with Checkpoint.open(path, weights="optional") as checkpoint:
@@ -143,7 +144,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     return Inspection(
         path=str(path),
         family=family.model_type,
-        dtype=str(graph.dtype).removeprefix("torch."),
+        dtype=name_of(graph.dtype),
         tied_embeddings=f"{family.lm_head}.weight" in graph.model.all_tied_weights_keys,
         text=TextSizes(
             layers=graph.num_hidden_layers,

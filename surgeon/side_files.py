@@ -19,12 +19,12 @@ from surgeon.errors import CheckpointError
 from surgeon.families import Family
 from surgeon.json_file import read_object
 
-PROCESSOR = "processor_config.json"
+PROCESSOR_CONFIG = "processor_config.json"
 IMAGE_PROCESSOR = "preprocessor_config.json"
 VIDEO_PROCESSOR = "video_preprocessor_config.json"
 TOKENIZER = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-IMAGE_PROCESSOR_FILES = (IMAGE_PROCESSOR, PROCESSOR)
+IMAGE_PROCESSOR_FILES = (IMAGE_PROCESSOR, PROCESSOR_CONFIG)
 """Of each list one at least is there, or the checkpoint has no such part."""
 AUTO_MAP = "auto_map"
 _CODE = ".py"
@@ -54,7 +54,7 @@ def copy_side_files(
             continue
         copied.bytes_written += share_file(file, directory / file.name, "copy").bytes_written
     if not trust_remote_code:
-        for name in (PROCESSOR, IMAGE_PROCESSOR, VIDEO_PROCESSOR, TOKENIZER):
+        for name in (PROCESSOR_CONFIG, IMAGE_PROCESSOR, VIDEO_PROCESSOR, TOKENIZER):
             if _edit(directory / name, _drop_auto_map):
                 copied.left_out.append(f"{AUTO_MAP} of {name}")
     return copied
@@ -63,7 +63,7 @@ def copy_side_files(
 def configure_image_processor(directory: Path, options: dict[str, Any]) -> None:
     """Change options of the image processor, in whichever of the two files it is described. Raises CheckpointError
     where it is described in neither."""
-    for name, key in ((IMAGE_PROCESSOR, None), (PROCESSOR, "image_processor")):
+    for name, key in ((IMAGE_PROCESSOR, None), (PROCESSOR_CONFIG, "image_processor")):
         content = _read(directory / name)
         described = content if key is None else content.get(key)
         if described:
@@ -85,7 +85,7 @@ def name_classes(directory: Path, family: Family) -> None:
 
 
 def _name_processor(directory: Path, config_class: Any) -> None:
-    present = [name for name in (PROCESSOR, IMAGE_PROCESSOR, TOKENIZER) if (directory / name).is_file()]
+    present = [name for name in (PROCESSOR_CONFIG, IMAGE_PROCESSOR, TOKENIZER) if (directory / name).is_file()]
     naming = next((name for name in present if _read(directory / name).get("processor_class")), None)
     if naming is not None and hasattr(transformers, str(_read(directory / naming)["processor_class"])):
         return
@@ -103,8 +103,8 @@ def _name_tokenizer(directory: Path, config_class: Any) -> None:
 
 
 def _name_image_processor(directory: Path, config_class: Any) -> None:
-    nested = isinstance(_read(directory / PROCESSOR).get("image_processor"), dict)
-    path = directory / (PROCESSOR if nested else IMAGE_PROCESSOR)
+    nested = isinstance(_read(directory / PROCESSOR_CONFIG).get("image_processor"), dict)
+    path = directory / (PROCESSOR_CONFIG if nested else IMAGE_PROCESSOR)
     if not path.is_file():
         return
 
@@ -122,7 +122,7 @@ def _name_image_processor(directory: Path, config_class: Any) -> None:
 
 def _name_video_processor(directory: Path, class_name: str) -> None:
     """In a file of its own, or in that which has it: transformers takes it to be named after the image processor."""
-    processor = _read(directory / PROCESSOR)
+    processor = _read(directory / PROCESSOR_CONFIG)
     nested = processor.get("video_processor")
     own = (directory / VIDEO_PROCESSOR).is_file()
     described = nested or _read(directory / (VIDEO_PROCESSOR if own else IMAGE_PROCESSOR))
@@ -132,7 +132,7 @@ def _name_video_processor(directory: Path, class_name: str) -> None:
     named = {key: value for key, value in described.items() if key not in ("image_processor_type", "processor_class")}
     named["video_processor_type"] = class_name
     if nested:
-        _write(directory / PROCESSOR, {**processor, "video_processor": named})
+        _write(directory / PROCESSOR_CONFIG, {**processor, "video_processor": named})
     else:
         _write(directory / VIDEO_PROCESSOR, named)
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from surgeon.checkpoint.reader import Checkpoint
+from surgeon.dtypes import name_of
 from surgeon.errors import CheckpointError
 from surgeon.memory.graft import Constant, Initialiser, Normal
 
@@ -135,7 +136,7 @@ def check_dtype(key: str, stored: torch.dtype, expected: torch.dtype) -> None:
     integers where the model computes with real numbers."""
     real = expected.is_floating_point and stored.is_floating_point and stored.itemsize > 1
     if not real and stored != expected:
-        dtypes = [str(dtype).removeprefix("torch.") for dtype in (stored, expected)]
+        dtypes = [name_of(dtype) for dtype in (stored, expected)]
         raise CheckpointError(
             f"config.json and tensors disagree: {key} is {dtypes[0]}, where the model has {dtypes[1]}; of "
             "quantised weights, use the checkpoint before quantisation"

@@ -12,11 +12,12 @@ import onnx_ir as ir
 import torch
 
 from exporters.onnx import manifest as bundles
+from exporters.onnx.manifest import PROCESSOR
 from exporters.onnxruntime import SessionOptions
 from exporters.onnxruntime.session import Session
 from exporters.tensorrt.device import Context, Device, Engine, Replay
 from exporters.tensorrt.library import installed_version
-from exporters.tensorrt.manifest import PROCESSOR, EngineFile, EngineManifest, LibraryUsed, digest
+from exporters.tensorrt.manifest import EngineFile, EngineManifest, LibraryUsed, digest
 from exporters.tensorrt.profiles import Limits, make_profiles
 from exporters.tensorrt.rewrites import rewrite
 from pairs import Pair

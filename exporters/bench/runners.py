@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from exporters.forms import form_of
 from surgeon import models
+from surgeon.dtypes import name_of
 from surgeon.inputs import Inputs, Prompt
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class CheckpointRunner(Runner):
             torch.set_num_threads(threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = models.load(path, device=self.device)
-        self.dtype = str(self.model.dtype).removeprefix("torch.")
+        self.dtype = name_of(self.model.dtype)
         self.inputs = Inputs.from_directory(path)
         self.prepared = self.inputs.prepare(prompts)
 

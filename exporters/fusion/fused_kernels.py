@@ -13,17 +13,10 @@ from exporters.fusion.node import KernelNode, Reach, plan_nodes
 from exporters.kernels.kernel import Chain, chains_of
 from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule
 from exporters.kernels.support import reason_against
+from exporters.onnx.dtypes import IR_DTYPES, NAMES
 from exporters.onnx.functions import DOMAIN, registry
 from exporters.onnx.rewrite import Rewrite, is_standard, static
 
-_DTYPES = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.BOOL: "bool",
-    ir.DataType.INT32: "int32",
-}
-_IR_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _ONTO = "onto"
 """The chain's input that its result is added to."""
 
@@ -83,12 +76,12 @@ class FusedKernels(Rewrite):
         given = dict(zip(chain.inputs, node.inputs, strict=False))
         dtypes = set()
         for name, value in given.items():
-            if value is None or value.shape is None or value.dtype not in _DTYPES:
+            if value is None or value.shape is None or value.dtype not in NAMES:
                 return f"{chain.name}: no fused kernel where the graph does not say shape and dtype of {name}"
             if unknown := [size for size in value.shape if static(size) is None and str(size) not in self.most]:
                 return f"{chain.name}: no fused kernel for {name} with a dimension {unknown[0]}, which has no range"
             if name not in ("memory_mask", "visual_token_mask", "cos", "sin"):
-                dtypes.add(getattr(torch, _DTYPES[value.dtype]))
+                dtypes.add(getattr(torch, NAMES[value.dtype]))
         keys = given["keys"]
         assert keys is not None and keys.shape is not None
         head_dim = static(keys.shape[3])
@@ -111,7 +104,7 @@ class FusedKernels(Rewrite):
                 ir.Value(
                     name=f"{node.name}/{value}",
                     shape=ir.Shape(tensor.shape),
-                    type=ir.TensorType(_IR_DTYPES[tensor.dtype]),
+                    type=ir.TensorType(IR_DTYPES[tensor.dtype]),
                 )
                 for value, tensor in zip(step.outputs.values(), planned.outputs, strict=True)
             ]
@@ -144,7 +137,7 @@ class FusedKernels(Rewrite):
 def _type_of(value: ir.Value) -> TensorType:
     assert value.shape is not None and value.dtype is not None
     shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
-    return TensorType(shape, _DTYPES[value.dtype])
+    return TensorType(shape, NAMES[value.dtype])
 
 
 def _sum_of(value: ir.Value) -> ir.Node | None:

@@ -15,6 +15,7 @@ from exporters.kernels.candidates import LEAST_SHARED_MEMORY, candidates
 from exporters.kernels.kernel import Blocks, Chain, Step
 from exporters.kernels.plan import ChooseBlocks, element_size, fixed_blocks
 from exporters.kernels.tuned import Measured, keep, key
+from surgeon.dtypes import name_of
 from surgeon.errors import SurgeonError
 
 Measure = Callable[[Sequence[Callable[[], object]]], float]
@@ -181,7 +182,7 @@ def tune_checkpoint(
     from exporters.kernels import workload
 
     grafts = _grafts(checkpoint)
-    dtype = dtype or str(grafts[0].weights()[0].dtype).removeprefix("torch.")
+    dtype = dtype or name_of(grafts[0].weights()[0].dtype)
     gpu = torch.cuda.get_device_name()
     sizes = [workload.Size(b, n, m, dtype) for b in batches for n in lengths for m in slots]
     found: list[TunedGraft] = []

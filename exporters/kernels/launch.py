@@ -10,6 +10,7 @@ from triton.runtime.errors import OutOfResources
 
 from exporters.kernels.kernel import Chain, Step
 from exporters.kernels.plan import ChooseBlocks, Launch, TensorType, by_rule, plan, plan_step
+from surgeon.dtypes import name_of
 
 
 def interpreting() -> bool:
@@ -43,7 +44,7 @@ def _planned(
 ) -> list[Launch]:
     """The plan of a chain, kept: a decoding step asks for the same one at every token. What `choose` answers depends on
     the device."""
-    return plan(chain, {name: TensorType(shape, _name(dtype)) for name, shape, dtype in types}, choose)
+    return plan(chain, {name: TensorType(shape, name_of(dtype)) for name, shape, dtype in types}, choose)
 
 
 def launch(step: Step, inputs: Mapping[str, Tensor], choose: ChooseBlocks = by_rule) -> dict[str, Tensor]:
@@ -89,11 +90,7 @@ def _launch(planned: Launch, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def type_of(tensor: Tensor) -> TensorType:
-    return TensorType(tuple(tensor.shape), _name(tensor.dtype))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return TensorType(tuple(tensor.shape), name_of(tensor.dtype))
 
 
 def contiguous(given: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:

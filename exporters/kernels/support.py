@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from surgeon.dtypes import name_of
+
 SWITCH = "SURGEON_KERNELS"
 """The environment variable that keeps grafts plain, for a comparison, where it says "standard"."""
 _LEAST, _MOST = 32, 256
@@ -20,7 +22,7 @@ def reason_against(kind: str, head_dim: int, dtypes: set[torch.dtype]) -> str | 
     if head_dim & (head_dim - 1) or not _LEAST <= head_dim <= _MOST:
         return f"{kind}: no fused kernel for head_dim {head_dim}, which is no power of two from {_LEAST} to {_MOST}"
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
-        named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        named = ", ".join(sorted(name_of(dtype) for dtype in dtypes))
         return f"{kind}: no fused kernel for tensors of {named}; they take float32, float16 or bfloat16, one at a time"
     return None
 

@@ -16,13 +16,14 @@ from exporters.onnx.digests import sha256_of_files
 from exporters.onnx.embed import embed_graph
 from exporters.onnx.external_data import check_external_data
 from exporters.onnx.graph_file import ports_of
-from exporters.onnx.manifest import GraphFile, Manifest, Memory, Precision, Sizes, Source, Tokens, WeightFile
+from exporters.onnx.manifest import PROCESSOR, GraphFile, Manifest, Memory, Precision, Sizes, Source, Tokens, WeightFile
 from exporters.onnx.memory import memory_entries, memory_graph
 from exporters.onnx.precision.policy import Float32Operators
 from exporters.onnx.rope import position_axes
 from exporters.onnx.vision import vision_graph
 from exporters.onnx.weights import bind
 from surgeon.checkpoint import Checkpoint, SourceFiles, share_file, staged
+from surgeon.dtypes import PRECISIONS, name_of
 from surgeon.errors import CheckpointError, OptionError
 from surgeon.families import Family, family
 from surgeon.grafts import grafts_of
@@ -34,10 +35,7 @@ from surgeon.progress import Progress
 from surgeon.sizes import GenerationTokens, check
 from surgeon.version import __version__
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRAPHS = ("embed", "vision", "memory", "decoder")
-PROCESSOR = "processor"
-"""The folder with config.json, tokenizer, chat template, image processor and generation config."""
 
 _PROCESSOR_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
@@ -64,8 +62,8 @@ def write_bundle(
     Raises OptionError for a dtype, length or graph that cannot be, CheckpointError and FamilyError for the checkpoint,
     BundleError for a model that cannot be exported, TargetError for the target. `target` appears whole or not at all.
     """
-    if dtype not in DTYPES.values():
-        raise OptionError(f"cannot export graphs of {dtype}; choose one of {', '.join(DTYPES)}")
+    if dtype not in PRECISIONS.values():
+        raise OptionError(f"cannot export graphs of {dtype}; choose one of {', '.join(PRECISIONS)}")
     if unknown := set(graphs or ()) - set(GRAPHS):
         raise OptionError(f"no graph {sorted(unknown)[0]!r}; there are {', '.join(GRAPHS)}")
     with Checkpoint.open(checkpoint) as opened:
@@ -147,7 +145,7 @@ def _write(
             if digests
             else {},
         ),
-        dtype=_name(dtype),
+        dtype=name_of(dtype),  # type: ignore[arg-type]  # one of the three
         max_length=max_length,
         sizes=Sizes(
             num_hidden_layers=len(decoder.layers),
@@ -194,10 +192,6 @@ def _calibrated(directory: Path, manifest: Manifest, calibrate: Calibrate, progr
     calibrated = manifest.model_copy(update={"precision": precision, "graphs": described})
     calibrated.save(directory)
     return calibrated
-
-
-def _name(dtype: torch.dtype) -> Any:
-    return str(dtype).removeprefix("torch.")
 
 
 def _save(graph: ir.Model, path: Path) -> None:

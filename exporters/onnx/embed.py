@@ -4,9 +4,9 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
+from exporters.onnx.dtypes import ir_dtype
 from exporters.onnx.functions import IR_VERSION, OPSET
 from exporters.onnx.trace import parameter_names
-from exporters.onnx.weights import IR_DTYPES
 
 
 def embed_graph(model: PreTrainedModel, dtype: torch.dtype) -> ir.Model:
@@ -14,7 +14,7 @@ def embed_graph(model: PreTrainedModel, dtype: torch.dtype) -> ir.Model:
     table = model.get_input_embeddings()
     name = next(iter(parameter_names(table, model).values()))
     vocabulary, width = table.weight.shape
-    weight = ir.val(name, IR_DTYPES[dtype], [vocabulary, width])
+    weight = ir.val(name, ir_dtype(dtype), [vocabulary, width])
     input_ids = ir.val("input_ids", ir.DataType.INT64, ["B", "S"])
     gather = ir.node("Gather", [weight, input_ids], {"axis": 0}, name="node_inputs_embeds")
     output = gather.outputs[0]

@@ -7,17 +7,11 @@ from typing import Self
 
 import onnx_ir as ir
 
+from exporters.onnx.dtypes import NAMES
 from exporters.onnx.manifest import GraphFile, Port
 from surgeon.errors import BundleError
 from surgeon.sizes import one_line
 
-_NUMPY_NAMES = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.INT64: "int64",
-    ir.DataType.BOOL: "bool",
-}
 _REMEDY = "the bundle is damaged, export it again"
 
 
@@ -51,10 +45,10 @@ def ports_of(values: Iterable[ir.Value]) -> list[Port]:
     """A graph's inputs or outputs as bundle.json describes them. Raises ValueError for one without a type or shape."""
     ports = []
     for value in values:
-        if value.shape is None or value.dtype not in _NUMPY_NAMES:
+        if value.shape is None or value.dtype not in NAMES:
             raise ValueError(f"{value.name} has no shape, or is of {value.dtype}")
         shape = [size if isinstance(size, int) else str(size) for size in value.shape]
-        ports.append(Port(name=str(value.name), dtype=_NUMPY_NAMES[value.dtype], shape=shape))
+        ports.append(Port(name=str(value.name), dtype=NAMES[value.dtype], shape=shape))
     return ports
 
 

@@ -12,6 +12,8 @@ from surgeon.memory.visibility import Visibility
 from surgeon.record import Allocation, Layout, Positions
 
 FILE = "bundle.json"
+PROCESSOR = "processor"
+"""The folder with config.json, tokenizer, chat template, image processor and generation config."""
 FORMAT = 4
 """1: without `layout`, `positions` and `allocation`, which it is read as, and without memories that need positions. 2:
 without `visibility`, which it is read as, and without digests of weight files and of the processor's. 3: without

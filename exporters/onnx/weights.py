@@ -10,6 +10,7 @@ from typing import Literal
 import onnx_ir as ir
 import torch
 
+from exporters.onnx.dtypes import ir_dtype, torch_dtype
 from surgeon.checkpoint import (
     SAFETENSORS_DTYPES,
     Checkpoint,
@@ -24,11 +25,6 @@ from surgeon.progress import Progress
 from surgeon.weights import Stored, Tied, WeightPlan
 
 FOLDER = "weights"
-IR_DTYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-}
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ def bind(
             location,
             info.offset,
             info.nbytes,
-            IR_DTYPES[dtype],
+            ir_dtype(dtype),
             shape=ir.Shape(_shape(value)),
             name=str(value.name),
             base_dir=directory,
@@ -114,7 +110,8 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
 
 
 def _torch_dtype(value: ir.Value) -> torch.dtype:
-    return next(dtype for dtype, ir_dtype in IR_DTYPES.items() if ir_dtype == value.dtype)
+    assert value.dtype is not None
+    return torch_dtype(value.dtype)
 
 
 def _share(files: Mapping[Path, str], directory: Path, progress: Progress | None) -> list[PlacedFile]:

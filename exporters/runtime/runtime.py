@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from exporters.onnx.manifest import Manifest
+from exporters.onnx.manifest import PROCESSOR, Manifest
 from exporters.onnx.rope import position_axes
 from exporters.runtime.placement import Entering, Picture, Placement, padded
 from exporters.runtime.state import State, Tokens, Wanted, rows_of, stack
@@ -25,8 +25,6 @@ from surgeon.memory.visibility import causally, visibility_of
 from surgeon.models import read_config
 from surgeon.positions import Positions, choose_positions, grid_in_sequence, position_ids, record_of
 
-PROCESSOR = "processor"
-"""The folder of a bundle with tokenizer, chat template, image processor and config."""
 GraphName = Literal["vision", "embed", "memory", "decoder"]
 
 

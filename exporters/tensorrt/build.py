@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from exporters.fusion import NAMESPACE
 from exporters.onnx import manifest as bundles
+from exporters.onnx.manifest import PROCESSOR
 from exporters.tensorrt.builder import Builder, Options, serialized
 from exporters.tensorrt.cache import BuildCache, graph_digest
 from exporters.tensorrt.errors import EngineError, LayerError
 from exporters.tensorrt.layers import LayerReport
 from exporters.tensorrt.library import NATIVE, Library, choose_targets, find, gpu, installed_version
-from exporters.tensorrt.manifest import LAYERS, PROCESSOR, EngineFile, EngineManifest, LibraryUsed, digest
+from exporters.tensorrt.manifest import LAYERS, EngineFile, EngineManifest, LibraryUsed, digest
 from exporters.tensorrt.plan import GraphPlan, Plan, make_plan
 from surgeon.checkpoint import SourceFiles, check_link, check_target, share_file, staged
 from surgeon.cleanup import temporary_directory

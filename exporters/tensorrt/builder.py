@@ -14,6 +14,7 @@ from exporters.child_process import log_errors, run_child
 from exporters.onnx.manifest import Port
 from exporters.tensorrt import layers
 from exporters.tensorrt.cache import BuildCache, graph_digest, weights_digest
+from exporters.tensorrt.dtypes import NAMES
 from exporters.tensorrt.errors import BuildError, EngineError
 from exporters.tensorrt.layers import GraphLayers
 from exporters.tensorrt.library import CHILD, Backend, Library, gpu, link_libraries
@@ -23,7 +24,6 @@ from exporters.tensorrt.profiles import Limits
 from surgeon.checkpoint import staged_file
 from surgeon.progress import Progress
 
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "BOOL": "bool"}
 _SHOWN = 3
 _ROOT = Path(__file__).parents[2]
 _PLUGINS = {
@@ -184,7 +184,7 @@ class Builder:
         """An engine with other inputs and outputs than the manifest says would fail only where it runs."""
         sides: tuple[tuple[str, list[Port]], ...] = (("input", graph.inputs), ("output", graph.outputs))
         for what, expected in sides:
-            found = {name: _DTYPES.get(dtype, dtype) for name, (dtype, _) in ports[what].items()}
+            found = {name: NAMES.get(dtype, dtype) for name, (dtype, _) in ports[what].items()}
             if found != {port.name: port.dtype for port in expected}:
                 wrong = next(p for p in expected if found.get(p.name) != p.dtype)
                 raise BuildError(

@@ -15,8 +15,6 @@ from exporters.tensorrt.profiles import Profile
 FILE = "engine.json"
 FORMAT = 1
 LAYERS = "layers.json"
-PROCESSOR = "processor"
-"""The folder with config.json, tokenizer, chat template, image processor and generation config, as in a bundle."""
 
 
 class _Strict(BaseModel):

@@ -7,8 +7,7 @@ import torch
 
 from exporters.forms import FORMS, form_of
 from exporters.onnx.digests import sha256_of_files
-from exporters.onnx.manifest import Manifest
-from exporters.runtime.runtime import PROCESSOR
+from exporters.onnx.manifest import PROCESSOR, Manifest
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import BundleError, CheckpointError
 from surgeon.families import family

@@ -10,6 +10,7 @@ from exporters.forms import FORMS, form_of
 from exporters.onnxruntime.session import Provider
 from exporters.validation.subject import BundleSubject, EngineSubject
 from surgeon.checkpoint import Checkpoint
+from surgeon.dtypes import PRECISIONS
 from surgeon.errors import SurgeonError
 from surgeon.families import family
 from surgeon.grafts import grafts_of
@@ -89,13 +90,10 @@ def _described(
     return lambda: TorchSubject(path, dtype, positions=positions), config
 
 
-_PRECISION = ("fp32", "fp16", "bf16")
-
-
 def _age(subject: Subject) -> tuple[int, bool, int]:
     """What is later is larger."""
     record = subject.record or {}
-    return len(record.get("grafts", [])), record.get("positions") is not None, _PRECISION.index(subject.dtype)
+    return len(record.get("grafts", [])), record.get("positions") is not None, list(PRECISIONS).index(subject.dtype)
 
 
 def _check_same_model(a: str | Path, config_a: PretrainedConfig, b: str | Path, config_b: PretrainedConfig) -> None:

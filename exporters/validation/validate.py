@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from exporters.forms import form_of
+from exporters.onnx.manifest import PROCESSOR
 from exporters.onnxruntime.session import Provider
-from exporters.runtime.runtime import PROCESSOR
 from exporters.validation.integrity import check_bytes
 from exporters.validation.pair import open_pair
 from passes import registry

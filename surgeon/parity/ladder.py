@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from surgeon.dtypes import PRECISIONS
 from surgeon.parity.metrics import Effect, LogitDifference
 
 
@@ -88,7 +89,6 @@ BF16 = Rung(
     layer_relative=1e-1,
 )
 _BY_DTYPE = {"fp32": FP32, "fp16": FP16, "bf16": BF16}
-_PRECISION = ("fp32", "fp16", "bf16")
 MAX_EFFECT_ERROR = {"fp32": 0.01, "fp16": 0.25, "bf16": 0.7}
 """By the name of a rung: how far what a graft does to the logits may be from what it does in the reference, as a share
 of that. Keys and values exchanged, or a graft left out, make it 1 and more; rounding makes it the smaller the more the
@@ -102,7 +102,7 @@ def rung_between(stages: tuple[str, str], dtypes: tuple[str, str]) -> Rung:
     """
     if stages == ("checkpoint", "checkpoint") and dtypes[0] == dtypes[1]:
         return IDENTITY
-    return _BY_DTYPE[max(dtypes, key=_PRECISION.index)]
+    return _BY_DTYPE[max(dtypes, key=list(PRECISIONS).index)]
 
 
 def effect_failures(rung: Rung, effect: Effect) -> tuple[list[str], str | None]:

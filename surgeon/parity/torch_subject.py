@@ -10,13 +10,11 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 from surgeon import models
+from surgeon.dtypes import PRECISIONS, precision_of
 from surgeon.inputs import Inputs, ModelInputs, Prompt, Side
 from surgeon.memory.patched import RECORD
 from surgeon.parity.subject import Trace
 from surgeon.positions import Positions
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class _Forced(LogitsProcessor):
@@ -40,8 +38,8 @@ class TorchSubject:
         self, path: str | Path, dtype: str = "auto", device: str = "cpu", positions: Positions | None = None
     ) -> None:
         self.path, self.positions = str(path), positions
-        self.model = models.load(path, dtype=DTYPES.get(dtype, "auto"), device=device)
-        self.dtype = DTYPE_NAMES[self.model.dtype]
+        self.model = models.load(path, dtype=PRECISIONS.get(dtype, "auto"), device=device)
+        self.dtype = precision_of(self.model.dtype)
         self.directory = Path(self.model.config._name_or_path or path)
         """Where it lies on this disk."""
         self.inputs = Inputs.from_directory(self.directory)

@@ -11,8 +11,8 @@ from typing import Any
 
 from exporters.fusion import NAMESPACE
 from exporters.fusion.formula import evaluate
+from exporters.tensorrt.dtypes import TENSORRT_DTYPES
 
-_DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32", "bool": "BOOL"}
 _COMBINATION = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int32": "INT32", "bool": "BOOL"}
 
 
@@ -37,7 +37,7 @@ def _define(trt: Any, plugin: Any, name: str, described: dict[str, Any]) -> None
         found = []
         for output in outputs:
             shape = tuple(_value(size, inputs) for size in output["shape"])
-            dtype = getattr(trt.DataType, _DTYPES[output["dtype"]])
+            dtype = getattr(trt.DataType, TENSORRT_DTYPES[output["dtype"]])
             found.append(plugin.from_shape_expr(shape, dtype=dtype))
         return tuple(found)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from exporters.fusion import FORMAT, NAMESPACE, VERSION
 from exporters.fusion.formula import evaluate
+from exporters.tensorrt.dtypes import TENSORRT_DTYPES
 from exporters.tensorrt.plugins.launch import Driver
 
 _FIELD = "described"
-_DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32", "bool": "BOOL"}
 _OPERATIONS = {"+": "SUM", "*": "PROD", "//": "FLOOR_DIV"}
 
 
@@ -79,7 +79,7 @@ def _plugin_class(trt: Any, driver: Driver) -> Any:
             self.described = described
             self.num_outputs = len(described["outputs"])
             dtypes = [*described["inputs"], *(output["dtype"] for output in described["outputs"])]
-            self.dtypes = [getattr(trt.DataType, _DTYPES[dtype]) for dtype in dtypes]
+            self.dtypes = [getattr(trt.DataType, TENSORRT_DTYPES[dtype]) for dtype in dtypes]
             # what TensorRT keeps of a field is its address
             self.carried = zlib.compress(json.dumps(described).encode(), 9)
 
