@@ -54,8 +54,13 @@ def patch_command(
     surgeon patch CKPT OUT --recipe examples/recipes/qwen3-vl-8b-pvm.yaml --weights link
     surgeon patch CKPT --pass pvm:layers=every:4 --dry-run
     """
-    if bool(arguments) == bool(recipe):
-        raise click.UsageError("say what to do, with --pass NAME:OPT=VAL,... or with --recipe FILE, not both")
+    if not arguments and recipe is None:
+        raise click.UsageError(
+            "nothing says what to graft: add --pass NAME:OPTION=VALUE,... (such as --pass pvm:layers=8,16,24; "
+            "`surgeon passes` lists them) or --recipe FILE"
+        )
+    if arguments and recipe is not None:
+        raise click.UsageError("--pass and --recipe exclude each other: write the passes into the recipe")
     if target is None and not dry_run:
         raise click.UsageError("missing argument OUT: where to write the patched checkpoint (or add --dry-run)")
 

@@ -1,5 +1,6 @@
 """A picture from outside, read or refused."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def load_picture(picture: Picture) -> Image.Image:
         _refuse_large(picture, "the picture")
         return picture
     path = Path(picture)
+    if re.match(r"(?i)(https?|ftp|s3|gs|data):", str(picture)):
+        raise InputError(f"{picture} is an address, and images are read from files: download it, and name the file")
     try:
         if is_video(path):
             raise InputError(f"{path} is a video: video is not supported yet, pass pictures")

@@ -94,7 +94,8 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _explain(error: ValidationError, pass_class: type[Pass]) -> str:
-    first = error.errors()[0]
+    # an option that is misspelt is why another is missing
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     option = ".".join(str(part) for part in first["loc"][:1])
     if first["type"] == "extra_forbidden":
         return f"unknown option {option!r}{nearest(option, list(pass_class.Options.model_fields))}"

@@ -54,6 +54,17 @@ def test_wrong_use_exits_2_with_the_usage(source: Path, tmp_path: Path, argument
     assert entries(tmp_path) == []
 
 
+def test_what_is_missing_or_misspelt_is_said_with_what_to_write(source: Path, tmp_path: Path) -> None:
+    for more, said in (
+        ((), "`surgeon passes` lists them"),
+        (("--pass", PVM, "-r", "recipe.yaml"), "exclude each other"),
+        (("--pass", "pvm:layer=1"), "unknown option 'layer'; did you mean 'layers'?"),
+        (("--pass", "pvn:layers=1"), "unknown pass 'pvn'; did you mean 'pvm'?"),
+    ):
+        result = run("patch", source, tmp_path / "out", *more)
+        assert result.exit_code == 2 and said in " ".join(result.stderr.split()), result.output
+
+
 def test_a_directory_that_does_not_exist_in_a_process(tmp_path: Path) -> None:
     done = process("patch", "./nowhere", "out", "--pass", PVM, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")

@@ -1,5 +1,7 @@
 """Picture files as transformers reads them. What is refused is tested with the prompts that name it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,3 +49,11 @@ def test_two_frames_are_a_video(tmp_path):
         load_picture(tmp_path / "a.gif")
     noise(8, 8).save(tmp_path / "still.gif")
     assert load_picture(tmp_path / "still.gif").size == (8, 8)
+
+
+@pytest.mark.parametrize("address", ["https://example.org/a.png", "http:/example.org/a.png", "data:image/png,AA"])
+def test_addresses_are_not_fetched(address):
+    with pytest.raises(InputError, match="is an address, and images are read from files"):
+        load_picture(address)
+    with pytest.raises(InputError, match="is an address"):
+        load_picture(Path(address))
