@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from surgeon.graft_pass import LAYERS, GraftOptions, GraftPass
+from surgeon.graft_pass import LAYERS, GraftOptions, GraftPass, Visibility
 from surgeon.layer_choice import LayerChoice
-from surgeon.pipeline import PassResult, PreconditionError
+from surgeon.pipeline import PassResult, PreconditionError, make_pass
 
 if TYPE_CHECKING:
     from surgeon.graph import LvlmGraph
@@ -96,3 +96,28 @@ class MixinPass(GraftPass):
 
 
 PASS = MixinPass
+
+
+def Mixin(
+    layers: list[int] | str = "every:4",
+    *,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    intermediate: int | None = None,
+    rope_theta: float | None = None,
+    eps: float | None = None,
+    tiles: Literal["both", "context", "memory"] = "both",
+    visibility: Visibility | None = None,
+) -> MixinPass:
+    """The pass `mixin`, for `surgeon.graft`; options as `surgeon passes` lists them. Raises OptionError."""
+    options = {
+        "layers": layers,
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        "intermediate": intermediate,
+        "rope_theta": rope_theta,
+        "eps": eps,
+        "tiles": tiles,
+        "visibility": visibility,
+    }
+    return make_pass({MixinPass.name: MixinPass}, MixinPass.name, options)  # type: ignore[return-value]

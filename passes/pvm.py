@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from surgeon.graft_pass import GraftOptions, GraftPass
-from surgeon.pipeline import PreconditionError
+from surgeon.graft_pass import GraftOptions, GraftPass, Visibility
+from surgeon.pipeline import PreconditionError, make_pass
 
 if TYPE_CHECKING:
     from surgeon.graph import LvlmGraph
@@ -90,3 +90,9 @@ class PvmPass(GraftPass):
 
 
 PASS = PvmPass
+
+
+def PVM(layers: list[int] | str, latent: int = 512, visibility: Visibility | None = None) -> PvmPass:
+    """The pass `pvm`, for `surgeon.graft`; options as `surgeon passes` lists them. Raises OptionError."""
+    options = {"layers": layers, "latent": latent, "visibility": visibility}
+    return make_pass({PvmPass.name: PvmPass}, PvmPass.name, options)  # type: ignore[return-value]

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from surgeon.pipeline import Pass, PassOptions, PassResult, PostconditionError, PreconditionError
+from surgeon.pipeline import Pass, PassOptions, PassResult, PostconditionError, PreconditionError, make_pass
 
 if TYPE_CHECKING:
     from surgeon.graph import LvlmGraph
@@ -72,3 +72,11 @@ class RopeDhrPass(Pass):
 
 
 PASS = RopeDhrPass
+
+
+def RopeDHR(
+    tile_order: Literal["row", "column"] = "row", *, min_tiles: int | None = None, max_tiles: int | None = None
+) -> RopeDhrPass:
+    """The pass `rope-dhr`, for `surgeon.graft`; options as `surgeon passes` lists them. Raises OptionError."""
+    options = {"tile_order": tile_order, "min_tiles": min_tiles, "max_tiles": max_tiles}
+    return make_pass({RopeDhrPass.name: RopeDhrPass}, RopeDhrPass.name, options)  # type: ignore[return-value]

@@ -1,5 +1,6 @@
 """LvlmGraph, the representation that passes rewrite: everything about a model except its weights' bytes."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,8 +11,8 @@ from surgeon.checkpoint.reader import Checkpoint
 from surgeon.families import Family, family
 from surgeon.memory.graft import Graft
 from surgeon.memory.patched import RECORD, patched_config_class
-from surgeon.models import build_meta, read_model
-from surgeon.weights import Initialised, WeightPlan
+from surgeon.models import build_meta, read_config, read_model
+from surgeon.weights import Initialised, Stored, WeightPlan
 
 
 @dataclass
@@ -27,7 +28,6 @@ class LvlmGraph:
     model: PreTrainedModel
     weights: WeightPlan
     dtype: torch.dtype
-    source: Checkpoint
     seed: int = 0
     record: dict[str, Any] = field(default_factory=lambda: {"grafts": [], "passes": []})
     image_processor: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +42,20 @@ class LvlmGraph:
         """
         config, model, weights = read_model(source)
         record = getattr(config, RECORD, None) or {"grafts": [], "passes": []}
-        return cls(family(config.model_type), config, model, weights, source.dtype, source, seed, record)
+        return cls(family(config.model_type), config, model, weights, source.dtype, seed, record)
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel, seed: int = 0) -> "LvlmGraph":
+        """The graph of a plain model in memory, whose config and dtype it has; nothing of the model is kept.
+
+        Raises FamilyError for an unsupported family, CheckpointError for a config that no checkpoint may have.
+        """
+        config = read_config(json.loads(json.dumps(model.config.to_dict(), default=str)))
+        meta = build_meta(config, model.dtype)
+        weights: WeightPlan = {
+            name: Stored(name, tuple(tensor.shape), tensor.dtype) for name, tensor in meta.state_dict().items()
+        }
+        return cls(family(config.model_type), config, meta, weights, model.dtype, seed)
 
     @property
     def decoder(self) -> Any:

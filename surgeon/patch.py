@@ -85,16 +85,16 @@ def patch(
 
         def verify(directory: Path) -> None:
             files.check()
-            check_staged(directory, _planned(graph))
+            check_staged(directory, _planned(graph, checkpoint))
 
         with staged(Path(target), overwrite, [checkpoint.directory], verify=verify) as directory:
             _write(graph, checkpoint, directory, weights, trust_remote_code, report, progress)
     return report
 
 
-def _planned(graph: LvlmGraph) -> TensorShapes:
+def _planned(graph: LvlmGraph, source: Checkpoint) -> TensorShapes:
     """Every tensor of the output: the source's as they are, and the new ones."""
-    stored = {key: (info.torch_dtype, info.shape) for key, info in graph.source.tensors.items()}
+    stored = {key: (info.torch_dtype, info.shape) for key, info in source.tensors.items()}
     return stored | {name: (plan.dtype, plan.shape) for name, plan in graph.new_parameters().items()}
 
 
@@ -118,7 +118,7 @@ def _write(
     }
     weight_map = _share_weights(source, directory, weights, report, progress)
     if graph.new_parameters():
-        applied = dict.fromkeys(name for entry in _applied_now(graph) for name in entry)
+        applied = dict.fromkeys(name for entry in _applied_now(graph, source) for name in entry)
         new_file = _unused(f"model-{'-'.join(applied)}", weight_map)
         weight_map |= _write_new(graph, directory / new_file, report, progress)
 
@@ -127,7 +127,7 @@ def _write(
     _write_side_files(graph, source, directory, trust_remote_code, report)
     total = sum(info.nbytes for info in source.tensors.values())
     total += sum(prod(plan.shape) * plan.dtype.itemsize for plan in graph.new_parameters().values())
-    recipe = Recipe(seed=graph.seed, passes=[dict(entry) for entry in _applied_now(graph)])
+    recipe = Recipe(seed=graph.seed, passes=[dict(entry) for entry in _applied_now(graph, source)])
     texts = {
         "config.json": json.dumps(config, indent=2) + "\n",
         "model.safetensors.index.json": json.dumps(
@@ -161,9 +161,9 @@ def _write_side_files(
     report.bytes_written += write_remote_code(directory, graph.config)
 
 
-def _applied_now(graph: LvlmGraph) -> list[dict[str, Any]]:
+def _applied_now(graph: LvlmGraph, source: Checkpoint) -> list[dict[str, Any]]:
     """The recorded passes that the source does not have already."""
-    before = (graph.source.config.get(RECORD) or {}).get("passes", [])
+    before = (source.config.get(RECORD) or {}).get("passes", [])
     applied: list[dict[str, Any]] = graph.record["passes"]
     return applied[len(before) :]
 

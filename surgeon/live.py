@@ -1,0 +1,121 @@
+"""Grafting into a transformers model in memory, in place."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from surgeon.errors import OptionError
+from surgeon.families import family
+from surgeon.graph import LvlmGraph
+from surgeon.memory.graft import Graft
+from surgeon.memory.patched import RECORD, graft_model, patched_base_model_class
+from surgeon.models import load, model_class
+from surgeon.pipeline import Pass, run_passes
+from surgeon.remote_code import with_remote_code
+from surgeon.version import __version__
+
+
+def graft(model: PreTrainedModel | str | Path, *passes: Pass, seed: int = 0, **kwargs: Any) -> Any:
+    """Run passes on a model of transformers in memory, in place, or on a checkpoint that is loaded for it; -> the
+    model, which is patched then as if its checkpoint had been.
+
+    Its weights stay the tensors that they are; new ones come on the device and in the dtype of the layer that they are
+    in, with the values that `surgeon patch` gives them (a function of `seed` and of their names). It is saved by
+    `save_pretrained`, trained and pickled like any patched model. `kwargs`: those of `surgeon.load`, for a checkpoint.
+
+    Raises OptionError for a model that cannot be grafted into in memory, PreconditionError and the other errors of the
+    passes, FamilyError for a family that is not supported.
+    """
+    if isinstance(model, str | Path):
+        model = load(model, **kwargs)
+    elif kwargs:
+        raise OptionError(f"{sorted(kwargs)[0]} is for a checkpoint that is to be loaded; this model is in memory")
+    _check_graftable(model)
+    if not passes:
+        raise OptionError("nothing says what to graft: name a pass, such as PVM(layers=[8, 16, 24])")
+    graph = LvlmGraph.of_model(model, seed)
+    run_passes(graph, passes)
+    if graph.image_processor:
+        raise OptionError(
+            f"the passes change the image processor's {', '.join(sorted(graph.image_processor))}, which is no part of "
+            "a model in memory: patch the checkpoint (surgeon patch)"
+        )
+    _take_over(model, graph)
+    return model
+
+
+def graft_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter of everything that grafts brought into a model, whatever wraps it."""
+    grafts = [name for name, module in model.named_modules() if isinstance(module, Graft)]
+    for name, parameter in model.named_parameters():
+        if any(name.startswith(f"{graft}.") for graft in grafts):
+            yield name, parameter
+
+
+def unfreeze_grafts(model: nn.Module) -> int:
+    """Let the grafts train, and nothing else; -> how many parameters that are. Raises OptionError for a model without
+    grafts."""
+    parameters = dict(graft_parameters(model))
+    if not parameters:
+        raise OptionError("the model has no grafts to train: graft it first")
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    return sum(parameter.numel() for parameter in parameters.values())
+
+
+def _check_graftable(model: Any) -> None:
+    def refuse(why: str) -> OptionError:
+        return OptionError(f"cannot graft into this {type(model).__name__}: {why}")
+
+    if not isinstance(model, PreTrainedModel):
+        raise refuse("it is no model of transformers; graft first, and wrap the result (PEFT, DDP, compile)")
+    if getattr(model.config, RECORD, None):
+        raise refuse("it has grafts already; name all passes in one call, or patch its checkpoint")
+    expected = family(model.config.model_type).model_class
+    if not any(base.__name__ == expected for base in type(model).__mro__):
+        raise refuse(f"grafts are for the whole {expected}")
+    if getattr(model, "hf_device_map", None) is not None and len(set(model.hf_device_map.values())) > 1:
+        raise refuse("it is spread over devices; patch the checkpoint, and load that with a device_map")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise refuse("its weights are quantised; graft into the plain checkpoint, and quantise the result")
+
+
+def _take_over(model: PreTrainedModel, graph: LvlmGraph) -> None:
+    """Make `model` what the graph describes: classes, record, new modules. Nothing of it can fail half way."""
+    described, config, base_model = graph.family, graph.config, model.base_model
+    patched: Any = model_class(described, config)
+    _, *arguments = patched.made_by[1]
+    grafts: list[type[Graft]] = [each for each in arguments if isinstance(each, type)]
+    kinds = {each.kind: each for each in grafts}
+    within = described.text_model.removeprefix(f"{model.base_model_prefix}.")
+    model.config.__class__ = type(config)
+    setattr(model.config, RECORD, {**graph.record, "version": __version__})
+    plain_base: Any = type(base_model)
+    reference = next(base_model.get_submodule(within).layers[0].parameters())
+    # what the modules draw as they are made is not kept, nor missed by whoever drew before
+    with torch.random.fork_rng(devices=[]), torch.device(reference.device):
+        graft_model(base_model, within, described.norm_placement, kinds)
+    base_model.__class__ = patched_base_model_class(
+        plain_base, within, described.norm_placement, described.visual_token_keys, *kinds.values()
+    )
+    model.__class__ = with_remote_code(*patched.made_by)
+    for name, plan in graph.new_parameters().items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        like = next(model.get_submodule(_layer_of(path)).parameters())
+        value = plan.values(name).to(like.device)
+        setattr(module, leaf, nn.Parameter(value, requires_grad=value.is_floating_point()))
+    for module in model.modules():
+        if isinstance(module, Graft):
+            module.train(model.training)
+
+
+def _layer_of(path: str) -> str:
+    """`model.language_model.layers.3` of a module within it."""
+    before, _, behind = path.partition(".layers.")
+    return f"{before}.layers.{behind.split('.')[0]}"

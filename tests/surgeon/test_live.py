@@ -1,0 +1,113 @@
+"""Grafting into a model in memory gives the model that patching its checkpoint gives."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel
+
+from checkpoints import MODEL_TYPES, tiny_model
+from passes.mixin import Mixin
+from passes.pvm import PVM
+from patching import apply, batch, picture
+from surgeon import models
+from surgeon.errors import OptionError
+from surgeon.live import graft, graft_parameters, unfreeze_grafts
+from surgeon.pipeline import PreconditionError
+
+GRID = (1, 4, 6)
+PASSES = ("pvm:layers=1,latent=32", "mixin:layers=0")
+
+
+def passes() -> tuple[object, object]:
+    return PVM(layers=[1], latent=32), Mixin(layers=[0])
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(**batch(model, [[5, 6, *picture(GRID), 7, 8, 9]], [GRID])).logits
+
+
+def open_all(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        for name, parameter in graft_parameters(model):
+            if name.endswith(("alpha", "gate")):
+                parameter.fill_(0.7)
+
+
+@pytest.fixture(params=MODEL_TYPES)
+def plain(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny_model(request.param).eval()
+
+
+def test_it_is_the_patched_checkpoint_over_the_same_tensors(plain: PreTrainedModel, tmp_path: Path) -> None:
+    plain.save_pretrained(tmp_path / "source")
+    apply(tmp_path / "source", tmp_path / "patched", *PASSES, seed=3)
+    expected = models.load(tmp_path / "patched")
+    before, held, state = logits(plain), dict(plain.named_parameters()), torch.get_rng_state()
+
+    model = graft(plain, *passes(), seed=3)
+    assert model is plain and torch.equal(torch.get_rng_state(), state)
+    assert all(parameter is held[name] for name, parameter in model.named_parameters() if name in held)
+    assert torch.equal(logits(model), before)
+    record = {key: value for key, value in expected.config.surgeon.items() if key != "source"}  # which is no file
+    assert model.config.surgeon == record and model.config.model_type == expected.config.model_type
+    tensors = expected.state_dict()
+    assert model.state_dict().keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+    assert type(model).__mro__ == type(expected).__mro__ and not model.training
+
+    open_all(model), open_all(expected)
+    assert torch.equal(logits(model), logits(expected)) and not torch.equal(logits(model), before)
+    model.save_pretrained(tmp_path / "saved")
+    for again in (models.load(tmp_path / "saved"), pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(logits(again), logits(model))
+
+
+def test_grafts_alone_are_unfrozen_and_train(plain: PreTrainedModel) -> None:
+    with pytest.raises(OptionError, match="no grafts to train"):
+        unfreeze_grafts(plain)
+    model = graft(plain, *passes()).train()
+    own = dict(graft_parameters(model))
+    assert len(own) == 26 and all(".pvm." in name or ".mixin." in name for name in own)
+    assert unfreeze_grafts(model) == sum(parameter.numel() for parameter in own.values())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == own.keys()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(own.values(), lr=0.1)
+    for _ in range(2):
+        inputs = batch(model, [[5, 6, *picture(GRID), 7, 8, 9]], [GRID])
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == own.keys()
+    assert len(dict(graft_parameters(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))))) > 26
+
+
+def test_a_checkpoint_is_loaded_for_it(tmp_path: Path) -> None:
+    tiny_model("qwen3_vl").save_pretrained(tmp_path / "source")
+    model = graft(tmp_path / "source", *passes(), dtype=torch.bfloat16)
+    assert {parameter.dtype for _, parameter in model.named_parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(model), logits(models.load(tmp_path / "source", dtype=torch.bfloat16)))
+
+
+def test_what_cannot_be_grafted_into_is_refused_and_stays(tmp_path: Path) -> None:
+    plain = tiny_model("qwen3_vl")
+    kind, config = type(plain), plain.config.to_dict()
+    for wrong, said in (
+        (get_peft_model(tiny_model("qwen3_vl"), LoraConfig(target_modules=["q_proj"])), "graft first, and wrap"),
+        (plain.base_model, "grafts are for the whole Qwen3VLForConditionalGeneration"),
+        (graft(tiny_model("qwen3_vl"), *passes()), "it has grafts already"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            graft(wrong, *passes())
+    with pytest.raises(OptionError, match="name a pass, such as PVM"):
+        graft(plain)
+    with pytest.raises(OptionError, match="dtype is for a checkpoint"):
+        graft(plain, *passes(), dtype=torch.float16)
+    with pytest.raises(PreconditionError, match="layer 9 is out of range"):
+        graft(plain, PVM(layers=[1], latent=32), Mixin(layers=[9]))
+    with pytest.raises(OptionError, match="option 'latent'"):
+        PVM(layers=[1], latent=0)
+    assert type(plain) is kind and plain.config.to_dict() == config
