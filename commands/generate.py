@@ -2,12 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import click
 
 from commands._options import backend_option, json_option, positions_option, print_json, provider_of
-from exporters.forms import form_of
 
 
 @click.command("generate")
@@ -53,28 +52,14 @@ def generate(
 
     asked, sampling = Prompt(prompt, images, system), Sampling(temperature, top_k, top_p, seed)
 
-    def show(text: str) -> None:
+    from exporters.generation import open_generator
+
+    def show(row: int, text: str) -> None:
         if not as_json:
             click.echo(text, nl=False)
 
-    provider = provider_of(backend, path)
-    found: Any
-    if (form := form_of(path)) != "checkpoint":
-        from exporters import runtime
-        from exporters.onnxruntime import BundleRuntime
-
-        model: runtime.Runtime
-        if form == "engines":
-            from exporters.tensorrt.runtime import EngineRuntime
-
-            model = EngineRuntime(path)
-        else:
-            model = BundleRuntime(path, provider=provider)
-        (found,) = runtime.generate(model, [asked], max_new_tokens, sampling, lambda row, text: show(text), positions)
-    else:
-        from surgeon.torch_generate import answer
-
-        found = answer(path, asked, max_new_tokens, sampling, show, positions=positions)
+    generator = open_generator(path, provider_of(backend, path))
+    (found,) = generator.generate([asked], max_new_tokens, sampling, show, positions)
     print_json(dataclasses.asdict(found)) if as_json else click.echo()
 
 

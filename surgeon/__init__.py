@@ -1,12 +1,68 @@
-"""surgeon: surgery on pretrained vision-language models, proof that it did no damage, and export."""
+"""surgeon: surgery on pretrained vision-language models, proof that it did no damage, and export.
 
-from typing import Any
+    model = surgeon.graft("Qwen3-VL-8B-Instruct", surgeon.PVM(layers=[8, 16, 24], latent=512))
+    surgeon.unfreeze_grafts(model)
+    ...  # train
+    model.save_pretrained("trained")
+    surgeon.validate("Qwen3-VL-8B-Instruct", "trained").verdict
+    surgeon.export("trained", Path("bundle"), dtype=torch.bfloat16, max_length=8192)
+    surgeon.generate("bundle", "What does the chart show?", ["chart.png"]).text
 
-from surgeon.version import __version__ as __version__
+Everything is imported when it is first used: torch and transformers take seconds. The rest is in docs/usage.md.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from surgeon.version import __version__
+
+if TYPE_CHECKING:
+    from exporters.export import export_bundle as export
+    from exporters.generation import generate, stream
+    from exporters.validation.validate import validate_pair as validate
+    from passes.mixin import Mixin
+    from passes.pvm import PVM
+    from passes.rope_dhr import RopeDHR
+    from surgeon.live import graft, graft_parameters, unfreeze_grafts
+    from surgeon.models import load
+
+_PUBLIC = {
+    "load": "surgeon.models:load",
+    "graft": "surgeon.live:graft",
+    "graft_parameters": "surgeon.live:graft_parameters",
+    "unfreeze_grafts": "surgeon.live:unfreeze_grafts",
+    "PVM": "passes.pvm:PVM",
+    "Mixin": "passes.mixin:Mixin",
+    "RopeDHR": "passes.rope_dhr:RopeDHR",
+    "validate": "exporters.validation.validate:validate_pair",
+    "export": "exporters.export:export_bundle",
+    "generate": "exporters.generation:generate",
+    "stream": "exporters.generation:stream",
+}
+"""What stands here for what is used from Python, wherever it is."""
+
+__all__ = [
+    "PVM",
+    "Mixin",
+    "RopeDHR",
+    "__version__",
+    "export",
+    "generate",
+    "graft",
+    "graft_parameters",
+    "load",
+    "stream",
+    "unfreeze_grafts",
+    "validate",
+]
 
 
-def load(path: Any, **kwargs: Any) -> Any:
-    """A checkpoint with its weights, plain or patched; see `surgeon.models.load`."""
-    from surgeon import models  # torch and transformers take seconds to import, and not everyone needs them
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'surgeon' has no attribute {name!r}; there are {', '.join(sorted(_PUBLIC))}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
-    return models.load(path, **kwargs)
+
+def __dir__() -> list[str]:
+    return __all__

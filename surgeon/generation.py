@@ -10,6 +10,17 @@ from surgeon.errors import OptionError, SurgeonError
 
 FinishReason = Literal["stop", "length"]
 """Why a row ended: an end-of-sequence token, or no room (in the tokens asked for, or in the cache)."""
+OnText = Callable[[int, str], None]
+"""Called with a row and the text that was added to it."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one prompt was answered. `token_ids` ends with the end-of-sequence token where the reason is "stop"."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,47 @@ class TextStream:
             return ""
         self._context, self._done = self._done, len(self._ids)
         return text[len(known) :]
+
+
+class Answers:
+    """A batch while it is answered: its rows' tokens, and their text as it becomes certain."""
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        eos_token_ids: Collection[int],
+        limits: Sequence[int],
+        on_text: OnText | None,
+    ) -> None:
+        """`decode`: as for `TextStream`; `limits`: how many tokens each row may have."""
+        self._rows = Rows([eos_token_ids] * len(limits), limits)
+        self._streams = [TextStream(decode) for _ in limits]
+        self._texts = [""] * len(limits)
+        self._on_text = on_text
+
+    @property
+    def active(self) -> np.ndarray:
+        """Which rows go on: bool [B]."""
+        return self._rows.active
+
+    def push(self, tokens: np.ndarray) -> None:
+        """Append tokens [B] to the rows that go on."""
+        going_on = np.flatnonzero(self.active).tolist()
+        self._rows.push(tokens)
+        for row in going_on:
+            self._add(row, self._streams[row].push(int(tokens[row])))
+            if not self._rows.active[row]:
+                self._add(row, self._streams[row].finish())
+
+    def _add(self, row: int, text: str) -> None:
+        self._texts[row] += text
+        if text and self._on_text is not None:
+            self._on_text(row, text)
+
+    def generations(self) -> list[Generation]:
+        """Of the rows that have ended, which in the end are all."""
+        ended = zip(self._texts, self._rows.token_ids, self._rows.finish_reasons, strict=True)
+        return [Generation(text, ids, reason) for text, ids, reason in ended if reason is not None]
 
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"

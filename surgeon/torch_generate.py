@@ -1,68 +1,83 @@
-"""Answer one prompt with a checkpoint, by transformers' own `generate`."""
+"""Answer prompts with a checkpoint, by transformers' own `generate`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from surgeon.checkpoint.reader import Checkpoint
-from surgeon.generation import FinishReason, Sampling, TextStream, sample
-from surgeon.inputs import Inputs, Prompt
+from surgeon.generation import Answers, Generation, OnText, Sampling, sample
+from surgeon.inputs import Inputs, Message, Prompt
 from surgeon.models import config_of, load
 from surgeon.positions import Positions
 
 
-@dataclass(frozen=True)
-class Answer:
-    """`token_ids` ends with the end-of-sequence token where the reason is "stop"."""
+class TorchGenerator:
+    """A checkpoint, plain or patched, or a model that is loaded already, as what answers prompts."""
 
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
+    def __init__(
+        self, model: str | Path | PreTrainedModel, inputs: Inputs | None = None, device: str | None = None
+    ) -> None:
+        """model: a checkpoint's path or hub id, whose weights are loaded, in their own dtype, when the first prompt has
+        been prepared; or a model in memory, which stays where it is and as it is. inputs: tokenizer and image
+        processor, by default those of the directory that the model is from. device: of a checkpoint, by default CUDA
+        where there is one. Raises CheckpointError, FamilyError."""
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        path: Any = model.config._name_or_path if isinstance(model, PreTrainedModel) else model
+        if inputs is None:
+            with Checkpoint.open(path, weights="optional") as checkpoint:
+                path = checkpoint.directory
+                config_of(checkpoint)  # what has to be imported first often has no tokenizer that could be read
+            inputs = Inputs.from_directory(path)
+        self._path, self.inputs = path, inputs
+        if isinstance(model, PreTrainedModel):
+            self.model = model
 
+    @cached_property
+    def model(self) -> Any:
+        return load(self._path, device=self._device)
 
-def answer(
-    path: str | Path,
-    prompt: Prompt,
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
-    on_text: Callable[[str], None] | None = None,
-    device: str | None = None,
-    positions: Positions | None = None,
-) -> Answer:
-    """The answer of a checkpoint, plain or patched, in its own dtype; greedy unless `sampling` says otherwise.
+    def generate(
+        self,
+        prompts: Sequence[Prompt | list[Message]],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        on_text: OnText | None = None,
+        positions: Positions | None = None,
+    ) -> list[Generation]:
+        """As `exporters.runtime.generate`: greedy unless `sampling` says otherwise.
 
-    Tokens are drawn as for a bundle, and of the checkpoint's generation_config only the ending tokens count: nothing
-    unseen (a temperature, a repetition penalty) changes what was asked for. `device` defaults to CUDA where there is
-    one. `on_text` gets the text as it comes. `positions`: as for `Inputs.prepare`. Raises CheckpointError, FamilyError,
-    InputError, and SurgeonError for logits that are not finite.
-    """
-    with Checkpoint.open(path) as checkpoint:
-        directory = checkpoint.directory
-        config_of(checkpoint)  # what has to be imported first often has no tokenizer that could be read
-    inputs = Inputs.from_directory(directory)
-    # before the weights are loaded: a bad picture is told at once
-    prepared = inputs.prepare([prompt], positions=positions)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(directory, device=device)
-    # in the place of the checkpoint's: what a config given to `generate` does not say would be taken from there
-    model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(inputs.eos_token_ids) or None,
-        pad_token_id=inputs.pad_token_id,
-    )
-    ids = model.generate(
-        **prepared.model_kwargs(model.dtype, device),
-        logits_processor=LogitsProcessorList([_Drawn(sampling or Sampling())]),
-        streamer=None if on_text is None else _Streamer(inputs, on_text),
-    )
-    tokens = ids[0, prepared.input_ids.shape[1] :].tolist()
-    return Answer(inputs.decode(tokens), tokens, "stop" if tokens[-1] in inputs.eos_token_ids else "length")
+        Tokens are drawn as for a bundle, and of the checkpoint's generation_config only the ending tokens count:
+        nothing unseen (a temperature, a repetition penalty) changes what was asked for. Raises CheckpointError,
+        FamilyError, InputError, and SurgeonError for logits that are not finite.
+        """
+        # before the weights are loaded: a bad image is told at once
+        prepared = self.inputs.prepare(prompts, positions=positions)
+        answers = Answers(self.inputs.decode, self.inputs.eos_token_ids, [max_new_tokens] * len(prompts), on_text)
+        if not answers.active.any():
+            return answers.generations()
+        before = self.model.generation_config
+        # in its place: what a config given to `generate` does not say would be taken from there
+        self.model.generation_config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(self.inputs.eos_token_ids) or None,
+            pad_token_id=self.inputs.pad_token_id,
+        )
+        try:
+            self.model.generate(
+                **prepared.model_kwargs(self.model.dtype, self.model.device),
+                logits_processor=LogitsProcessorList([_Drawn(sampling or Sampling())]),
+                streamer=_Streamer(answers),
+            )
+        finally:
+            self.model.generation_config = before
+        return answers.generations()
 
 
 class _Drawn(LogitsProcessor):
@@ -79,20 +94,16 @@ class _Drawn(LogitsProcessor):
 
 
 class _Streamer(BaseStreamer):
-    """Hands over the text of a single row as it becomes certain."""
+    """Hands each step's tokens to the answers."""
 
-    def __init__(self, inputs: Inputs, on_text: Callable[[str], None]) -> None:
-        self._stream = TextStream(inputs.decode)
-        self._on_text = on_text
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
         self._in_prompt = True
 
     def put(self, value: Tensor) -> None:
-        """The prompt's ids first, then each new token."""
-        if self._in_prompt:
-            self._in_prompt = False
-        elif text := self._stream.push(int(value.item())):
-            self._on_text(text)
+        """The prompts' ids first, then each step's tokens [B]."""
+        if not self._in_prompt:
+            self._answers.push(value.reshape(-1).numpy(force=True))
+        self._in_prompt = False
 
-    def end(self) -> None:
-        if text := self._stream.finish():
-            self._on_text(text)
+    def end(self) -> None: ...

@@ -13,10 +13,12 @@ from transformers import PretrainedConfig
 
 from exporters.onnx.manifest import PROCESSOR, Manifest
 from exporters.onnx.rope import position_axes
+from exporters.runtime.generate import answer
 from exporters.runtime.placement import Entering, Picture, Placement, padded
 from exporters.runtime.state import State, Tokens, Wanted, rows_of, stack
 from surgeon.errors import BundleError, CheckpointError, InputError, SurgeonError, TooLongError
 from surgeon.families import Family, family
+from surgeon.generation import Generation, OnText, Sampling
 from surgeon.grafts import grafts_of
 from surgeon.inputs import Inputs, Message, ModelInputs, Prompt
 from surgeon.json_file import read_object
@@ -87,6 +89,19 @@ class Runtime(ABC):
         """Prompts or conversations as model inputs. `positions`: dhr or plain, for a model with RoPE-DHR, whose default
         is dhr. Raises InputError for what cannot be used."""
         return self.inputs.prepare(prompts, padding_side="right", positions=positions)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt | list[Message]],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        on_text: OnText | None = None,
+        positions: Positions | None = None,
+    ) -> list[Generation]:
+        """Answer prompts in one batch, as `exporters.generation.TextGenerator`. A row ends with one of the model's
+        end-of-sequence tokens ("stop"), or after `max_new_tokens`, or when prompt and answer together are as long as
+        the bundle's maximum (both "length"). Raises BundleError for a prompt that is longer than that."""
+        return answer(self, prompts, max_new_tokens, sampling, on_text, positions)
 
     def encode_images(self, inputs: ModelInputs) -> list[list[Picture]]:
         """Each row's pictures, one call of the vision graph for each."""

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # Triton's own
 
-from exporters.runtime import generate
 from exporters.tensorrt.runtime import EngineRuntime
 from surgeon.cleanup import temporary_directory
 from surgeon.errors import SurgeonError
@@ -68,9 +67,7 @@ class TritonPythonModel:
                 pictures[-1].write_bytes(content)
             prompt = Prompt(_text(_one(request, "prompt")), tuple(pictures))
             try:
-                (found,) = generate(
-                    self.runtime, [prompt], max_tokens, Sampling(temperature), show, _positions(request)
-                )
+                (found,) = self.runtime.generate([prompt], max_tokens, Sampling(temperature), show, _positions(request))
             except SurgeonError as error:
                 raise RequestError(str(error).replace(f"{folder}/", "")) from error
         sender.send(_response("", found.finish_reason))

@@ -11,7 +11,7 @@ from command import assert_refused, process, run
 from surgeon import models
 from surgeon.generation import Sampling
 from surgeon.inputs import Prompt
-from surgeon.torch_generate import answer
+from surgeon.torch_generate import TorchGenerator
 
 
 @pytest.mark.skipif(not has_tokenizer(), reason="needs the demo checkpoint's tokenizer")
@@ -33,7 +33,10 @@ def test_generate_streams_the_answer_of_the_model(tmp_path: Path) -> None:
 
     drawn = [json.loads(run(*arguments, "--json", "--temperature", 5, "--seed", seed).stdout) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert answer(DEMO, Prompt("Describe the picture.", (picture,)), 3).token_ids == found["token_ids"][:3]
+    assert (
+        TorchGenerator(DEMO).generate([Prompt("Describe the picture.", (picture,))], 3)[0].token_ids
+        == found["token_ids"][:3]
+    )
 
 
 @pytest.mark.skipif(not has_tokenizer(), reason="needs the demo checkpoint's tokenizer")
@@ -45,7 +48,9 @@ def test_each_option_reaches_the_model(source: Path) -> None:
 
     greedy = tokens()
     prompt = Prompt("Describe the picture.", system="Answer in French.")
-    assert tokens("--system", "Answer in French.") == answer(source, prompt, 8).token_ids != greedy
+    assert (
+        tokens("--system", "Answer in French.") == TorchGenerator(source).generate([prompt], 8)[0].token_ids != greedy
+    )
     # at a temperature that makes all tokens alike, what is left of them decides
     drawn = ("--temperature", 1000, "--seed", 3)
     assert tokens(*drawn) != greedy
@@ -54,7 +59,7 @@ def test_each_option_reaches_the_model(source: Path) -> None:
         (("--top-k", 5), Sampling(1000, top_k=5, seed=3)),
         (("--top-p", 0.2), Sampling(1000, top_p=0.2, seed=3)),
     ):
-        expected = answer(source, Prompt("Describe the picture."), 8, sampling).token_ids
+        expected = TorchGenerator(source).generate([Prompt("Describe the picture.")], 8, sampling)[0].token_ids
         assert tokens(*drawn, *options) == expected != tokens(*drawn)
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from exporters.onnxruntime import BundleRuntime
-from exporters.runtime import generate
 from pairs import MAX_LENGTH, Pair, picture
 from surgeon.errors import BundleError, InputError
 from surgeon.generation import Sampling
@@ -37,7 +36,7 @@ def ending(runtime: BundleRuntime, eos: list[int]) -> BundleRuntime:
 
 
 def test_greedy_tokens_are_those_of_transformers(pair: Pair, runtime: BundleRuntime) -> None:
-    found = generate(ending(runtime, []), PROMPTS, 12)
+    found = ending(runtime, []).generate(PROMPTS, 12)
     expected, _ = pair.greedy(pair.inputs.prepare(PROMPTS), 12)
     assert [g.token_ids for g in found] == expected.tolist()
     assert [g.finish_reason for g in found] == ["length"] * 3
@@ -46,9 +45,9 @@ def test_greedy_tokens_are_those_of_transformers(pair: Pair, runtime: BundleRunt
 
 def test_rows_stop_at_their_own_end(pair: Pair, runtime: BundleRuntime) -> None:
     """The tokens of a row do not change because another stopped."""
-    free = [g.token_ids for g in generate(ending(runtime, []), PROMPTS, 12)]
+    free = [g.token_ids for g in ending(runtime, []).generate(PROMPTS, 12)]
     eos = next(token for token in free[1][:-1] if token not in free[0])
-    found = generate(ending(runtime, [eos]), PROMPTS, 12)
+    found = ending(runtime, [eos]).generate(PROMPTS, 12)
     for generation, tokens in zip(found, free, strict=True):
         end = tokens.index(eos) + 1 if eos in tokens else 12
         assert generation.token_ids == tokens[:end]
@@ -58,7 +57,7 @@ def test_rows_stop_at_their_own_end(pair: Pair, runtime: BundleRuntime) -> None:
 
 def test_text_streams_as_it_comes(runtime: BundleRuntime) -> None:
     pieces: list[tuple[int, str]] = []
-    found = generate(ending(runtime, []), PROMPTS, 20, on_text=lambda row, text: pieces.append((row, text)))
+    found = ending(runtime, []).generate(PROMPTS, 20, on_text=lambda row, text: pieces.append((row, text)))
     assert all(text for _, text in pieces)
     for row, generation in enumerate(found):
         assert "".join(text for of, text in pieces if of == row) == generation.text
@@ -70,10 +69,10 @@ def test_text_streams_as_it_comes(runtime: BundleRuntime) -> None:
 def test_sampling_is_repeatable_and_not_greedy(runtime: BundleRuntime) -> None:
     ending(runtime, [])
     first, again, other = (
-        [g.token_ids for g in generate(runtime, PROMPTS, 8, Sampling(temperature=1.5, seed=seed))] for seed in (1, 1, 2)
+        [g.token_ids for g in runtime.generate(PROMPTS, 8, Sampling(temperature=1.5, seed=seed))] for seed in (1, 1, 2)
     )
     assert first == again and first != other
-    assert first != [g.token_ids for g in generate(runtime, PROMPTS, 8)]
+    assert first != [g.token_ids for g in runtime.generate(PROMPTS, 8)]
 
 
 def test_the_bundles_length_ends_a_row(runtime: BundleRuntime) -> None:
@@ -83,21 +82,21 @@ def test_the_bundles_length_ends_a_row(runtime: BundleRuntime) -> None:
         words += 1
     prompt = Prompt("word " * words)
     length = int(runtime.prepare([prompt]).lengths[0])
-    long, short = generate(runtime, [prompt, Prompt("word")], 20)
+    long, short = runtime.generate([prompt, Prompt("word")], 20)
     assert len(long.token_ids) == MAX_LENGTH - length < 20 and long.finish_reason == "length"
     assert len(short.token_ids) == 20
-    alone = generate(runtime, [Prompt("word")], 20)[0]
+    alone = runtime.generate([Prompt("word")], 20)[0]
     assert short == alone
 
 
 def test_no_tokens_asked_for(runtime: BundleRuntime) -> None:
-    (found,) = generate(runtime, PROMPTS[:1], 0)
+    (found,) = runtime.generate(PROMPTS[:1], 0)
     assert (found.text, found.token_ids, found.finish_reason) == ("", [], "length")
 
 
 def test_prompts_that_cannot_be(runtime: BundleRuntime, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=f"exported for {MAX_LENGTH}"):
-        generate(runtime, [Prompt("word " * MAX_LENGTH)], 4)
+        runtime.generate([Prompt("word " * MAX_LENGTH)], 4)
     with pytest.raises(InputError, match="does not exist"):
-        generate(runtime, [Prompt("what", (tmp_path / "none.png",))], 4)
+        runtime.generate([Prompt("what", (tmp_path / "none.png",))], 4)
     assert np.isfinite(runtime.start(runtime.prepare(PROMPTS[:1]))[1]).all(), "and goes on working"

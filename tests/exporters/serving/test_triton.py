@@ -19,7 +19,6 @@ from google.protobuf import text_format
 from checkpoints import has_tokenizer
 from command import run
 from exporters.onnxruntime import BundleRuntime
-from exporters.runtime import generate
 from exporters.serving import triton
 from exporters.tensorrt import runtime as runtimes
 from exporters.tensorrt.errors import EngineError
@@ -206,9 +205,9 @@ def test_it_streams_what_the_runtime_answers(model: Any, bundle: BundleRuntime) 
     ]
     model.execute(requests)
     prompt = Prompt("What is it?", (PICTURE,))
-    (greedy,) = generate(bundle, [prompt], 30)
-    (sampled,) = generate(bundle, [Prompt("A star is a")], 30, Sampling(float(np.float32(0.7))))
-    (plain,) = generate(bundle, [prompt], 30, positions="plain")
+    (greedy,) = bundle.generate([prompt], 30)
+    (sampled,) = bundle.generate([Prompt("A star is a")], 30, Sampling(float(np.float32(0.7))))
+    (plain,) = bundle.generate([prompt], 30, positions="plain")
     for request, expected in zip(requests, (greedy, sampled, plain), strict=True):
         assert request.ended and request.text == expected.text
         assert [response.error for response in request.sent] == [None] * len(request.sent)

@@ -14,7 +14,7 @@ import torch
 
 from checkpoints import has_tokenizer
 from exporters.onnxruntime import BundleRuntime
-from exporters.runtime import Runtime, generate
+from exporters.runtime import Runtime
 from exporters.tensorrt import runtime as runtimes
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.library import gpu, installed_version
@@ -201,7 +201,7 @@ def test_rows_that_lie_where_nothing_can_be_bound(export: Export, make: Make, mo
 
 def test_a_row_may_fill_the_cache(export: Export, make: Make) -> None:
     pair = export("qwen3_vl", PLAIN)
-    found = [generate(r, [Prompt("word " * 100)], 100) for r in (make(pair), BundleRuntime(pair.bundle, threads=1))]
+    found = [r.generate([Prompt("word " * 100)], 100) for r in (make(pair), BundleRuntime(pair.bundle, threads=1))]
     assert found[0] == found[1] and found[0][0].finish_reason == "length"
     assert len(found[0][0].token_ids) < MAX_LENGTH - 100
 

@@ -1,0 +1,85 @@
+"""One way to generate and one to stream, whatever form a model has."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import has_tokenizer
+from exporters.generation import generate, open_generator, stream
+from exporters.onnxruntime import BundleRuntime
+from pairs import Pair
+from surgeon import models
+from surgeon.errors import InputError
+from surgeon.generation import Sampling
+from surgeon.inputs import Prompt
+from surgeon.torch_generate import TorchGenerator
+
+pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint is not there")
+CHART = Path(models.__file__).parent / "parity" / "data" / "chart.png"
+ASKED: dict[str, Any] = {"prompt": "What is this?", "images": [CHART], "max_new_tokens": 10}
+SAMPLING = Sampling(temperature=0.8, top_k=50, seed=4)
+
+
+@pytest.fixture(scope="module")
+def pair(export: Callable[..., Pair]) -> Pair:
+    return export("qwen3_vl")
+
+
+@pytest.mark.parametrize("form", ["bundle", "runtime", "model"])
+def test_every_form_answers_as_the_checkpoint(form: str, pair: Pair) -> None:
+    forms: dict[str, Callable[[], Any]] = {
+        "bundle": lambda: pair.bundle,
+        "runtime": lambda: BundleRuntime(pair.bundle),
+        "model": lambda: models.load(pair.checkpoint),
+    }
+    model = forms[form]()
+    for options in (ASKED, ASKED | {"sampling": SAMPLING}, ASKED | {"system": "Be brief."}):
+        expected = generate(pair.checkpoint, **options)
+        assert len(expected.token_ids) == 10 and expected.finish_reason == "length"
+        assert generate(model, **options) == expected
+        pieces = list(stream(model, **options))
+        assert "".join(pieces) == expected.text and len(pieces) > 1
+
+
+def test_a_batch_of_a_checkpoint_is_answered_as_each_alone(pair: Pair) -> None:
+    prompts = [Prompt("What is this?", (CHART,)), Prompt("Hi"), Prompt("Compare them.", (CHART, CHART))]
+    told: list[tuple[int, str]] = []
+    generator = open_generator(pair.checkpoint)
+    together = generator.generate(prompts, 8, on_text=lambda row, text: told.append((row, text)))
+    assert together == [generator.generate([prompt], 8)[0] for prompt in prompts]
+    for row, each in enumerate(together):
+        assert "".join(text for of, text in told if of == row) == each.text
+    assert generator.generate(prompts, 0) == [type(together[0])("", [], "length")] * 3
+
+
+def test_a_model_in_memory_keeps_its_settings(pair: Pair) -> None:
+    model = models.load(pair.checkpoint)
+    model.generation_config.temperature = 3.0
+    before = model.generation_config
+    generate(model, **ASKED)
+    assert model.generation_config is before and before.temperature == 3.0
+    with pytest.raises(InputError):
+        generate(model, "What?", ["no.png"])
+    assert model.generation_config is before
+
+
+def test_a_stream_ends_with_its_listener_and_raises_where_it_fails(pair: Pair) -> None:
+    steps = 0
+
+    class Counted(TorchGenerator):
+        def generate(self, prompts: Any, max_new_tokens: int, sampling: Any, on_text: Any, positions: Any) -> Any:
+            def count(row: int, text: str) -> None:
+                nonlocal steps
+                steps += 1
+                on_text(row, text)
+
+            return super().generate(prompts, max_new_tokens, sampling, count, positions)
+
+    listening = stream(Counted(pair.checkpoint), "Hi", max_new_tokens=400)
+    assert next(listening)
+    listening.close()  # type: ignore[attr-defined]
+    assert steps < 100
+    with pytest.raises(InputError, match="does not exist"):
+        next(stream(pair.bundle, "Hi", ["no.png"]))
