@@ -50,7 +50,8 @@ def graft(model: PreTrainedModel | str | Path, *passes: Pass, seed: int = 0, **k
 
 def graft_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Name and parameter of everything that grafts brought into a model, whatever wraps it."""
-    grafts = [name for name, module in model.named_modules() if isinstance(module, Graft)]
+    # of a checkpoint's own code, too, whose classes are others
+    grafts = [name for name, module in model.named_modules() if hasattr(type(module), "gates")]
     for name, parameter in model.named_parameters():
         if any(name.startswith(f"{graft}.") for graft in grafts):
             yield name, parameter

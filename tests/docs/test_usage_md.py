@@ -1,0 +1,37 @@
+"""The Python of docs/usage.md runs, block after block, as a reader would type it."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints import has_tokenizer, tiny_checkpoint
+from published import golden_checkpoint
+
+TEXT = (Path(__file__).parents[2] / "docs" / "usage.md").read_text()
+CHART = Path(__file__).parents[2] / "surgeon" / "parity" / "data" / "chart.png"
+
+
+@pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint, whose tokenizer it needs, is not there")
+def test_the_blocks_run_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_checkpoint(tmp_path / "Qwen3-VL-8B-Instruct", "qwen3_vl", num_hidden_layers=25)
+    golden_checkpoint(tmp_path / "InternVL2-2B")
+    shutil.copy(CHART, tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"torch": torch}
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert len(blocks) > 10
+    for block in blocks:
+        if "longer_inputs" in block:  # whose inputs are the reader's
+            continue
+        # the tokens that are asked for say nothing here
+        exec(compile(re.sub(r"(max_new_tokens|steps)=64", r"\1=2", block), "docs/usage.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "passed" in printed and "qwen3_vl 25" in printed
+    assert names["parameters"] == sum(p.numel() for n, p in names["model"].named_parameters() if ".pvm." in n)
+    assert all((tmp_path / name).is_dir() for name in ("patched", "trained", "bundle", "internvl2"))
