@@ -16,7 +16,7 @@ from benchmarks.gpu_check.counting import counted_chains
 from benchmarks.gpu_check.grafts import mixin, pvm
 from benchmarks.gpu_check.part import PartReport, Setting
 from benchmarks.gpu_check.timing import RehearsalTimer
-from exporters.kernels import operators, support
+from exporters.kernels import support
 from exporters.kernels.workload import Size, draw, filling
 
 COMMAND = [sys.executable, "-m", "benchmarks.gpu_check"]
@@ -145,9 +145,9 @@ def test_fused_kernels_are_counted_and_what_they_do_not_take_is_not() -> None:
     given = [*draw(filling(graft, Size(1, 1, 20, "float32"))[1], "cpu").values()]
     support.say_once.cache_clear()
     with counted_chains() as chains:
-        operators.pvm.fused_memory(*given, graft.eps)
+        fused_pvm.fused_memory(*given, graft.eps)
         with pytest.warns(UserWarning, match="no fused kernel for tensors of bfloat16, float32"):
-            operators.pvm.fused_memory(*given[:-1], given[-1].bfloat16(), graft.eps)
+            fused_pvm.fused_memory(*given[:-1], given[-1].bfloat16(), graft.eps)
     assert chains == {"pvm_memory": 1}
 
 

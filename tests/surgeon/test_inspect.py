@@ -86,7 +86,7 @@ def test_config_and_tensors_that_disagree_are_refused(tmp_path: Path) -> None:
 def test_passes_are_described_with_their_options() -> None:
     described = {each.name: each for each in describe_passes(passes.registry())}["pvm"]
     options = {option.name: option for option in described.options}
-    assert described.identity and list(options) == ["layers", "latent", "visibility"]
+    assert described.identity and list(options) == ["layers", "visibility", "latent"]
     assert options["layers"].required and options["layers"].default is None
     assert (options["latent"].type, options["latent"].default) == ("int", 512)
     assert "head_dim" in options["latent"].description

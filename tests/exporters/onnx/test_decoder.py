@@ -197,7 +197,7 @@ def test_depth_does_not_change_what_is_traced(export: Export, monkeypatch: pytes
     monkeypatch.setattr(trace, "trace", lambda *args: traced.append(args[0]) or original(*args))
     config = tiny_config("qwen3_vl", num_hidden_layers=12)
     graph = decoder.decoder_graph(family("qwen3_vl"), config, models.build_meta(config), torch.float32, 16)
-    assert sum(isinstance(module, decoder.Layer) for module in traced) == 1
+    assert sum(isinstance(module, decoder.PreNormLayer) for module in traced) == 1
     assert sum(node.op_type == "Attention" for node in graph.graph) == 12
     assert "model.language_model.layers.11.mlp.down_proj.weight" in graph.graph.initializers
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exporters.kernels import operators, support
+from exporters.kernels import cuda, support
 from exporters.kernels.cuda import mixin, pvm
 from surgeon.memory.graft import Graft
 from surgeon.memory.mixin import Mixin
@@ -71,7 +71,7 @@ def test_operators_and_gradients_equal_the_definition(kind: str, visibility: Vis
     want = case.compute()
     direction = torch.randn_like(want)
     want_grads = torch.autograd.grad(want, case.leaves(), direction)
-    case.graft.fused = OnCpu(operators.form_of(kind))
+    case.graft.fused = OnCpu(cuda.form_of(kind))
     got = case.compute()
     assert "CustomOp" in type(got.grad_fn).__name__ or "surgeon" in str(got.grad_fn).lower()
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
@@ -103,7 +103,7 @@ def test_the_operators_are_registered_soundly(kind: str) -> None:
 def test_compiles_without_a_graph_break(kind: str, backend: str) -> None:
     case = Case(kind)
     want = case.compute()
-    case.graft.fused = OnCpu(operators.form_of(kind))
+    case.graft.fused = OnCpu(cuda.form_of(kind))
     compiled = torch.compile(case.compute, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(), want, atol=1e-6, rtol=1e-5)
 
@@ -178,8 +178,8 @@ def test_grafts_stay_plain_where_that_is_asked(monkeypatch: pytest.MonkeyPatch) 
 
 def test_use_fused_finds_every_graft() -> None:
     model = torch.nn.ModuleList([Case("pvm").graft, torch.nn.Linear(2, 2), Case("mixin").graft])
-    assert operators.use_fused(model, True) == 2
-    assert model[0].fused is operators.form_of("pvm") and model[2].fused is operators.form_of("mixin")
-    assert operators.form_of("nothing") is None
-    operators.use_fused(model, False)
+    assert cuda.use_fused(model, True) == 2
+    assert model[0].fused is cuda.form_of("pvm") and model[2].fused is cuda.form_of("mixin")
+    assert cuda.form_of("nothing") is None
+    cuda.use_fused(model, False)
     assert model[0].fused is None

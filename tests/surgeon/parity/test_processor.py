@@ -98,6 +98,7 @@ def test_where_it_cannot_be_made_that_is_said(checkpoint: Path, monkeypatch: pyt
     report = validate_pair(checkpoint, checkpoint, prompt="Hello!", steps=1)
     assert report.passed and not [check for check in report.checks if check.name == "inputs"]
     assert any("not compared with transformers' own processor: ImportError" in note for note in report.notes)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else found(name))
     with pytest.raises(ProcessorUnavailable, match="torchvision is not installed"):
         check_inputs(Inputs.from_directory(checkpoint), checkpoint, cases)
