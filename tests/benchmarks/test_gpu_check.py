@@ -17,6 +17,7 @@ from benchmarks.gpu_check.grafts import mixin, pvm
 from benchmarks.gpu_check.part import PartReport, Setting
 from benchmarks.gpu_check.timing import RehearsalTimer
 from exporters.kernels import support
+from exporters.kernels.cuda import pvm as fused_pvm
 from exporters.kernels.workload import Size, draw, filling
 
 COMMAND = [sys.executable, "-m", "benchmarks.gpu_check"]
