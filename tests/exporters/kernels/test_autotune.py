@@ -52,6 +52,19 @@ def test_candidates_are_sound(kind: str, size: Size) -> None:
 
 
 @pytest.mark.parametrize("kind", GRAFTS)
+def test_only_products_of_tiles_need_shared_memory(kind: str) -> None:
+    """One token reads its weights past it, so on a GPU with little of it there is as much to choose from."""
+    few = {1: 0, 16: 0}
+    for length in few:
+        chain, types = reading(GRAFTS[kind](), Size(length=length))
+        for each in plan(chain, types):
+            shapes = {name: tensor.shape for name, tensor in each.inputs.items()}
+            whole, little = candidates(each.step, shapes, 4), candidates(each.step, shapes, 4, shared_memory=1)
+            few[length] += len(whole) - len(little)
+    assert few[1] == 0 < few[16]
+
+
+@pytest.mark.parametrize("kind", GRAFTS)
 def test_the_fastest_is_kept_and_computes_the_same(kind: str, folder: Path) -> None:
     chain, types = reading(GRAFTS[kind](), Size(slots=70, dtype="float32"))
     given = draw(types, "cpu")
