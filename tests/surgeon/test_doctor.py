@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from surgeon import probes
 from surgeon.checkpoint.publish import staged
 from surgeon.doctor import TIMEOUT, Diagnosis, diagnose
 from surgeon.probes import BACKENDS, PACKAGES, run_check
@@ -61,6 +63,21 @@ def test_a_module_that_is_not_installed_is_named_with_what_installs_it(capsys, m
     run_check("Triton")
     printed = capsys.readouterr().out
     assert '"works": false' in printed and "pip install triton" in printed
+
+
+@pytest.mark.parametrize(
+    ("built", "available", "said"),
+    [(False, True, "is built without CUDA"), (True, False, "finds no usable NVIDIA GPU"), (True, True, "on Test 9000")],
+)
+def test_what_torch_lacks_for_cuda_is_said(built: bool, available: bool, said: str, monkeypatch) -> None:
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda size, device: ones(size))
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Test 9000")
+    found = probes._torch_cuda()
+    assert found["works"] is (built and available) and said in found["detail"]
 
 
 def test_links_of_a_directory_are_tried_and_leave_nothing(tmp_path: Path, capsys) -> None:
