@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from exporters.forms import form_of
 from exporters.onnxruntime.session import Provider
+from surgeon.errors import OptionError
 from surgeon.generation import Generation, OnText, Sampling
 from surgeon.inputs import Message, Prompt
 from surgeon.pictures import Picture
@@ -33,11 +34,19 @@ def open_generator(model: Any, provider: Provider = "auto") -> TextGenerator:
     """model: the path of a checkpoint (or its hub id), a bundle or engines; a model of transformers in memory; or what
     answers prompts already. provider: of bundles. Raises SurgeonError where it cannot be loaded."""
     if not isinstance(model, str | Path):
-        if hasattr(model, "config") and not hasattr(model, "manifest"):  # of transformers
+        from transformers import PreTrainedModel
+
+        if isinstance(model, PreTrainedModel):
             from surgeon.torch_generate import TorchGenerator
 
             return TorchGenerator(model)
-        return model
+        if not callable(getattr(model, "generate", None)) or hasattr(model, "peft_config"):
+            raise OptionError(
+                f"cannot generate with a {type(model).__name__}: pass a path, a transformers model (an adapter merged, "
+                "merge_and_unload) or what open_generator gave"
+            )
+        generator: TextGenerator = model
+        return generator
     match form_of(model):
         case "engines":
             from exporters.tensorrt.runtime import EngineRuntime
@@ -66,6 +75,10 @@ def generate(
 ) -> Generation:
     """The answer to one prompt about images: files, or images of Pillow, shown in their order. model, provider: as for
     `open_generator`; the rest as for `TextGenerator.generate`."""
+    if max_new_tokens < 0:
+        raise OptionError(f"max_new_tokens is {max_new_tokens}; it is 0 or more")
+    if isinstance(images, str | Path):
+        images = (images,)
     generator = open_generator(model, provider)
     (generation,) = generator.generate(
         [Prompt(prompt, tuple(images), system)], max_new_tokens, sampling, on_text, positions

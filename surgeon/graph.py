@@ -1,6 +1,5 @@
 """LvlmGraph, the representation that passes rewrite: everything about a model except its weights' bytes."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ from surgeon.checkpoint.reader import Checkpoint
 from surgeon.families import Family, family
 from surgeon.memory.graft import Graft
 from surgeon.memory.patched import RECORD, patched_config_class
-from surgeon.models import build_meta, read_config, read_model
+from surgeon.models import build_meta, config_values, read_config, read_model
 from surgeon.weights import Initialised, Stored, WeightPlan
 
 
@@ -50,7 +49,7 @@ class LvlmGraph:
 
         Raises FamilyError for an unsupported family, CheckpointError for a config that no checkpoint may have.
         """
-        config = read_config(json.loads(json.dumps(model.config.to_dict(), default=str)))
+        config = read_config(config_values(model))
         meta = build_meta(config, model.dtype)
         weights: WeightPlan = {
             name: Stored(name, tuple(tensor.shape), tensor.dtype) for name, tensor in meta.state_dict().items()

@@ -23,9 +23,10 @@ def graft(model: PreTrainedModel | str | Path, *passes: Pass, seed: int = 0, **k
     """Run passes on a model of transformers in memory, in place, or on a checkpoint that is loaded for it; -> the
     model, which is patched then as if its checkpoint had been.
 
-    Its weights stay the tensors that they are; new ones come on the device and in the dtype of the layer that they are
-    in, with the values that `surgeon patch` gives them (a function of `seed` and of their names). It is saved by
-    `save_pretrained`, trained and pickled like any patched model. `kwargs`: those of `surgeon.load`, for a checkpoint.
+    Its weights stay the tensors that they are; new ones come on the device of the layer that they are in and in the
+    model's dtype, with the values that `surgeon patch` gives them (a function of `seed` and of their names). It is
+    trained, pickled and saved (`save_pretrained`, like any model without its tokenizer) as any patched model. `kwargs`:
+    those of `surgeon.load`, for a checkpoint.
 
     Raises OptionError for a model that cannot be grafted into in memory, PreconditionError and the other errors of the
     passes, FamilyError for a family that is not supported.
@@ -38,6 +39,7 @@ def graft(model: PreTrainedModel | str | Path, *passes: Pass, seed: int = 0, **k
     if not passes:
         raise OptionError("nothing says what to graft: name a pass, such as PVM(layers=[8, 16, 24])")
     graph = LvlmGraph.of_model(model, seed)
+    _check_plain(model, graph.model)
     run_passes(graph, passes)
     if graph.image_processor:
         raise OptionError(
@@ -84,6 +86,19 @@ def _check_graftable(model: Any) -> None:
         raise refuse("it is spread over devices; patch the checkpoint, and load that with a device_map")
     if getattr(model, "hf_quantizer", None) is not None:
         raise refuse("its weights are quantised; graft into the plain checkpoint, and quantise the result")
+
+
+def _check_plain(model: PreTrainedModel, expected: PreTrainedModel) -> None:
+    """Raises OptionError unless every module is of the class that the model's config makes: what a subclass, an adapter
+    or a removed layer changes would be lost, or would not fit."""
+    own, made = (dict(each.named_modules()) for each in (model, expected))
+    for path in [*made, *own.keys() - made.keys()]:
+        found, plain = (type(modules[path]).__name__ if path in modules else "none" for modules in (own, made))
+        if type(own.get(path)) is not type(made.get(path)):
+            raise OptionError(
+                f"cannot graft into this {type(model).__name__}: its module {path or 'of the whole model'!r} is "
+                f"{found}, and its config makes {plain}; graft into the plain model first, and change the result"
+            )
 
 
 def _take_over(model: PreTrainedModel, graph: LvlmGraph) -> None:

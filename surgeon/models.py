@@ -1,5 +1,6 @@
 """From a checkpoint's config to a model: plain or patched, on the meta device or with weights."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,12 @@ def read_config(config: dict[str, Any], *, plain: bool = False) -> PretrainedCon
     if patched:
         check_record(described, parsed)
     return parsed
+
+
+def config_values(model: PreTrainedModel) -> dict[str, Any]:
+    """The config.json of a model in memory."""
+    values: dict[str, Any] = json.loads(json.dumps(model.config.to_dict(), default=str))
+    return values
 
 
 def model_type_of(config: dict[str, Any]) -> str:

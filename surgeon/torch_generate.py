@@ -11,9 +11,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 
 from surgeon.checkpoint.reader import Checkpoint
+from surgeon.errors import OptionError
 from surgeon.generation import Answers, Generation, OnText, Sampling, sample
 from surgeon.inputs import Inputs, Message, Prompt
-from surgeon.models import config_of, load
+from surgeon.models import config_of, config_values, load, read_config
 from surgeon.positions import Positions
 
 
@@ -28,12 +29,20 @@ class TorchGenerator:
         processor, by default those of the directory that the model is from. device: of a checkpoint, by default CUDA
         where there is one. Raises CheckpointError, FamilyError."""
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        path: Any = model.config._name_or_path if isinstance(model, PreTrainedModel) else model
+        in_memory = isinstance(model, PreTrainedModel)
+        path: Any = model.config._name_or_path if in_memory else model  # type: ignore[union-attr]
+        if inputs is None and not path:
+            raise OptionError(
+                "this model in memory names no directory that its tokenizer and image processor are in: pass "
+                "TorchGenerator(model, Inputs.from_directory(DIR))"
+            )
         if inputs is None:
             with Checkpoint.open(path, weights="optional") as checkpoint:
                 path = checkpoint.directory
                 config_of(checkpoint)  # what has to be imported first often has no tokenizer that could be read
             inputs = Inputs.from_directory(path)
+            if isinstance(model, PreTrainedModel):  # which may have been grafted into since
+                inputs.config = read_config(config_values(model), plain=True)
         self._path, self.inputs = path, inputs
         if isinstance(model, PreTrainedModel):
             self.model = model

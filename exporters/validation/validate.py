@@ -154,6 +154,11 @@ class _Pair:
             failures = compare_record(source, patched, registry())
         if failures is not None:
             report.checks.append(Check("record", "grafts and positions are what the recorded passes make", failures))
+        elif self._grafts(self.reference) != self._grafts(self.subject):
+            report.notes.append(
+                "the options of the grafts were not judged: the passes that made them of the reference are not "
+                "recorded, as of an import, or were altered"
+            )
 
     def _check_gates(self, report: Report) -> None:
         """Forms of one patched model have its gates, as far as their dtypes can tell: a prompt may not show them."""

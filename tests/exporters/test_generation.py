@@ -5,15 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
-from checkpoints import has_tokenizer
+from checkpoints import has_tokenizer, tiny_checkpoint, tiny_model
 from exporters.generation import generate, open_generator, stream
 from exporters.onnxruntime import BundleRuntime
 from pairs import Pair
+from passes.pvm import PVM
+from passes.rope_dhr import RopeDHR
+from patching import apply
 from surgeon import models
-from surgeon.errors import InputError
+from surgeon.errors import InputError, OptionError
 from surgeon.generation import Sampling
 from surgeon.inputs import Prompt
+from surgeon.live import graft
 from surgeon.torch_generate import TorchGenerator
 
 pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint is not there")
@@ -63,6 +68,27 @@ def test_a_model_in_memory_keeps_its_settings(pair: Pair) -> None:
     with pytest.raises(InputError):
         generate(model, "What?", ["no.png"])
     assert model.generation_config is before
+
+
+def test_a_model_that_was_grafted_into_is_asked_as_it_is_now(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "internvl", num_hidden_layers=2)
+    model = graft(source, PVM(layers=[1], latent=32), RopeDHR())
+    apply(source, tmp_path / "patched", "pvm:layers=1,latent=32", "rope-dhr")
+    for positions in ("dhr", "plain"):
+        asked = ASKED | {"positions": positions}
+        assert generate(model, **asked) == generate(tmp_path / "patched", **asked)
+
+
+def test_what_cannot_generate_is_refused(pair: Pair) -> None:
+    model = models.load(pair.checkpoint)
+    assert generate(model, "What?", CHART, max_new_tokens=2) == generate(model, "What?", [CHART], max_new_tokens=2)
+    with pytest.raises(OptionError, match="max_new_tokens is -1"):
+        generate(model, "What?", max_new_tokens=-1)
+    for wrong in (get_peft_model(model, LoraConfig(target_modules=["q_proj"])), 3):
+        with pytest.raises(OptionError, match="cannot generate with a"):
+            generate(wrong, "What?")
+    with pytest.raises(OptionError, match="names no directory"):
+        generate(tiny_model("qwen3_vl"), "What?")
 
 
 def test_a_stream_ends_with_its_listener_and_raises_where_it_fails(pair: Pair) -> None:

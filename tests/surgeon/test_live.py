@@ -92,6 +92,41 @@ def test_a_checkpoint_is_loaded_for_it(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(models.load(tmp_path / "source", dtype=torch.bfloat16)))
 
 
+def test_what_its_config_does_not_make_would_be_lost_and_is_refused() -> None:
+    class Mine(type(tiny_model("qwen3_vl"))):  # type: ignore[misc]
+        pass
+
+    def subclassed() -> PreTrainedModel:
+        model = tiny_model("qwen3_vl")
+        model.__class__ = Mine
+        return model
+
+    def shortened() -> PreTrainedModel:
+        model = tiny_model("qwen3_vl")
+        del model.model.language_model.layers[-1]
+        return model
+
+    def adapted() -> PreTrainedModel:
+        model = tiny_model("qwen3_vl")
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+        return model
+
+    for make, said in ((subclassed, "is Mine, and"), (shortened, "is none, and"), (adapted, "q_proj' is Linear, and")):
+        model = make()
+        kind, config = type(model), model.config.to_dict()
+        with pytest.raises(OptionError, match=said):
+            graft(model, *passes())
+        assert type(model) is kind and model.config.to_dict() == config
+
+
+def test_a_batch_of_text_alone_trains_grafts_too(plain: PreTrainedModel) -> None:
+    model = graft(plain, *passes()).train()
+    unfreeze_grafts(model)
+    inputs = batch(model, [[5, 6, 7, 8]], [])
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(parameter.grad is not None for _, parameter in graft_parameters(model))
+
+
 def test_what_cannot_be_grafted_into_is_refused_and_stays(tmp_path: Path) -> None:
     plain = tiny_model("qwen3_vl")
     kind, config = type(plain), plain.config.to_dict()

@@ -19,10 +19,12 @@ from exporters.onnx import functions
 from exporters.validation.subject import BundleSubject
 from exporters.validation.validate import validate_pair
 from pairs import MIXIN, PVM, Pair
+from passes.pvm import PVM as PVM_PASS
 from patching import apply
 from surgeon.checkpoint import Checkpoint
 from surgeon.console import show_report
 from surgeon.errors import SurgeonError, TooLongError
+from surgeon.live import graft
 from surgeon.models import load
 from surgeon.parity.cases import own_case
 from surgeon.parity.torch_subject import TorchSubject
@@ -151,6 +153,39 @@ def test_another_backbone_fails_whatever_the_gates_are(gate: float, tmp_path: Pa
     judged, reported = accepted["comparisons"]
     assert judged["verdict"] == "passed" and "the reference with the subject's backbone" in judged["state"]
     assert reported["verdict"] == "not judged" and min(c["prefill"]["cosine"] for c in reported["cases"]) < 0.5
+
+
+def test_where_tensors_lie_in_their_file_changes_no_verdict(tmp_path: Path) -> None:
+    """A gate of one value, saved among the others, moves all that follow by four bytes."""
+    source = tiny_checkpoint(tmp_path / "source", "internvl", num_hidden_layers=2)
+    moved = Path(shutil.copytree(source, tmp_path / "moved"))
+    for file in moved.glob("*.safetensors"):
+        data = file.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        file.unlink()
+        file.write_bytes((size + 4).to_bytes(8, "little") + data[8 : 8 + size] + b"    " + data[8 + size :])
+    model = TorchSubject(moved).model
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in model.state_dict().values())
+    report = validate_pair(source, moved, prompt="Hello!", steps=4)
+    assert report.passed, report.to_json()
+    # and as a graft in memory saves them
+    model = load(source)
+    graft(model, PVM_PASS(layers=[1], latent=32)).save_pretrained(tmp_path / "saved")
+    for file in source.iterdir():
+        if not (tmp_path / "saved" / file.name).exists() and file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path / "saved")
+    assert validate_pair(source, tmp_path / "saved", images=[CHART], steps=4).passed
+
+
+def test_a_record_without_its_passes_is_said_to_be_unjudged(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", num_hidden_layers=1)
+    apply(source, tmp_path / "patched", "pvm:layers=0,latent=32")
+    assert not any("not judged" in note for note in validate_pair(source, tmp_path / "patched", steps=1).notes)
+    config = json.loads((tmp_path / "patched" / "config.json").read_text())
+    config["surgeon"]["passes"] = []
+    (tmp_path / "patched" / "config.json").write_text(json.dumps(config))
+    notes = validate_pair(source, tmp_path / "patched", prompt="Hi", steps=1).notes
+    assert any("options of the grafts were not judged" in note for note in notes)
 
 
 def test_one_altered_tensor_fails_where_no_logit_shows_it(tmp_path: Path) -> None:
