@@ -49,8 +49,9 @@ def export(
 ) -> None:
     """Export a checkpoint, plain or patched, as a bundle of ONNX graphs.
 
-    BUNDLE becomes a directory with the graphs and everything that a runtime needs to know. The graphs point into the
-    checkpoint's weights where they can, so keep it where it is.
+    BUNDLE becomes a directory with the graphs and everything that a runtime needs to know. Weights of the graphs' dtype
+    are not copied where the file system can share them (reflinks, else hard links): a program that writes into one of
+    the checkpoint's weight files in place would change the bundle too. Others are converted into a file of their own.
 
     \b
     surgeon export OUT BUNDLE --dtype fp16 --max-length 8192
