@@ -46,3 +46,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from checkpoints import tiny_checkpoint  # imports transformers, which may not be before the settings above
 
     return tiny_checkpoint(tmp_path_factory.mktemp("source") / "source", "qwen3_vl", sharded=True)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws does not depend on which ran before it in its worker."""
+    torch.manual_seed(0)

@@ -125,11 +125,11 @@ def test_tensors_of_another_dtype_than_planned_are_not_put_in_place(
     """A file that is sound in itself and fits the config, and is not what was planned."""
     planned = surgeon.patch._planned
 
-    def other(graph: Any) -> Any:
+    def other(*arguments: Any) -> Any:
         import torch
 
         name = "model.language_model.norm.weight"
-        return {**planned(graph), name: (torch.float16, planned(graph)[name][1])}
+        return {**planned(*arguments), name: (torch.float16, planned(*arguments)[name][1])}
 
     monkeypatch.setattr(surgeon.patch, "_planned", other)
     with pytest.raises(TargetError, match=r"norm.weight was to be float16 \[64\] and is float32 \[64\]"):

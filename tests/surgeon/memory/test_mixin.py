@@ -60,15 +60,18 @@ def test_rows_without_pictures_are_left_exactly_as_they_are(block: Mixin) -> Non
 
 
 def test_padding_of_the_memory_does_not_matter(block: Mixin) -> None:
-    hidden_states, visual = torch.randn(1, 5, 24), torch.randn(1, 7, 24)
+    """In fp64, because sums over other shapes are added up in another order, which in fp32 comes to about 1e-6."""
+    block.double()
+    hidden_states, visual = (torch.randn(1, length, 24, dtype=torch.float64) for length in (5, 7))
     mask = torch.arange(7)[None] < 4
     alone = run(block, hidden_states, visual[:, :4], mask[:, :4])
     torch.testing.assert_close(run(block, hidden_states, visual, mask), alone, atol=1e-6, rtol=0)
 
 
 def test_tokens_of_one_row_may_see_different_pictures(block: Mixin) -> None:
-    """Packed samples: the mask has a row for each token. The second sample sees nothing."""
-    hidden_states, visual = torch.randn(1, 5, 24), torch.randn(1, 7, 24)
+    """Packed samples: the mask has a row for each token. The second sample sees nothing. In fp64, as above."""
+    block.double()
+    hidden_states, visual = (torch.randn(1, length, 24, dtype=torch.float64) for length in (5, 7))
     seen = torch.zeros(1, 5, 7, dtype=torch.bool)
     seen[0, :3] = True
     found = run(block, hidden_states, visual, seen)
