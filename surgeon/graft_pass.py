@@ -59,11 +59,11 @@ class GraftPass(Pass):
             )
 
     def resolved(self, graph: "LvlmGraph") -> dict[str, Any]:
-        return {"layers": self.layers(graph), **self.graft_options(graph), "visibility": self._visibility(graph)}
+        return {"layers": self.layers(graph), **self._options(graph)}
 
     def recorded(self, graph: "LvlmGraph") -> dict[str, Any]:
         """The graft's entry in the record, beside its kind and layers."""
-        return {**self.graft_options(graph), "visibility": self._visibility(graph)}
+        return self._options(graph)
 
     def rewrite(self, graph: "LvlmGraph") -> PassResult:
         touched = graph.graft(self.kind, self.layers(graph), self.recorded(graph))
@@ -73,6 +73,9 @@ class GraftPass(Pass):
         expected = [f"{graph.family.text_model}.layers.{i}.{self.kind}" for i in self.layers(graph)]
         if sorted(result.touched) != sorted(expected):
             raise PostconditionError(f"pass {self.name} was to add {expected} and added {result.touched}")
+
+    def _options(self, graph: "LvlmGraph") -> dict[str, Any]:
+        return {**self.graft_options(graph), "visibility": self._visibility(graph)}
 
     def _visibility(self, graph: "LvlmGraph") -> Visibility:
         """The one to record. Raises PreconditionError where the checkpoint's other grafts have another."""

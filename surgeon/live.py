@@ -124,8 +124,7 @@ def _take_over(model: PreTrainedModel, graph: LvlmGraph) -> None:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         like = next(model.get_submodule(_layer_of(path)).parameters())
-        value = plan.values(name).to(like.device)
-        setattr(module, leaf, nn.Parameter(value, requires_grad=value.is_floating_point()))
+        setattr(module, leaf, nn.Parameter(plan.values(name).to(like.device)))
     for module in model.modules():
         if isinstance(module, Graft):
             module.train(model.training)

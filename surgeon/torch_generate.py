@@ -29,8 +29,7 @@ class TorchGenerator:
         processor, by default those of the directory that the model is from. device: of a checkpoint, by default CUDA
         where there is one. Raises CheckpointError, FamilyError."""
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        in_memory = isinstance(model, PreTrainedModel)
-        path: Any = model.config._name_or_path if in_memory else model  # type: ignore[union-attr]
+        path: Any = model.config._name_or_path if isinstance(model, PreTrainedModel) else model
         if inputs is None and not path:
             raise OptionError(
                 "this model in memory names no directory that its tokenizer and image processor are in: pass "

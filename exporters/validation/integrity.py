@@ -115,8 +115,8 @@ def _patched(a: str | Path, b: str | Path) -> Check:
             for name, why in list(other.items())[:_SHOWN]
         ]
         if len(other) > _SHOWN:
-            failures.append(f"and {_count(len(other) - _SHOWN, 'more tensor')}")
-        tensors = _count(len(source.tensors), "tensor")
+            failures.append(f"and {count(len(other) - _SHOWN, 'more tensor')}")
+        tensors = count(len(source.tensors), "tensor")
         said = f"{tensors} of {source.directory} in {patched.directory}, byte for byte"
         return Check("bytes", said, failures)
 
@@ -176,11 +176,12 @@ def _exported(directory: str | Path, bundle: Path, progress: Progress | None) ->
         for name, path in files.items()
         if digests[path] != source.sha256.get(name)
     ]
-    said = f"{bundle} records the fingerprint of {directory}, and the SHA-256 of {_count(len(files), 'weight file')}"
+    said = f"{bundle} records the fingerprint of {directory}, and the SHA-256 of {count(len(files), 'weight file')}"
     return Check("bytes", said, failures)
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
+    """`1 tensor`, `1,200 tensors`."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 

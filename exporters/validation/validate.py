@@ -9,7 +9,7 @@ from pathlib import Path
 from exporters.forms import form_of
 from exporters.onnx.manifest import PROCESSOR
 from exporters.onnxruntime.session import Provider
-from exporters.validation.integrity import check_bytes
+from exporters.validation.integrity import check_bytes, count
 from exporters.validation.pair import open_pair
 from passes import registry
 from surgeon.checkpoint import Checkpoint
@@ -150,7 +150,9 @@ class _Pair:
             self._check_gates(report)
 
     def _check_record(self, report: Report) -> None:
-        with Checkpoint.open(self.reference.path) as source, Checkpoint.open(self.subject.path) as patched:
+        assert isinstance(self.reference, TorchSubject) and isinstance(self.subject, TorchSubject)
+        # where they lie: a hub id has been resolved already
+        with Checkpoint.open(self.reference.directory) as source, Checkpoint.open(self.subject.directory) as patched:
             failures = compare_record(source, patched, registry())
         if failures is not None:
             report.checks.append(Check("record", "grafts and positions are what the recorded passes make", failures))
@@ -180,7 +182,7 @@ class _Pair:
         grafts = self.reference.graft_tensors()
         self.tuned = {gate for gate, own in grafts.items() if changed & set(own)}
         in_grafts = {name for own in grafts.values() for name in own}
-        which = "the other tensors" if changed or difference.missing else f"all {_count(difference.compared)}"
+        which = "the other tensors" if changed or difference.missing else f"all {count(difference.compared, 'tensor')}"
         alike = "value for value"
         if difference.rounded:
             alike = f"{_first(difference.rounded)} of them as {self.subject.dtype} rounds it, the rest value for value"
@@ -316,12 +318,8 @@ def _plain_positions(subject: Subject) -> Iterator[None]:
         subject.positions = before
 
 
-def _count(tensors: int) -> str:
-    return "1 tensor" if tensors == 1 else f"{tensors:,} tensors"
-
-
 def _first(names: Sequence[str]) -> str:
-    return f"{_count(len(names))} ({names[0]}{' the first' if len(names) > 1 else ''})"
+    return f"{count(len(names), 'tensor')} ({names[0]}{' the first' if len(names) > 1 else ''})"
 
 
 def _said(gates: Mapping[str, float]) -> str:
