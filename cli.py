@@ -6,7 +6,7 @@ import keyword
 import signal
 import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -45,9 +45,19 @@ class Surgeon(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:
+            return super().parse_args(ctx, args)  # which shows the help
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            _refuse(error, ctx)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            _refuse(error, ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except (Exception, KeyboardInterrupt) as error:  # the last resort: what nobody foresaw is one line too
@@ -63,6 +73,14 @@ class Surgeon(click.Group):
 def module_of(name: str) -> str:
     """The file of a command: its name, but for a word of Python."""
     return f"{name}_" if keyword.iskeyword(name) else name
+
+
+def _refuse(error: click.UsageError, ctx: click.Context) -> NoReturn:
+    """Wrong use in one line, as every other error."""
+    path = " ".join(filter(None, (ctx.command_path, ctx.invoked_subcommand)))
+    message = " ".join(error.format_message().split()).removesuffix(".")
+    click.echo(f"error: {message} (see `{path} --help`)", err=True)
+    ctx.exit(error.exit_code)
 
 
 def _explain(error: BaseException) -> tuple[str, int]:

@@ -1,6 +1,6 @@
 """Decoding on the CPU, fp32: a bundle in ONNX Runtime against transformers eager (sdpa, DynamicCache).
 
-A model with PVM on 3 of 12 layers, gates open, a picture of 64 visual tokens in its memory. "Cache 1024" is a bundle
+A model with PVM on 3 of 12 layers, gates open, an image of 64 visual tokens in its memory. "Cache 1024" is a bundle
 of max_length 1024. Each is measured after a short prompt, and after one that nearly fills the cache; both sides decode
 the same greedy tokens after the same prompt, and stop where they differ.
 
@@ -40,7 +40,7 @@ TEXT = {
 }
 TARGETS = {1024: 2.5, 8192: 3.0}
 GRID = (1, 16, 16)
-PICTURE_TOKENS = 64
+IMAGE_TOKENS = 64
 
 
 def make_checkpoint(directory: Path) -> Path:
@@ -59,11 +59,11 @@ def make_checkpoint(directory: Path) -> Path:
 
 
 def prompt(config: Any, length: int) -> ModelInputs:
-    """A picture of 64 tokens and random text, `length` tokens in all."""
+    """An image of 64 tokens and random text, `length` tokens in all."""
     generator = np.random.default_rng(0)
     ids = generator.integers(5, 256, (1, length))
-    ids[0, 4], ids[0, 5 + PICTURE_TOKENS] = config.vision_start_token_id, config.vision_end_token_id
-    ids[0, 5 : 5 + PICTURE_TOKENS] = config.image_token_id
+    ids[0, 4], ids[0, 5 + IMAGE_TOKENS] = config.vision_start_token_id, config.vision_end_token_id
+    ids[0, 5 : 5 + IMAGE_TOKENS] = config.image_token_id
     vision = config.vision_config
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     pixels = generator.standard_normal((GRID[1] * GRID[2], width)).astype(np.float32)

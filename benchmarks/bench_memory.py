@@ -41,7 +41,7 @@ def per_call(function: Callable[[], Tensor], seconds: float, clock: Callable[[],
 
 
 class Kept:
-    """A graft over a picture's visual tokens, whose positions are 0, 1, ..., and one token that reads them."""
+    """A graft over an image's visual tokens, whose positions are 0, 1, ..., and one token that reads them."""
 
     def __init__(self, graft: Graft, visual_embeds: Tensor, token: Tensor) -> None:
         self.graft, self.visual_embeds, self.token = graft, visual_embeds, token
@@ -76,7 +76,7 @@ class Kept:
         return vector
 
     def projected(self, position: int) -> Tensor:
-        """The same with the picture projected again, as the published implementations do."""
+        """The same with the image projected again, as the published implementations do."""
         return self._read(*self._project(), position)
 
 

@@ -1,4 +1,4 @@
-"""What a picture's tiles cost at CoMemo-2B's sizes: position ids, plain and RoPE-DHR, and attention over them.
+"""What an image's tiles cost at CoMemo-2B's sizes: position ids, plain and RoPE-DHR, and attention over them.
 
 Times are one thread's processor time, which whatever else runs on the machine disturbs least.
 """
@@ -13,7 +13,7 @@ from bench_memory import per_call
 
 from surgeon.families import family
 from surgeon.models import read_config
-from surgeon.positions_picture import TilePositions
+from surgeon.positions_image import TilePositions
 
 GRIDS = ((1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4))
 HEADS, HEAD_DIM = 16, 128

@@ -1,11 +1,12 @@
 """What several commands share: options, and what they mean."""
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import click
 
-from exporters.forms import form_of
+from exporters.artifact import artifact_kind
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else there.")
 positions_option = click.option(
@@ -21,6 +22,24 @@ backend_option = click.option(
 )
 
 
+class RenamedOptions(click.Command):
+    """A command that still takes the former names of its options, for one release, with a warning."""
+
+    former: ClassVar[Mapping[str, str]] = {}
+    """Former name -> name."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [self._renamed(argument) for argument in args])
+
+    def _renamed(self, argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        if name not in self.former:
+            return argument
+        new = self.former[name]
+        click.echo(f"warning: {name} is called {new} now; the former name goes with the next release", err=True)
+        return new + equals + value
+
+
 def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
@@ -29,6 +48,6 @@ def provider_of(backend: str | None, *paths: str) -> Any:
     """ONNX Runtime's provider that --backend names."""
     if backend is None:
         return "auto"
-    if all(form_of(path) != "bundle" for path in paths):
+    if all(artifact_kind(path) != "bundle" for path in paths):
         raise click.UsageError(f"--backend {backend} is for bundles, and there is none among {', '.join(paths)}")
     return backend.removeprefix("ort-")

@@ -54,7 +54,7 @@ def autotune(
 
     Measures which tile config of each kernel is fastest at the model's sizes and keeps that for GPUs of this kind;
     without it a heuristic chooses. Only the checkpoint's config is read. torch, ONNX Runtime and `surgeon engine` take
-    what was measured by themselves on the same GPU; engines built elsewhere take the file with --blocks.
+    what was measured by themselves on the same GPU; engines built elsewhere take the file with --tile-configs.
 
     \b
     surgeon autotune OUT --batch 1 --batch 8 --slots 1024
@@ -81,7 +81,7 @@ def autotune(
         for name, each in graft.launches.items():
             times = [f"{1e6 * seconds:.2f} us" for seconds in (each.rule_seconds, each.seconds)]
             rows.append((graft.size, name.split()[0], *times, each.tried))
-    console.print_table(("size", "launch", "by rule", "measured best", "ways tried"), rows)
+    console.print_table(("size", "launch", "heuristic", "measured best", "ways tried"), rows)
     click.echo(f"kept for {found.gpu} in {found.file}")
 
 

@@ -9,8 +9,8 @@ from commands._options import backend_option, json_option, print_json, provider_
 
 @click.command("bench")
 @click.argument("paths", metavar="A B ...", nargs=-1, required=True)
-@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="A picture; repeat for more.")
-@click.option("--prompt", help="What to ask.  [default: to describe the picture]")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image; repeat for more.")
+@click.option("--prompt", help="What to ask.  [default: to describe the image]")
 @click.option("--tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens of each answer.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts at a time.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Measurements of each.")
@@ -34,7 +34,7 @@ def bench(
 
     A form is a checkpoint, a bundle or a directory of engines. Each is loaded in a process of its own, all at the same
     time, and they are measured in turns. The tokens are greedy and an answer does not end early. Without --image it is
-    about a picture of this tool's own.
+    about an image of this tool's own.
 
     \b
     surgeon bench CKPT BUNDLE --tokens 128 --out bench.png
@@ -45,15 +45,15 @@ def bench(
     from surgeon.progress import progress_bars
 
     (own,) = default_cases()[0].prompts
-    pictures = images or tuple(Path(str(picture)) for picture in own.images)
+    images = images or tuple(Path(str(image)) for image in own.images)
     provider = provider_of(backend, *paths)
-    workload = Workload(prompt or own.text, pictures, tokens, batch, rounds, threads, provider)
+    workload = Workload(prompt or own.text, images, tokens, batch, rounds, threads, provider)
     with progress_bars() as progress:
         found = measure(paths, workload, progress)
     if out is not None:
         draw(found, out)
     figures = [each.as_dict() for each in found]
-    print_json(figures) if as_json else console.show_bench(figures)
+    print_json(figures) if as_json else console.report_bench(figures)
 
 
 COMMAND = bench

@@ -26,11 +26,11 @@ def doctor(directory: Path, as_json: bool) -> None:
     \b
     surgeon doctor --dir /data/checkpoints
     """
-    from surgeon.console import show_diagnosis
+    from surgeon.console import report_diagnosis
     from surgeon.doctor import diagnose
 
     found = diagnose(directory)
-    print_json(dataclasses.asdict(found)) if as_json else show_diagnosis(found)
+    print_json(dataclasses.asdict(found)) if as_json else report_diagnosis(found)
 
 
 COMMAND = doctor

@@ -5,10 +5,14 @@ from typing import Literal
 
 import click
 
-from commands._options import json_option, print_json
+from commands._options import RenamedOptions, json_option, print_json
 
 
-@click.command("engine")
+class _Engine(RenamedOptions):
+    former = {"--picture-tokens": "--image-tokens", "--blocks": "--tile-configs"}
+
+
+@click.command("engine", cls=_Engine)
 @click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT", required=False, type=click.Path(path_type=Path))
 @click.option(
@@ -29,11 +33,11 @@ from commands._options import json_option, print_json
 @click.option("--dtype", type=click.Choice(["fp16", "bf16"]), help="What the bundle must be of.  [default: what it is]")
 @click.option("--prefill", metavar="LOW..HIGH", help="Tokens of one prefill.  [default: 1 to the bundle's maximum]")
 @click.option("--batch", metavar="LOW..HIGH", default="1..8", show_default=True, help="Rows at a time.")
-@click.option("--picture-tokens", metavar="LOW..HIGH", help="Visual tokens of one picture.  [default: as prefill]")
+@click.option("--image-tokens", metavar="LOW..HIGH", help="Visual tokens of one image.  [default: as prefill]")
 @click.option(
     "--visual-tokens",
     metavar="1..HIGH",
-    help="Visual tokens that the memory of one row holds, of all its pictures.  [default: as prefill]",
+    help="Visual tokens that the memory of one row holds, of all its images.  [default: as prefill]",
 )
 @click.option("--graph", "graphs", multiple=True, help="Build the engine of this graph alone; repeat for more.")
 @click.option(
@@ -44,7 +48,7 @@ from commands._options import json_option, print_json
     help="What computes the grafts: standard operators, or the tool's own kernels as plugins (needs Triton).",
 )
 @click.option(
-    "--blocks",
+    "--tile-configs",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="How fused kernels are cut, as `surgeon autotune` measured it on the GPU.  [default: that "
@@ -69,11 +73,11 @@ def engine(
     dtype: Literal["fp16", "bf16"] | None,
     prefill: str | None,
     batch: str,
-    picture_tokens: str | None,
+    image_tokens: str | None,
     visual_tokens: str | None,
     graphs: tuple[str, ...],
     kernels: Literal["standard", "fused"],
-    blocks: Path | None,
+    tile_configs: Path | None,
     timing_cache: Path | None,
     cache: Path | None,
     strict: bool,
@@ -96,20 +100,20 @@ def engine(
     """
     if target is None and not dry_run:
         raise click.UsageError("missing argument OUT: where to write the engines (or add --dry-run)")
-    from exporters.tensorrt import show
+    from exporters.tensorrt import report
     from exporters.tensorrt.build import Options, build_engines, plan_engines
     from exporters.tensorrt.profiles import Limits
     from surgeon.progress import progress_bars
 
-    limits = Limits.parse(prefill, batch, picture_tokens, visual_tokens)
-    options = Options(backend, capabilities, dtype, limits, timing_cache, cache, strict, graphs, kernels, blocks)
+    limits = Limits.parse(prefill, batch, image_tokens, visual_tokens)
+    options = Options(backend, capabilities, dtype, limits, timing_cache, cache, strict, graphs, kernels, tile_configs)
     if serve_layout is not None:
         from exporters.serving import triton
 
         triton.check_graphs(graphs)
     if dry_run:
         plan = plan_engines(bundle, options, target, overwrite)
-        print_json(show.plan_json(plan, capabilities)) if as_json else show.show_plan(plan, capabilities)
+        print_json(report.plan_json(plan, capabilities)) if as_json else report.report_plan(plan, capabilities)
         return
     assert target is not None
     with progress_bars() as progress:
@@ -125,9 +129,9 @@ def engine(
     for warning in built.report.warnings():
         click.echo(f"warning: {warning}", err=True)
     if as_json:
-        print_json(show.built_json(built))
+        print_json(report.built_json(built))
     else:
-        show.show_engines(target, built.manifest, built.report, built)
+        report.report_engines(target, built.manifest, built.report, built)
 
 
 COMMAND = engine

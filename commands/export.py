@@ -21,12 +21,12 @@ from commands._options import json_option, print_json
     type=click.IntRange(2),
     default=4096,
     show_default=True,
-    help="Tokens that the key-value cache holds: prompt, pictures and answer together.",
+    help="Tokens that the key-value cache holds: prompt, images and answer together.",
 )
 @click.option(
     "--measure/--no-measure",
     default=True,
-    help="fp16: run the graphs in fp32 over a few pictures and prompts, and keep in fp32 what would overflow. It takes "
+    help="fp16: run the graphs in fp32 over a few images and prompts, and keep in fp32 what would overflow. It takes "
     "the time of five prompts on this CPU.  [default: measure]",
 )
 @click.option(
@@ -75,7 +75,7 @@ def export(
     if measure and manifest.precision is not None and manifest.precision.skipped is not None:
         click.echo(f"warning: what overflows fp16 was not measured: {manifest.precision.skipped}", err=True)
     written = manifest.model_dump(mode="json")
-    print_json(written) if as_json else console.show_bundle(target, written)
+    print_json(written) if as_json else console.report_bundle(target, written)
 
 
 COMMAND = export

@@ -11,7 +11,7 @@ from commands._options import backend_option, json_option, positions_option, pri
 
 @click.command("generate")
 @click.argument("path", metavar="CKPT|BUNDLE|ENGINES")
-@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="A picture; repeat for more.")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image; repeat for more.")
 @click.option("--prompt", required=True, help="What to ask.")
 @click.option("--system", help="The system prompt.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="The longest answer.")

@@ -14,7 +14,7 @@ from commands._options import json_option, print_json
 @click.option(
     "--image-token-id",
     type=click.IntRange(0),
-    help="The id of the token that pictures take the place of, for a checkpoint without a tokenizer.  [default: where "
+    help="The id of the token that images take the place of, for a checkpoint without a tokenizer.  [default: where "
     "published checkpoints have <IMG_CONTEXT>]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is complete.")

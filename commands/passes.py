@@ -16,11 +16,11 @@ def passes(as_json: bool) -> None:
     surgeon passes
     """
     from passes import registry
-    from surgeon.console import show_passes
+    from surgeon.console import report_passes
     from surgeon.inspect import describe_passes
 
     described = describe_passes(registry())
-    print_json([each.model_dump(mode="json") for each in described]) if as_json else show_passes(described)
+    print_json([each.model_dump(mode="json") for each in described]) if as_json else report_passes(described)
 
 
 COMMAND = passes

@@ -99,7 +99,7 @@ def patch_command(
         about = {"target": None if dry_run else str(target), "dry_run": dry_run, "seed": seed}
         print_json({**about, "new_parameters": report.new_parameters, **dataclasses.asdict(report)})
     else:
-        console.show_patch(report, None if dry_run else target)
+        console.report_patch(report, None if dry_run else target)
 
 
 COMMAND = patch_command

@@ -12,7 +12,7 @@ from commands._options import backend_option, json_option, positions_option, pri
 @click.command("validate")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="[B]", required=False)
-@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Your own picture; repeat.")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Your own image; repeat.")
 @click.option("--prompt", help="Your own prompt, instead of the ones that come with the tool.")
 @click.option(
     "--steps", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded after each prompt."
@@ -93,7 +93,7 @@ def validate(
 
         with staged_file(report_file, overwrite) as staging:
             staging.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    print_json(report.to_json()) if as_json else console.show_report(report)
+    print_json(report.to_json()) if as_json else console.report_validation(report)
     if not report.passed:
         click.get_current_context().exit(1)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from exporters.calibration.fit import fit_float16, not_measured
+from exporters.calibration.calibrate import calibrate_float16, not_measured
 from exporters.onnx.bundle import write_bundle
 from exporters.onnx.manifest import Manifest, Precision
 from surgeon.progress import Progress
@@ -40,7 +40,7 @@ def export_bundle(
         target,
         dtype=dtype,
         max_length=max_length,
-        calibrate=fit_float16 if measure else _unmeasured,
+        calibrate=calibrate_float16 if measure else _unmeasured,
         overwrite=overwrite,
         progress=progress,
         graphs=graphs,

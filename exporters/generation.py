@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from exporters.forms import form_of
+from exporters.artifact import artifact_kind
 from exporters.onnxruntime.session import Provider
 from surgeon.errors import OptionError
 from surgeon.generation import Generation, OnText, Sampling
+from surgeon.images import ImageSource
 from surgeon.inputs import Message, Prompt
-from surgeon.pictures import Picture
 from surgeon.positions import Positions
 
 
@@ -47,7 +47,7 @@ def open_generator(model: Any, provider: Provider = "auto") -> TextGenerator:
             )
         generator: TextGenerator = model
         return generator
-    match form_of(model):
+    match artifact_kind(model):
         case "engines":
             from exporters.tensorrt.runtime import EngineRuntime
 
@@ -64,7 +64,7 @@ def open_generator(model: Any, provider: Provider = "auto") -> TextGenerator:
 def generate(
     model: Any,
     prompt: str,
-    images: Sequence[Picture] = (),
+    images: Sequence[ImageSource] = (),
     *,
     system: str | None = None,
     max_new_tokens: int = 256,
@@ -86,7 +86,7 @@ def generate(
     return generation
 
 
-def stream(model: Any, prompt: str, images: Sequence[Picture] = (), **options: Any) -> Iterator[str]:
+def stream(model: Any, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Iterator[str]:
     """The same answer, piece by piece as it comes; arguments as those of `generate`, without `on_text`. An error is
     raised where the next piece would have come. Whoever stops listening stops the decoding with the next piece."""
     pieces: queue.Queue[str | BaseException | None] = queue.Queue()

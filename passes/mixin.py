@@ -1,4 +1,4 @@
-"""Graft CoMemo's mixin layers, gated cross-attention to the pictures, in front of chosen decoder layers."""
+"""Graft CoMemo's mixin layers, gated cross-attention to the images, in front of chosen decoder layers."""
 
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,7 +57,7 @@ class MixinPass(GraftPass):
             )
         if self.options.tiles != "both" and graph.family.tile_layout(graph.config) is None:
             raise PreconditionError(
-                f"pass mixin: tiles={self.options.tiles}, but family {graph.family.model_type} does not cut pictures "
+                f"pass mixin: tiles={self.options.tiles}, but family {graph.family.model_type} does not cut images "
                 "into tiles; use tiles=both"
             )
 

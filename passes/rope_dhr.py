@@ -1,4 +1,4 @@
-"""Give the tiles of a picture the positions of the thumbnail patches that they cover."""
+"""Give the tiles of an image the positions of the thumbnail patches that they cover."""
 
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,8 +15,8 @@ class RopeDhrOptions(PassOptions):
         default="row",
         description="row: each tile has the ids of what it shows; column: as CoMemo was trained",
     )
-    min_tiles: int | None = Field(default=None, gt=0, description="least tiles of a picture; by default as it is")
-    max_tiles: int | None = Field(default=None, gt=0, description="most tiles of a picture; by default as it is")
+    min_tiles: int | None = Field(default=None, gt=0, description="least tiles of an image; by default as it is")
+    max_tiles: int | None = Field(default=None, gt=0, description="most tiles of an image; by default as it is")
 
     @model_validator(mode="after")
     def _ordered(self) -> "RopeDhrOptions":
@@ -28,7 +28,7 @@ class RopeDhrOptions(PassOptions):
 class RopeDhrPass(Pass):
     """Source: "CoMemo: LVLMs Need Image Context with Image Memory", section 3.3.
 
-    It changes positions, not parameters: prompts without pictures, and with pictures of one tile, give bit for bit the
+    It changes positions, not parameters: prompts without images, and with images of one tile, give bit for bit the
     source's logits.
     """
 
@@ -44,12 +44,12 @@ class RopeDhrPass(Pass):
             raise PreconditionError("pass rope-dhr is already applied; patch the unpatched checkpoint")
         if any(family.rope_axes(graph.config)):
             raise PreconditionError(
-                f"pass rope-dhr: the positions of family {family.model_type} already have two dimensions for pictures; "
+                f"pass rope-dhr: the positions of family {family.model_type} already have two dimensions for images; "
                 "leave the pass out"
             )
         if family.tile_layout(graph.config) is None:
             raise PreconditionError(
-                f"pass rope-dhr: family {family.model_type} does not cut pictures into tiles beside a thumbnail, so "
+                f"pass rope-dhr: family {family.model_type} does not cut images into tiles beside a thumbnail, so "
                 "there are no ids to share; leave the pass out"
             )
 

@@ -34,7 +34,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def show_inspection(found: Inspection) -> None:
+def report_inspection(found: Inspection) -> None:
     text, vision, sites = found.text, found.vision, found.graft_sites
     print(f"{found.path}: {found.family}, {'patched' if found.grafts else 'plain'}, {found.dtype}")
     print(
@@ -68,7 +68,7 @@ def show_inspection(found: Inspection) -> None:
         print("no weights here: a config alone")
 
 
-def show_bundle(path: str | Path, manifest: Mapping[str, Any]) -> None:
+def report_bundle(path: str | Path, manifest: Mapping[str, Any]) -> None:
     """`manifest`: the content of a bundle.json."""
     source, sizes, memory = manifest["source"], manifest["sizes"], manifest["memory"]
     print(f"{path}: bundle of {source['name']} ({source['model_type']}), {manifest['dtype']}")
@@ -91,10 +91,10 @@ def show_bundle(path: str | Path, manifest: Mapping[str, Any]) -> None:
     print_table(("weights", "size", "how"), [(n, decimal(w["bytes"]), w["how"]) for n, w in weights])
     if manifest.get("precision"):
         print()
-        _show_precision(manifest["precision"])
+        _report_precision(manifest["precision"])
 
 
-def _show_precision(precision: Mapping[str, Any]) -> None:
+def _report_precision(precision: Mapping[str, Any]) -> None:
     """What was seen of fp16's range: the layers with the largest values, and what is fp32 for it."""
     if precision["skipped"]:
         print(f"overflow not measured: {precision['skipped']}")
@@ -115,7 +115,7 @@ def _show_precision(precision: Mapping[str, Any]) -> None:
     print_table(("graph", "layer", "operator", "largest"), [row(each) for each in precision["widened"]])
 
 
-def show_passes(passes: Sequence[PassDescription]) -> None:
+def report_passes(passes: Sequence[PassDescription]) -> None:
     for i, described in enumerate(passes):
         print(("\n" if i else "") + f"{described.name}: {described.summary}")
         rows = []
@@ -125,7 +125,7 @@ def show_passes(passes: Sequence[PassDescription]) -> None:
         print_table(("  option", "type", "default", "description"), rows)
 
 
-def show_patch(report: "PatchReport", target: Path | None) -> None:
+def report_patch(report: "PatchReport", target: Path | None) -> None:
     """`target`: None for a plan."""
     if report.grafts:
         print_table(("graft", "parameters"), list(report.grafts.items()))
@@ -144,11 +144,11 @@ def show_patch(report: "PatchReport", target: Path | None) -> None:
         print(f"weights of the source by {method}: {', '.join(files[:4])}{more}")
 
 
-def show_report(report: "Report") -> None:
+def report_validation(report: "Report") -> None:
     """The validator's verdict, a table for each comparison and one line a case."""
     if report.reference:
         print(f"reference  {report.reference} ({report.stages[0]}, {report.dtypes[0]})")
-        print(f"subject    {report.subject} ({report.stages[1]}, {report.dtypes[1]})")
+        print(f"candidate  {report.candidate} ({report.stages[1]}, {report.dtypes[1]})")
     for check in report.checks:
         print(f"{check.name:10} {'FAILED' if check.failures else check.said}")
         for failure in check.failures:
@@ -157,14 +157,14 @@ def show_report(report: "Report") -> None:
         print(f"note       {note}")
     for comparison in report.comparisons:
         print()
-        _show_comparison(comparison)
+        _report_comparison(comparison)
     print()
     shown = {"passed": "passed", "failed": "FAILED", "not judged": "NOT JUDGED"}[report.verdict]
     print(f"{shown} in {report.seconds:.1f} s" + (f": {report.remedy}" if report.verdict == "not judged" else ""))
 
 
-def _show_comparison(comparison: "Comparison") -> None:
-    print(f"rung       {comparison.rung.name}, {comparison.state}: {comparison.rung.why}")
+def _report_comparison(comparison: "Comparison") -> None:
+    print(f"level      {comparison.level.name}, {comparison.state}: {comparison.level.why}")
     rows = []
     for case in comparison.cases:
         worst = max(case.prefill.max_abs, case.decode.max_abs)
@@ -178,7 +178,7 @@ def _show_comparison(comparison: "Comparison") -> None:
                 f"{max(case.prefill.kl_mean, case.decode.kl_mean):.1e}",
                 f"{min(case.prefill.top1, case.decode.top1):.4f}",
                 f"{case.tokens_equal}/{case.rows * case.steps}",
-                "FAILED" if case.failures else "held" if comparison.rung.judged else "reported",
+                "FAILED" if case.failures else "passed" if comparison.level.judged else "reported",
             )
         )
     columns = ("case", "tokens", "max abs", "min cosine", "mean KL", "top-1", "greedy", "verdict")
@@ -192,7 +192,7 @@ def _show_comparison(comparison: "Comparison") -> None:
             print(f"{case.name}: first wrong tensor {case.first_wrong}")
 
 
-def show_bench(found: Sequence[Mapping[str, Any]]) -> None:
+def report_bench(found: Sequence[Mapping[str, Any]]) -> None:
     """Forms side by side, each what `surgeon bench --json` gives; speeds are compared to the first's."""
     rows = []
     for each in found:
@@ -214,7 +214,7 @@ def show_bench(found: Sequence[Mapping[str, Any]]) -> None:
     print_table(columns, rows)
 
 
-def show_diagnosis(found: Diagnosis) -> None:
+def report_diagnosis(found: Diagnosis) -> None:
     print_table(
         ("package", "version", ""), [(p.name, p.version or "not installed", p.problem or "") for p in found.packages]
     )

@@ -25,7 +25,7 @@ class TargetError(SurgeonError):
 
 
 class InputError(SurgeonError):
-    """A picture or prompt that cannot be used."""
+    """An image or prompt that cannot be used."""
 
 
 class BundleError(SurgeonError):

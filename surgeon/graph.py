@@ -88,7 +88,7 @@ class LvlmGraph:
         return added
 
     def lay_out_tiles(self, **values: Any) -> None:
-        """Put what depends on a picture's tiles into the record (`positions`, `allocation`), and with it how the family
+        """Put what depends on an image's tiles into the record (`positions`, `allocation`), and with it how the family
         lays them out."""
         layout = self.family.tile_layout(self.config)
         assert layout is not None

@@ -1,4 +1,4 @@
-"""Pictures and prompts as model inputs, the same for torch and for bundles: what transformers' processor would give.
+"""Images and prompts as model inputs, the same for torch and for bundles: what transformers' processor would give.
 
 The processor class itself is not used, because it cannot be made without torchvision (it insists on a video
 processor). Its parts are: the image processor, the tokenizer, the chat template and the family's placeholders. Where it
@@ -21,9 +21,9 @@ from surgeon import rendering
 from surgeon.errors import CheckpointError, InputError
 from surgeon.families import Family, Grid
 from surgeon.families import family as find_family
+from surgeon.images import ImageSource, load_image
 from surgeon.json_file import read_object
 from surgeon.models import read_config
-from surgeon.pictures import Picture, load_picture
 from surgeon.positions import Positions, choose_positions, grid_in_sequence, record_of
 from surgeon.side_files import IMAGE_PROCESSOR_FILES, TOKENIZER_FILES
 from surgeon.sizes import GenerationTokens, check, one_line
@@ -33,28 +33,28 @@ Side = Literal["left", "right"]
 
 IMAGE_BACKEND = "pil"
 """What transformers' image processors compute with. By default they take torchvision where it is installed, whose
-pixels are slightly other ones: the same picture would be another question from machine to machine."""
+pixels are slightly other ones: the same image would be another question from machine to machine."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One turn of a user: pictures first, then the text."""
+    """One turn of a user: images first, then the text."""
 
     text: str
-    images: tuple[Picture, ...] = ()
+    images: tuple[ImageSource, ...] = ()
     system: str | None = None
 
     def messages(self) -> list[Message]:
-        """The prompt as a conversation: messages whose content is a list of pictures and texts."""
+        """The prompt as a conversation: messages whose content is a list of images and texts."""
         system = [] if self.system is None else [{"role": "system", "content": [{"type": "text", "text": self.system}]}]
-        pictures: list[Message] = [{"type": "image", "image": image} for image in self.images]
-        return [*system, {"role": "user", "content": [*pictures, {"type": "text", "text": self.text}]}]
+        images: list[Message] = [{"type": "image", "image": image} for image in self.images]
+        return [*system, {"role": "user", "content": [*images, {"type": "text", "text": self.text}]}]
 
 
 @dataclass(frozen=True)
 class ModelInputs:
     """A batch of prompts. `input_ids`, `attention_mask` and `mm_token_type_ids` (1 at image tokens) are int64 [B, S];
-    `pixel_values` (fp32 patches or tiles) and `grids` are per row and picture."""
+    `pixel_values` (fp32 patches or tiles) and `grids` are per row and image."""
 
     family: Family
     input_ids: np.ndarray
@@ -65,7 +65,7 @@ class ModelInputs:
     positions: Positions | None = None
     """Where the checkpoint offers RoPE-DHR, whether this request uses it."""
     needs_tile_grids: bool = False
-    """Whether the model has to be told each picture's tiles."""
+    """Whether the model has to be told each image's tiles."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -74,7 +74,7 @@ class ModelInputs:
         return lengths
 
     def model_kwargs(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """The keywords of a transformers model's forward or generate; the pictures' are absent where there is none."""
+        """The keywords of a transformers model's forward or generate; the images' are absent where there is none."""
         arrays: dict[str, np.ndarray] = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
@@ -165,8 +165,8 @@ class Inputs:
         rows, pixel_values, grids = [], [], []
         for prompt in prompts:
             messages = prompt.messages() if isinstance(prompt, Prompt) else prompt
-            pictures, messages = _take_pictures(messages)
-            processed = [self.picture(picture, alone=len(pictures) == 1) for picture in pictures]
+            images, messages = _take_images(messages)
+            processed = [self.process_image(image, alone=len(images) == 1) for image in images]
             grids.append([grid for _, grid in processed])
             pixel_values.append([pixels for pixels, _ in processed])
             text = self.render(messages, add_generation_prompt)
@@ -177,30 +177,30 @@ class Inputs:
         for i, ids in enumerate(rows):
             where = slice(length - len(ids), None) if padding_side == "left" else slice(len(ids))
             input_ids[i, where], attention_mask[i, where] = ids, 1
-        images = (input_ids == self.family.image_token_id(self.config)) & (attention_mask == 1)
+        image_mask = (input_ids == self.family.image_token_id(self.config)) & (attention_mask == 1)
         return ModelInputs(
             family=self.family,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            mm_token_type_ids=images.astype(np.int64),
+            mm_token_type_ids=image_mask.astype(np.int64),
             pixel_values=pixel_values,
             grids=grids,
             positions=chosen,
             needs_tile_grids="layout" in record_of(self.config),
         )
 
-    def picture(self, picture: Picture, alone: bool = True) -> tuple[np.ndarray, Grid]:
-        """One picture's pixel values, fp32, and its grid, both as the family has them. `alone`: no other picture is in
+    def process_image(self, source: ImageSource, alone: bool = True) -> tuple[np.ndarray, Grid]:
+        """One image's pixel values, fp32, and its grid, both as the family has them. `alone`: no other image is in
         its prompt, which matters to some families."""
-        image = load_picture(picture)
+        image = load_image(source)
         try:
-            return self.family.process_picture(self.config, self.image_processor, image, alone)
+            return self.family.process_image(self.config, self.image_processor, image, alone)
         except (ValueError, InputError) as error:  # a shape it does not take
-            name = picture if isinstance(picture, Path | str) else f"of {image.width} x {image.height} pixels"
-            raise InputError(f"picture {name} cannot be used: {error}") from None
+            name = source if isinstance(source, Path | str) else f"of {image.width} x {image.height} pixels"
+            raise InputError(f"image {name} cannot be used: {error}") from None
 
     def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
-        """The chat template's text, with one placeholder for each picture."""
+        """The chat template's text, with one placeholder for each image."""
         template = self.template()
         # as transformers gives them to a template: what is None is left out
         told = [{key: value for key, value in message.items() if value is not None} for message in messages]
@@ -216,12 +216,12 @@ class Inputs:
         return template
 
     def tokenize(self, text: str, grids: Sequence[Grid]) -> list[int]:
-        """Token ids of rendered text, each placeholder expanded to its picture's tokens."""
+        """Token ids of rendered text, each placeholder expanded to its image's tokens."""
         parts = text.split(self.image_token)
         if len(parts) - 1 != len(grids):
             raise InputError(
-                f"the prompt has {len(parts) - 1} image placeholder(s) {self.image_token} for {len(grids)} picture(s): "
-                "give each picture as an image and leave the placeholder out of the text"
+                f"the prompt has {len(parts) - 1} image placeholder(s) {self.image_token} for {len(grids)} image(s): "
+                "give each image as an image and leave the placeholder out of the text"
             )
         expanded = [self.family.expand_placeholder(self.config, grid, self.tokenizer) for grid in grids]
         text = parts[0] + "".join(chain.from_iterable(zip(expanded, parts[1:], strict=True)))
@@ -230,10 +230,10 @@ class Inputs:
         image = self.family.image_token_id(self.config)
         if ids.count(image) != sum(self.family.image_tokens(self.config, grid) for grid in grids):
             token = self.tokenizer.convert_ids_to_tokens(image)
-            raise InputError(f"the prompt's text has image tokens {token}: give each picture as an image instead")
+            raise InputError(f"the prompt's text has image tokens {token}: give each image as an image instead")
         other = set(self.family.visual_token_ids(self.config)) - {image}
         if other.intersection(ids):
-            raise InputError("the prompt has video tokens: video is not supported yet, pass pictures")
+            raise InputError("the prompt has video tokens: video is not supported yet, pass images")
         return ids
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -279,35 +279,35 @@ class Inputs:
 _VIDEO_PARTS = ("video", "video_url", "input_video")
 
 
-def _take_pictures(messages: list[Message]) -> tuple[list[Picture], list[Message]]:
-    """A conversation's pictures in order, and the conversation with only their places left in it."""
-    pictures: list[Picture] = []
+def _take_images(messages: list[Message]) -> tuple[list[ImageSource], list[Message]]:
+    """A conversation's images in order, and the conversation with only their places left in it."""
+    images: list[ImageSource] = []
     bare: list[Message] = []
     for message in messages:
         content = message.get("content")
         if isinstance(content, list):
-            content = [_take_picture(item, pictures) for item in content]
+            content = [_take_image(item, images) for item in content]
         bare.append({**message, "content": content})
-    return pictures, bare
+    return images, bare
 
 
-def _take_picture(item: Message, pictures: list[Picture]) -> Message:
+def _take_image(item: Message, images: list[ImageSource]) -> Message:
     if not isinstance(item, dict):
         raise InputError(f"a part of the conversation is {item!r:.80}: write {{'type': 'text', 'text': ...}}")
     kind = item.get("type", next((key for key in ("text", "image", "video") if key in item), None))
     if kind in _VIDEO_PARTS or "video" in item:
-        raise InputError("the conversation has a video: video is not supported yet, pass pictures")
+        raise InputError("the conversation has a video: video is not supported yet, pass images")
     if kind != "image" and "image" not in item:
         if kind != "text":  # a chat template drops what it does not know without a word
             raise InputError(f"the conversation has a part of type {kind!r}: write it as 'text' or 'image'")
         return item
-    picture = item.get("image", item.get("path"))
-    if not isinstance(picture, Image.Image | Path | str):
+    source = item.get("image", item.get("path"))
+    if not isinstance(source, Image.Image | Path | str):
         found = sorted(item)
-        raise InputError(f"an image of the conversation has no file or picture under 'image' (its keys: {found})")
-    if isinstance(picture, str) and picture.startswith(("http://", "https://", "data:")):
-        raise InputError(f"picture {picture[:80]} is not a file: pictures are read from files only, download it first")
-    pictures.append(picture)
+        raise InputError(f"an image of the conversation has no file or image under 'image' (its keys: {found})")
+    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
+        raise InputError(f"image {source[:80]} is not a file: images are read from files only, download it first")
+    images.append(source)
     return {"type": "image"}
 
 

@@ -62,7 +62,7 @@ class Part(_Report):
 
 
 class Tiles(_Report):
-    """How a picture's tiles stand in the sequence: `side` x `side` visual tokens each, the thumbnail first or last.
+    """How an image's tiles stand in the sequence: `side` x `side` visual tokens each, the thumbnail first or last.
 
     positions: "plain", or "rope_dhr" with the order of tiles whose ids it gives. allocation: whether tiles go to the
     context path, the memory path or both.
@@ -87,7 +87,7 @@ class Inspection(_Report):
     parts: vision tower (without the projector), projector, embeddings, decoder, lm_head, then each graft by its module
       path; their parameters and bytes add up to `parameters` and `bytes`.
     files: empty for a config alone.
-    tiles: None for a family that does not cut pictures into tiles beside a thumbnail.
+    tiles: None for a family that does not cut images into tiles beside a thumbnail.
     passes: the pass record of a patched checkpoint, `{name: options}` each, in order; `source`: what they ran on.
     """
 

@@ -32,7 +32,7 @@ def choose_positions(config: PretrainedConfig, wanted: Positions | None) -> Posi
 
 
 def grid_in_sequence(config: PretrainedConfig, grid: Grid) -> Grid:
-    """The grid of what stands in the sequence for a picture: the thumbnail, where tiles go to the memory alone."""
+    """The grid of what stands in the sequence for an image: the thumbnail, where tiles go to the memory alone."""
     return (1, 1, 1) if record_of(config).get("allocation") == "memory" else grid
 
 

@@ -22,7 +22,7 @@ class _Strict(BaseModel):
 
 
 class Layout(_Strict):
-    """How a picture's visual tokens lie in the sequence: side * side for each tile, row by row, and for the thumbnail,
+    """How an image's visual tokens lie in the sequence: side * side for each tile, row by row, and for the thumbnail,
     which is there unless there is one tile only."""
 
     side: Size
@@ -37,7 +37,7 @@ class Positions(_Strict):
 
 
 Allocation = Literal["both", "context", "memory"]
-"""Where a picture's tiles go beside its thumbnail: into the sequence and the memory, or into one of them."""
+"""Where an image's tiles go beside its thumbnail: into the sequence and the memory, or into one of them."""
 
 
 class AnyGraft(BaseModel):

@@ -130,7 +130,7 @@ def _reason(error: Any) -> str:
 
 
 class PixelLimits(Sizes):
-    """Pixels of a picture after it is scaled, least and most."""
+    """Pixels of an image after it is scaled, least and most."""
 
     shortest_edge: Annotated[int, Field(gt=0, le=1 << 27)]
     longest_edge: Annotated[int, Field(gt=0, le=1 << 27)]
@@ -142,7 +142,7 @@ class TileSize(Sizes):
 
 
 Pinpoints = Annotated[Sequence[Annotated[Sequence[Size], Field(min_length=2, max_length=2)]], Field(min_length=1)]
-"""Heights and widths that a picture may be scaled to."""
+"""Heights and widths that an image may be scaled to."""
 
 
 class GenerationTokens(Sizes):

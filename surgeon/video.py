@@ -23,7 +23,7 @@ def is_video(path: Path) -> bool:
         return True
     with path.open("rb") as file:
         start = file.read(_TRANSPORT_PACKET + 1)
-    if start[4:8] == b"ftyp":  # MP4 and QuickTime, and in the same container AVIF and HEIF pictures
+    if start[4:8] == b"ftyp":  # MP4 and QuickTime, and in the same container AVIF and HEIF images
         return start[8:12] not in _STILL_BRANDS
     is_avi = start[:4] == b"RIFF" and start[8:12] == b"AVI "
     is_transport_stream = len(start) > _TRANSPORT_PACKET and start[0] == start[_TRANSPORT_PACKET] == ord("G")

@@ -107,8 +107,8 @@ def use(directory: Path) -> None:
         if error.exit_code != 2:
             raise
     runtime = BundleRuntime(directory, provider="cpu", threads=1)
-    picture = Image.fromarray(np.arange(90 * 70 * 3, dtype=np.uint8).reshape(90, 70, 3))
-    state, logits = runtime.start(runtime.prepare([Prompt("What is it?", (picture,))]))
+    image = Image.fromarray(np.arange(90 * 70 * 3, dtype=np.uint8).reshape(90, 70, 3))
+    state, logits = runtime.start(runtime.prepare([Prompt("What is it?", (image,))]))
     runtime.step(state, logits.argmax(-1))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporters.fusion.node import Form, KernelNode
+from exporters.fusion.node import KernelNode, KernelVariant
 from exporters.kernels.plan import TensorType
 
 _SOURCE = """
@@ -63,7 +63,7 @@ class StandIn:
     """A driver's library, as a file."""
 
     path: Path
-    kernels: dict[bytes, tuple[KernelNode, Form, int]] = field(default_factory=dict, repr=False)
+    kernels: dict[bytes, tuple[KernelNode, KernelVariant, int]] = field(default_factory=dict, repr=False)
     """By PTX: also the shared memory that it takes."""
     launches: list[str] = field(default_factory=list)
     """The steps that were launched, with how many tokens a program took."""
@@ -72,9 +72,9 @@ class StandIn:
 
     def know(self, nodes: Mapping[str, KernelNode], operators: Any) -> None:
         for place, node in enumerate(nodes.values()):
-            for number, form in enumerate(node.forms):
-                compiled = operators[place].forms[number]
-                self.kernels[compiled.ptx] = node, form, compiled.shared
+            for number, variant in enumerate(node.variants):
+                compiled = operators[place].variants[number]
+                self.kernels[compiled.ptx] = node, variant, compiled.shared
 
     @property
     def loaded(self) -> int:
@@ -87,13 +87,17 @@ class StandIn:
         ctypes.CDLL(str(self.path)).enter(context)
 
     def launched(self, ptx: bytes, entry: bytes, grid: Any, threads: int, shared: int, arguments: Any) -> int:
-        node, form, wanted = self.kernels[ptx]
-        launch, kernel = form.launch, node.step.kernel
+        node, variant, wanted = self.kernels[ptx]
+        launch, kernel = variant.launch, node.step.kernel
         if self.fails:
             return self.fails
-        if (entry.decode(), threads, shared) != (kernel.function.fn.__name__, 32 * launch.blocks.num_warps, wanted):
+        if (entry.decode(), threads, shared) != (
+            kernel.function.fn.__name__,
+            32 * launch.tile_config.num_warps,
+            wanted,
+        ):
             return 1
-        self.launches.append(f"{node.step.name}:{launch.blocks.tokens}")
+        self.launches.append(f"{node.step.name}:{launch.tile_config.tokens}")
         values = iter(arguments[n] for n in range(len(launch.inputs) + len(launch.sizes) + len(launch.outputs)))
         inputs = {name: _tensor(next(values), tensor) for name, tensor in launch.inputs.items()}
         sizes = [ctypes.c_int32.from_address(next(values)).value for _ in launch.sizes]

@@ -32,7 +32,7 @@ MIXIN = ("mixin:layers=0,2,num_heads=3,intermediate=48,rope_theta=5000",)  # tur
 Row = list[str | Image.Image]
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def image(width: int, height: int, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -67,30 +67,30 @@ class Pair:
         return Inputs.from_directory(self.checkpoint)
 
     def raw(self, rows: list[Row], side: Side = "right", positions: Positions | None = None) -> ModelInputs:
-        """Rows of text and pictures as they are, without a chat template around them."""
+        """Rows of text and images as they are, without a chat template around them."""
         token, record = self.inputs.image_token, record_of(self.inputs.config)
         thumbnails = record.get("allocation") == "memory"
-        pictures = [[self.inputs.picture(part) for part in row if not isinstance(part, str)] for row in rows]
+        processed = [[self.inputs.process_image(part) for part in row if not isinstance(part, str)] for row in rows]
         ids = [
             self.inputs.tokenize(
                 "".join(p if isinstance(p, str) else token for p in row),
                 [(1, 1, 1) if thumbnails else grid for _, grid in found],
             )
-            for row, found in zip(rows, pictures, strict=True)
+            for row, found in zip(rows, processed, strict=True)
         ]
         length = max(map(len, ids))
         input_ids, mask = np.zeros((2, len(rows), length), dtype=np.int64)
         for i, row_ids in enumerate(ids):
             where = slice(len(row_ids)) if side == "right" else slice(length - len(row_ids), None)
             input_ids[i, where], mask[i, where] = row_ids, 1
-        images = (input_ids == self.inputs.family.image_token_id(self.inputs.config)).astype(np.int64)
+        image_mask = (input_ids == self.inputs.family.image_token_id(self.inputs.config)).astype(np.int64)
         return ModelInputs(
             self.inputs.family,
             input_ids,
             mask,
-            images,
-            [[pixels for pixels, _ in found] for found in pictures],
-            [[grid for _, grid in found] for found in pictures],
+            image_mask,
+            [[pixels for pixels, _ in found] for found in processed],
+            [[grid for _, grid in found] for found in processed],
             choose_positions(self.inputs.config, positions),
             "layout" in record,
         )

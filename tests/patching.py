@@ -39,8 +39,8 @@ def open_gates(model: PreTrainedModel, alpha: float = 0.8) -> None:
                 parameter.fill_(alpha)
 
 
-def picture(grid: tuple[int, int, int]) -> list[int]:
-    """A picture's tokens: start, placeholders, end."""
+def image(grid: tuple[int, int, int]) -> list[int]:
+    """An image's tokens: start, placeholders, end."""
     count = grid[0] * grid[1] * grid[2] // 4
     return [TOKEN_IDS["vision_start_token_id"], *[IMAGE] * count, TOKEN_IDS["vision_end_token_id"]]
 
@@ -52,7 +52,7 @@ def batch(
     padding_side: str = "left",
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Model keywords for rows of token ids whose pictures, row after row, have these grids."""
+    """Model keywords for rows of token ids whose images, row after row, have these grids."""
     length = max(map(len, rows))
     pad = [[0] * (length - len(row)) for row in rows]
     left = padding_side == "left"

@@ -63,8 +63,8 @@ def damage(path: Path, rng: random.Random) -> str:
 
 def use(directory: Path) -> None:
     inputs = Inputs.from_directory(directory)
-    picture = Image.fromarray(np.arange(90 * 70 * 3, dtype=np.uint8).reshape(90, 70, 3))
-    batch = inputs.prepare([Prompt("What is it?", (picture,), system="Be brief."), Prompt("Hello")])
+    image = Image.fromarray(np.arange(90 * 70 * 3, dtype=np.uint8).reshape(90, 70, 3))
+    batch = inputs.prepare([Prompt("What is it?", (image,), system="Be brief."), Prompt("Hello")])
     inputs.decode(batch.input_ids[0])
     assert isinstance(inputs.eos_token_ids, tuple)
 

@@ -48,9 +48,12 @@ def test_every_command_teaches_with_an_example(command: str) -> None:
         ["patched"],
     ],
 )
-def test_wrong_use_exits_2_with_the_usage(source: Path, tmp_path: Path, arguments: list[str]) -> None:
+def test_wrong_use_is_one_line_that_says_where_help_is(source: Path, tmp_path: Path, arguments: list[str]) -> None:
     result = run(*(a.format(source=source, out=tmp_path / "out") for a in arguments))
-    assert result.exit_code == 2 and result.stderr.startswith("Usage: ") and result.stdout == ""
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    command = arguments[0] if arguments[0] in COMMANDS else ""
+    assert line.startswith("error: ") and line.endswith(f"(see `{' '.join(('cli', command)).strip()} --help`)"), line
     assert entries(tmp_path) == []
 
 

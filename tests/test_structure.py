@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["surgeon", "passes", "exporters", "commands", "cli"]
 ROOMS = [
-    "forms", "child_process", "operators", "kernels", "onnx", "fusion", "runtime", "onnxruntime", "tensorrt",
+    "artifact", "child_process", "operators", "kernels", "onnx", "fusion", "runtime", "onnxruntime", "tensorrt",
     "generation", "calibration", "export", "validation", "bench", "serving",
 ]  # fmt: skip
 """Each may import what stands before it."""

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from patching import batch, picture, randomise_grafts
+from patching import batch, image, randomise_grafts
 from surgeon import models
 from surgeon.memory.graft import Graft
 
@@ -24,12 +24,12 @@ STEPS = 3
 
 
 def rows(model: PreTrainedModel, step: int) -> list[dict[str, torch.Tensor]]:
-    """A row for each process. Without a picture the second, in the second step: its grafts have nothing to do."""
+    """A row for each process. Without an image the second, in the second step: its grafts have nothing to do."""
     made = []
     for rank in range(2):
         tokens = torch.randint(5, 500, (6,), generator=torch.Generator().manual_seed(10 * step + rank)).tolist()
         grids = [GRID] if (step, rank) != (1, 1) else []
-        kwargs = batch(model, [[5, *(picture(GRID) if grids else []), *tokens]], grids, seed=step)
+        kwargs = batch(model, [[5, *(image(GRID) if grids else []), *tokens]], grids, seed=step)
         labels = kwargs["input_ids"].clone()
         labels[:, :-6] = -100
         made.append({**kwargs, "labels": labels, "use_cache": False})
@@ -66,7 +66,7 @@ def losses(model: PreTrainedModel, call: Any, ranks: list[int]) -> list[float]:
 
 def sharded(model: PreTrainedModel, each_graft: bool, **options: Any) -> PreTrainedModel:
     """As accelerate's FSDP2 does it: every layer by itself, then the rest; `each_graft` by itself too. The vision tower
-    is of the rest: a process without a picture does not call its blocks, patched or not."""
+    is of the rest: a process without an image does not call its blocks, patched or not."""
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.language_model.layers:
         for graft in (child for child in layer.children() if isinstance(child, Graft) and each_graft):

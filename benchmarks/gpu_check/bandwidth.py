@@ -16,9 +16,9 @@ from benchmarks.gpu_check.part import PartReport, Setting
 from benchmarks.gpu_check.timing import Timer
 from exporters.kernels import autotune
 from exporters.kernels.candidates import candidates
-from exporters.kernels.kernel import Blocks, Chain
+from exporters.kernels.kernel import Chain, TileConfig
 from exporters.kernels.launch import launch, run
-from exporters.kernels.plan import ChooseBlocks, by_rule
+from exporters.kernels.plan import ChooseTileConfig, heuristic
 from exporters.kernels.tuned import chooser
 from exporters.kernels.workload import Size, bytes_of, draw, reading
 
@@ -26,14 +26,16 @@ PUBLISHED = {"PVM, Qwen3-VL-8B": (1024, 0.30), "mixin, CoMemo-2B": (1792, 0.60)}
 """Visual tokens, and the share of a copy's bandwidth that is aimed at for one row."""
 
 
-def measure_chain(chain: Chain, given: Mapping[str, Tensor], clock: Timer, choose: ChooseBlocks = by_rule) -> Spread:
+def measure_chain(
+    chain: Chain, given: Mapping[str, Tensor], clock: Timer, choose: ChooseTileConfig = heuristic
+) -> Spread:
     """Seconds of all launches, weights and memory read from the device's memory each time."""
     copies = autotune.copies_of(chain.steps, given, clock.l2_bytes)
     return clock.runs([partial(run, chain, copy, choose) for copy in copies])
 
 
 def measure_steps(
-    chain: Chain, given: Mapping[str, Tensor], label: str, clock: Timer, report: PartReport, choose: ChooseBlocks
+    chain: Chain, given: Mapping[str, Tensor], label: str, clock: Timer, report: PartReport, choose: ChooseTileConfig
 ) -> None:
     values = dict(given)
     for step in chain.steps:
@@ -72,13 +74,13 @@ def measure_block(
     report.figure(f"{label}: of it what empty launches and a copy's bandwidth would take", floor, "us")
     if batch == 1:
         report.check(f"{label}: bandwidth / a copy's", share(size, taken, report), ">=", target)
-        measure_steps(chain, given, label, clock, report, by_rule)
+        measure_steps(chain, given, label, clock, report, heuristic)
     else:
         report.figure(f"{label}: bandwidth / a copy's", share(size, taken, report))
     return chain, given, taken
 
 
-def tune_block(
+def tune_tile_configs(
     name: str, chain: Chain, given: dict[str, Tensor], setting: Setting, clock: Timer, report: PartReport
 ) -> None:
     """Measure all ways of cutting the launches, keep the best, and check that they compute the same."""
@@ -89,23 +91,23 @@ def tune_block(
     for launched, each in found.items():
         step = launched.split()[0]
         report.figure(f"{name}: {step}, best of {each.tried}", each.seconds * 1e6, "us")
-    report.note(f"{name}: blocks", {launched: asdict(each) for launched, each in found.items()})
-    tuned = chooser({launched: each.blocks for launched, each in found.items()})
+    report.note(f"{name}: tile configs", {launched: asdict(each) for launched, each in found.items()})
+    tuned = chooser({launched: each.tile_config for launched, each in found.items()})
     (by_tuning,), (expected,) = run(chain, given, tuned), run(chain, given)
     error = relative(by_tuning, expected)
     if not error <= TOLERANCES["bfloat16"]:
-        raise AssertionError(f"{name}: tuned blocks compute something else, by {error:.3g}")
+        raise AssertionError(f"{name}: tuned tile configs compute something else, by {error:.3g}")
     # in turns: the clocks of a GPU drift
     turns = range(setting.pick(3, 1))
     pairs = [(measure_chain(chain, given, clock), measure_chain(chain, given, clock, tuned)) for _ in turns]
     rule, best = (Spread(tuple(itertools.chain(*(pair[i].values for pair in pairs)))) for i in (0, 1))
-    report.figure(f"{name}: by rule", scaled(rule, 1e6), "us")
+    report.figure(f"{name}: heuristic", scaled(rule, 1e6), "us")
     report.figure(f"{name}: tuned", scaled(best, 1e6), "us")
-    report.figure(f"{name}: by rule / tuned", ratios(rule, best))
+    report.figure(f"{name}: heuristic / tuned", ratios(rule, best))
     report.figure(f"{name}: tuned, bandwidth / a copy's", share(bytes_of(given), best, report))
 
 
-def first_and_last(*described: Any) -> list[Blocks]:
+def first_and_last(*described: Any) -> list[TileConfig]:
     """Few of the candidates, for a rehearsal."""
     found = candidates(*described)
     return [found[0], found[-1]]
@@ -113,11 +115,11 @@ def first_and_last(*described: Any) -> list[Blocks]:
 
 @torch.inference_mode()
 def main(setting: Setting, clock: Timer, report: PartReport) -> None:
-    blocks = {name: real_grafts()[name] for name in PUBLISHED} if not setting.dry else odd_grafts()
+    grafts = {name: real_grafts()[name] for name in PUBLISHED} if not setting.dry else odd_grafts()
     measured: dict[str, Any] = {}
     for batch in setting.pick((1, 8, 32), (1,)):
-        for name, graft in blocks.items():
+        for name, graft in grafts.items():
             found = measure_block(name, graft, batch, setting, clock, report)
             measured.setdefault(name, found)
     for name, (chain, given, _) in measured.items():
-        tune_block(name, chain, given, setting, clock, report)
+        tune_tile_configs(name, chain, given, setting, clock, report)

@@ -15,8 +15,8 @@ from surgeon.memory.graft import Graft
 
 @contextmanager
 def counted_chains() -> Iterator[Counter[str]]:
-    """How often the operators run each chain of kernels inside, by its name; plain definitions run none, and replays of
-    a CUDA graph are not seen."""
+    """How often the operators run each chain of kernels inside, by its name; reference implementations run none, and
+    replays of a CUDA graph are not seen."""
     counts: Counter[str] = Counter()
     run = launch.run
 

@@ -184,7 +184,7 @@ def pvm_8b(setting: Setting, clock: Timer, report: PartReport) -> None:
 
 @torch.inference_mode()
 def mixin_2b(setting: Setting, clock: Timer, report: PartReport) -> None:
-    """CoMemo-2B's decoder with 6 mixin blocks over 1,792 visual tokens."""
+    """CoMemo-2B's decoder with 6 mixin layers over 1,792 visual tokens."""
     text, record = setting.pick((grafts.COMEMO_2B, grafts.MIXIN_2B), (grafts.SMALL_TEXT, grafts.SMALL_MIXIN))
     decoder, head = parts_of(grafts.make_model(grafts.comemo(text, record), torch.bfloat16, setting.device))
     slots = setting.pick(1792, 24)

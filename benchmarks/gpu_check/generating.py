@@ -17,10 +17,10 @@ from exporters.kernels.cuda import use_fused
 
 
 def prompt(model: Any, side: int, text_length: int) -> dict[str, Tensor]:
-    """A picture of side x side patches, four of which become one visual token, and text behind it."""
+    """An image of side x side patches, four of which become one visual token, and text behind it."""
     config, vision = model.config, model.config.vision_config
-    picture = [config.vision_start_token_id, *[config.image_token_id] * (side * side // 4), config.vision_end_token_id]
-    ids = torch.tensor([picture + list(range(10, 10 + text_length))], device=model.device)
+    image = [config.vision_start_token_id, *[config.image_token_id] * (side * side // 4), config.vision_end_token_id]
+    ids = torch.tensor([image + list(range(10, 10 + text_length))], device=model.device)
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return {
         "input_ids": ids,

@@ -42,7 +42,7 @@ class Finding:
 
 
 def sizes(dtype: str, dry: bool, odd: bool) -> list[Size]:
-    """Decoding, prefill, ragged pictures, a mask per token, a picture's own tokens."""
+    """Decoding, prefill, ragged images, a mask per token, an image's own tokens."""
     if dry:
         shapes = [
             Size(1, 1, 40),
@@ -96,7 +96,7 @@ def settled(acc: Tensor, ml: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ragged(given: dict[str, Tensor], size: Size) -> Tensor:
-    """Pictures of different lengths, none for the last row of several, holes; a mask per token is causal, and some
+    """Images of different lengths, none for the last row of several, holes; a mask per token is causal, and some
     tokens see nothing -> which tokens see a slot, [B, S]."""
     generator = torch.Generator(given["memory_mask"].device).manual_seed(1)
     mask = given["memory_mask"]

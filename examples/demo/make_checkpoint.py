@@ -2,7 +2,7 @@
 
 The result has the layout and the architecture of the family's released
 checkpoints, only few and narrow layers: it can be loaded by everything that
-loads those. It is trained on generated pictures (see `pictures.py`) until it can
+loads those. It is trained on generated images (see `scenes.py`) until it can
 say what is in them.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import parts
-import pictures
+import scenes
 import torch
 from parts import Encoder, Example
 from PIL import Image
@@ -41,7 +41,7 @@ def batches(encoder: Encoder, size: int, seed: int, easy: int) -> Iterator[Batch
     """Endless training batches, each of conversations of about one length; the first `easy` are easy."""
     rng = random.Random(seed)
     for start in itertools.count(0, 8):
-        talks = [pictures.conversation(rng, easy=start < easy) for _ in range(8 * size)]
+        talks = [scenes.conversation(rng, easy=start < easy) for _ in range(8 * size)]
         pool = sorted((encoder.example(talk, rng) for talk in talks), key=lambda example: len(example.ids))
         chunks = [pool[i : i + size] for i in range(0, len(pool), size)]
         rng.shuffle(chunks)
@@ -59,11 +59,11 @@ class Stream(IterableDataset[Batch]):
 
 
 def look(model: Any, batch: Batch) -> tuple[Any, torch.Tensor]:
-    """Picture features for the model, and how badly they name what is in their cells.
+    """Image features for the model, and how badly they name what is in their cells.
 
-    Each merged token is read as if it were text about to be spoken, the picture features
+    Each merged token is read as if it were text about to be spoken, the image features
     and every deepstack feature alike. Without this loss a model this small needs many
-    times longer to find out that pictures are worth looking at.
+    times longer to find out that images are worth looking at.
     """
     if "pixel_values" not in batch:
         return None, torch.zeros((), requires_grad=True)
@@ -95,7 +95,7 @@ def accuracy(model: Any, encoder: Encoder, count: int = 96) -> dict[str, float]:
     for name in ("short", "question", "detail", "each"):
         rng, right = random.Random(f"held out {name}"), 0
         for _ in range(0, count, 16):
-            examples = [encoder.example(pictures.exam(name, rng), rng) for _ in range(16)]
+            examples = [encoder.example(scenes.exam(name, rng), rng) for _ in range(16)]
             logits, targets, rows = answer_logits(model, encoder.batch(examples))
             wrong = rows[logits.argmax(-1) != targets]
             right += 16 - len(wrong.unique())
@@ -163,18 +163,18 @@ def train(out: Path, naming: int, steps: int, batch_size: int, rate: float, seed
             break
 
 
-# ---------------------------------------------------------------- sample pictures and prompts
+# ---------------------------------------------------------------- sample images and prompts
 
 
 def make_samples(folder: Path) -> None:
-    """Paint the held-out sample pictures into `folder`/images and write `folder`/prompts.json."""
+    """Paint the held-out sample images into `folder`/images and write `folder`/prompts.json."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    scenes, names = pictures.samples()
-    for number, (scene, name) in enumerate(zip(scenes, names, strict=True)):
-        pictures.draw(scene, random.Random(number)).save(folder / "images" / name, optimize=True)
+    sampled, names = scenes.samples()
+    for number, (scene, name) in enumerate(zip(sampled, names, strict=True)):
+        scenes.draw(scene, random.Random(number)).save(folder / "images" / name, optimize=True)
     prompts = [
         {"images": [f"images/{names[i]}" for i in shown], "prompt": question, "expected": answer}
-        for shown, question, answer in pictures.sample_prompts(scenes)
+        for shown, question, answer in scenes.sample_prompts(sampled)
     ]
     (folder / "prompts.json").write_text(json.dumps(prompts, indent=2) + "\n")
 
@@ -203,7 +203,7 @@ def check(folder: Path, prompts: Path, dtype: torch.dtype, *, keep: bool = False
         del batch["labels"]
         told = model.generate(**batch, max_new_tokens=256)[0, len(ids) :]
         answer = tokenizer.decode(told, skip_special_tokens=True)
-        print(f"\n{' '.join(entry['images']) or '(no picture)'}\n  {entry['prompt']}\n  -> {answer}")
+        print(f"\n{' '.join(entry['images']) or '(no image)'}\n  {entry['prompt']}\n  -> {answer}")
         if answer == entry["expected"]:
             right.append(entry)
         else:
@@ -237,7 +237,7 @@ checkpoint. It is saved every 250 steps once it answers, so an interrupted run l
     add("--steps", type=int, default=3000, help="steps that train everything (default: %(default)s)")
     add("--batch", type=int, default=16, help="conversations in a step (default: %(default)s)")
     add("--rate", type=float, default=1.5e-3, help="highest learning rate (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of pictures and weights (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of images and weights (default: %(default)s)")
     add("--threads", type=int, default=1, help="CPU threads that compute (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pictures
+import scenes
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
@@ -127,8 +127,8 @@ CHAT_TEMPLATE = r"""
 def make_tokenizer(folder: Path, seed: int) -> Any:
     """Train the byte-level BPE tokenizer on generated words; leave it in `folder`, return it."""
     rng = random.Random(seed)
-    corpus = [text for _ in range(4000) for turn in pictures.conversation(rng).turns for text in turn]
-    corpus += [text for turn in pictures.SMALL_TALK for text in turn for _ in range(40)]
+    corpus = [text for _ in range(4000) for turn in scenes.conversation(rng).turns for text in turn]
+    corpus += [text for turn in scenes.SMALL_TALK for text in turn for _ in range(40)]
     corpus += ["system user assistant Picture Video seconds"] * 40
     raw = Tokenizer.from_str(Qwen2Tokenizer().backend_tokenizer.to_str())
     raw.model = models.BPE()
@@ -165,7 +165,7 @@ def make_tokenizer(folder: Path, seed: int) -> Any:
 
 
 def make_image_processor() -> Qwen2VLImageProcessorPil:
-    """The family's image processor, for pictures of 4 to 9 merged tokens."""
+    """The family's image processor, for images of 4 to 9 merged tokens."""
     return Qwen2VLImageProcessorPil(
         patch_size=16,
         merge_size=2,
@@ -268,20 +268,20 @@ class Encoder:
         return seen["pixel_values"], seen["image_grid_thw"]
 
     def ids(self, text: str, grids: torch.Tensor | None) -> list[int]:
-        """Token ids, each image token repeated to the merged tokens of its picture."""
+        """Token ids, each image token repeated to the merged tokens of its image."""
         counts = [] if grids is None else (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
         tokens: list[int] = self.tokenizer(text)["input_ids"]
         waiting = iter(counts)
         return [t for token in tokens for t in [token] * (next(waiting) if token == self.image_token else 1)]
 
-    def example(self, talk: pictures.Conversation, rng: random.Random) -> Example:
+    def example(self, talk: scenes.Conversation, rng: random.Random) -> Example:
         """A whole conversation, supervised on its answers and the end of each."""
         out = Example([], [])
         if talk.scenes:
             merge = self.image_processor.merge_size
-            out.pixels, out.grids = self.images([pictures.draw(scene, rng) for scene in talk.scenes])
+            out.pixels, out.grids = self.images([scenes.draw(scene, rng) for scene in talk.scenes])
             for scene, (_, height, width) in zip(talk.scenes, out.grids.tolist(), strict=True):
-                out.cells += pictures.cells(scene, height // merge, width // merge)
+                out.cells += scenes.cells(scene, height // merge, width // merge)
         for number, (question, answer) in enumerate(talk.turns):
             seen = IMAGE * len(talk.scenes) if number == 0 else ""
             asked = f"<|im_start|>user\n{seen}{question}<|im_end|>\n<|im_start|>assistant\n"

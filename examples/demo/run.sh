@@ -5,23 +5,23 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:?usage: run.sh OUT}
 ckpt=$here/qwen3-vl-tiny
-picture=$here/images/red-triangle-green-circle.png
+image=$here/images/red-triangle-green-circle.png
 rm -rf "$out"
 mkdir -p "$out"
 results=()
 
-step() { # step WHAT COMMAND...: runs it, and notes whether what it shows held
+step() { # step WHAT COMMAND...: runs it, and notes whether what it shows is as expected
     local what=$1
     shift
     echo
     echo "\$ $*"
-    if "$@"; then results+=("held    $what"); else results+=("FAILED  $what"); fi
+    if "$@"; then results+=("passed  $what"); else results+=("FAILED  $what"); fi
 }
 
 same_answer() { # the checkpoint's words and the bundle's
     local a b
-    a=$(surgeon generate "$out/patched" --image "$picture" --prompt "$question" --max-new-tokens 64)
-    b=$(surgeon generate "$out/bundle-fp32" --image "$picture" --prompt "$question" --max-new-tokens 64)
+    a=$(surgeon generate "$out/patched" --image "$image" --prompt "$question" --max-new-tokens 64)
+    b=$(surgeon generate "$out/bundle-fp32" --image "$image" --prompt "$question" --max-new-tokens 64)
     echo "patched checkpoint: $a"
     echo "fp32 bundle:        $b"
     [ -n "$a" ] && [ "$a" = "$b" ]
@@ -36,9 +36,9 @@ step "a bf16 bundle is exported, its weights shared with the checkpoint" surgeon
 step "the fp32 bundle computes what the checkpoint does: 1e-4, same tokens" surgeon validate "$out/patched" "$out/bundle-fp32" --steps 64 --report "$out/fp32.json"
 step "the bf16 bundle stays within bf16's bounds" surgeon validate "$out/patched" "$out/bundle-bf16" --steps 16 --report "$out/bf16.json"
 step "every file of the bundle is the one that was exported" surgeon validate "$out/bundle-bf16" --bytes
-step "checkpoint and bundle say the same about a picture" same_answer
+step "checkpoint and bundle say the same about an image" same_answer
 
 echo
-echo "What held:"
+echo "Checks:"
 printf '  %s\n' "${results[@]}"
 ! printf '%s\n' "${results[@]}" | grep -q '^FAILED'

@@ -19,25 +19,25 @@ def main() -> None:
     quiet()
     asked = json.loads(sys.argv[1])
     sys.stdout = sys.stderr  # whatever a library prints is not for the parent to read
-    from exporters.bench.runners import open_runner
+    from exporters.bench.timed import open_timed
     from surgeon.errors import SurgeonError
     from surgeon.inputs import Prompt
 
     prompts = [Prompt(asked["prompt"], tuple(map(Path, asked["images"])))] * asked["batch"]
     try:
         begin = time.perf_counter()
-        runner = open_runner(Path(asked["path"]), prompts, asked["threads"], asked["provider"])
-        runner.run(2)  # loads what is loaded when first used
-        about = {"stage": runner.stage, "dtype": runner.dtype, "device": runner.device}
-        say(ready=about | {"prompt_tokens": runner.prompt_tokens, "load_seconds": time.perf_counter() - begin})
+        timed = open_timed(Path(asked["path"]), prompts, asked["threads"], asked["provider"])
+        timed.run(2)  # loads what is loaded when first used
+        about = {"stage": timed.stage, "dtype": timed.dtype, "device": timed.device}
+        say(ready=about | {"prompt_tokens": timed.prompt_tokens, "load_seconds": time.perf_counter() - begin})
         for _ in sys.stdin:
-            say(ends=runner.run(asked["steps"]))
+            say(ends=timed.run(asked["steps"]))
     except SurgeonError as error:
         say(error=str(error), exit_code=error.exit_code)
         sys.exit(error.exit_code)
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    say(peak_memory=peak, device_memory=runner.device_memory())
+    say(peak_memory=peak, device_memory=timed.device_memory())
 
 
 if __name__ == "__main__":

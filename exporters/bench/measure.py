@@ -19,7 +19,7 @@ from surgeon.errors import SurgeonError
 
 @dataclass(frozen=True)
 class Workload:
-    """What each form is asked: `batch` times the prompt with its pictures, `steps` tokens each (2 at least), `rounds`
+    """What each form is asked: `batch` times the prompt with its images, `steps` tokens each (2 at least), `rounds`
     times."""
 
     prompt: str
@@ -43,7 +43,7 @@ class Measured:
     prompt_tokens: int
     load_seconds: float
     first_token: float
-    """Pictures, prompt and the first token of every row."""
+    """Images, prompt and the first token of every row."""
     step: float
     """Median of the steps after it."""
     step_p95: float

@@ -3,7 +3,7 @@
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
-from exporters.calibration.places import Place, places
+from exporters.calibration.value_origins import ValueOrigin, value_origins
 from exporters.onnx.precision.float32_nodes import MOVES_DATA
 from surgeon.errors import BundleError
 
@@ -16,7 +16,7 @@ class Instrument(ir.passes.InPlacePass):
 
     def __init__(self) -> None:
         super().__init__()
-        self.places: dict[str, Place] = {}
+        self.value_origins: dict[str, ValueOrigin] = {}
         """Where each of the values that are measured is, by its name."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -33,8 +33,8 @@ class Instrument(ir.passes.InPlacePass):
             for value in values
             if value.dtype == _HALF and (node := value.producer()) is not None and node.op_type not in MOVES_DATA
         ]
-        where = places(graph)
-        self.places = {str(value.name): where[str(value.name)] for value in computed}
+        where = value_origins(graph)
+        self.value_origins = {str(value.name): where[str(value.name)] for value in computed}
         self._widen(graph)
         for value in computed:
             self._measure(graph, value)

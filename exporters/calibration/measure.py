@@ -20,7 +20,7 @@ from surgeon.progress import Progress
 LIMIT = 65504.0
 """The largest number that fp16 has."""
 MARGIN = 4.0
-"""Other pictures and prompts than those measured may make values this many times as large."""
+"""Other images and prompts than those measured may make values this many times as large."""
 
 
 class Unmeasurable(Exception):
@@ -29,7 +29,7 @@ class Unmeasurable(Exception):
 
 def measure(directory: Path, progress: Progress | None = None) -> tuple[list[Activation], int]:
     """The largest absolute value of everything that the graphs of an fp16 bundle compute, with fp32 arithmetic, over
-    the prompts and pictures of the validator; and over how many prompts.
+    the prompts and images of the validator; and over how many prompts.
 
     One prompt at a time is prefilled. Weights are mapped from their files and cast where they are used, so that memory
     goes to one weight in fp32, the key/value cache of one row, and activations. Raises Unmeasurable where that does not
@@ -75,8 +75,8 @@ class _MeasuringSession(Session):
         self.path, self.options, self.name = path, SessionOptions(low_memory=True), name
         self.graph_dtypes = {str(v.name): v.dtype for v in (*model.graph.inputs, *model.graph.outputs)}
         self.rewrites = {}
-        self.places = instrument.places
-        self.maxima = dict.fromkeys(self.places, 0.0)
+        self.value_origins = instrument.value_origins
+        self.maxima = dict.fromkeys(self.value_origins, 0.0)
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
         # a folded Cast would be an fp32 copy of a weight, and all of them together twice the model
@@ -97,10 +97,10 @@ class _MeasuringSession(Session):
         for value in self.maxima:
             found = float(outputs.pop(f"{value}{SUFFIX}").numpy())
             if not math.isfinite(found):
-                place = self.places[value]
+                origin = self.value_origins[value]
                 raise BundleError(
-                    f"{place.layer} ({place.operator}) is not finite in fp32 either: the checkpoint's own weights are "
-                    "broken, no dtype can hold its values"
+                    f"{origin.layer} ({origin.operator}) is not finite in fp32 either: the checkpoint's own weights "
+                    "are broken, no dtype can hold its values"
                 )
             self.maxima[value] = max(self.maxima[value], found)
         return outputs
@@ -121,8 +121,8 @@ class _MeasuringRuntime(BundleRuntime):
         """By graph, in its order."""
         for name, session in sorted(self.sessions.items(), key=lambda item: _ORDER.index(item[0])):
             for value, largest in session.maxima.items():
-                place = session.places[value]
-                yield Activation(graph=name, layer=place.layer, operator=place.operator, value=value, max_abs=largest)
+                origin = session.value_origins[value]
+                yield Activation(graph=name, layer=origin.layer, operator=origin.operator, value=value, max_abs=largest)
 
 
 _ORDER = ("vision", "memory", "decoder")

@@ -5,7 +5,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
-from exporters.calibration.places import Place, places
+from exporters.calibration.value_origins import ValueOrigin, value_origins
 from exporters.onnx.precision.float32_nodes import MOVES_DATA, compute_in_float32
 from surgeon.errors import BundleError
 
@@ -47,7 +47,7 @@ class WidenToFloat32(ir.passes.InPlacePass):
 
     def _closure(self, graph: ir.Graph) -> set[ir.Value]:
         """The values in question, and those that are the same numbers moved."""
-        where = places(graph)
+        where = value_origins(graph)
         origins: dict[ir.Value, str] = {}
         for node in graph:
             read = [origins[value] for value in node.inputs if value is not None and value in origins]
@@ -66,8 +66,8 @@ class WidenToFloat32(ir.passes.InPlacePass):
         return set(origins)
 
 
-def _refusal(place: Place, reason: str) -> str:
+def _refusal(origin: ValueOrigin, reason: str) -> str:
     return (
-        f"{place.layer} ({place.operator}) would overflow fp16 and cannot be fp32: {reason}, and attention, caches and "
-        "what goes from graph to graph are of the bundle's dtype; export with --dtype bf16"
+        f"{origin.layer} ({origin.operator}) would overflow fp16 and cannot be fp32: {reason}, and attention, caches "
+        "and what goes from graph to graph are of the bundle's dtype; export with --dtype bf16"
     )

@@ -7,5 +7,5 @@ descriptions, with the standard library alone.
 NAMESPACE = "surgeon"
 """The nodes' domain."""
 VERSION = "1"
-FORMAT = 1
+FORMAT = 2
 """Of the descriptions that engines carry; raised when they say other things."""

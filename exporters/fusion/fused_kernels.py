@@ -9,9 +9,9 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from exporters.fusion import NAMESPACE, VERSION
-from exporters.fusion.node import KernelNode, Reach, plan_nodes
+from exporters.fusion.node import KernelNode, VariantSpec, plan_nodes
 from exporters.kernels.kernel import Chain, chains_of
-from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule
+from exporters.kernels.plan import ChooseTileConfig, TensorType, heuristic
 from exporters.kernels.support import reason_against
 from exporters.onnx.dtypes import IR_DTYPES, NAMES
 from exporters.onnx.functions import DOMAIN, registry
@@ -37,14 +37,14 @@ class FusedKernels(Rewrite):
 
     def __init__(
         self,
-        forms: Sequence[Reach],
+        variants: Sequence[VariantSpec],
         most: Mapping[str, int],
-        choose: ChooseBlocks = by_rule,
+        choose: ChooseTileConfig = heuristic,
         attributes: Mapping[str, str] | None = None,
     ) -> None:
-        """`forms`: what launches are cut for; `most`: every symbol of the graph at its largest; `attributes`: what the
-        runtime wants every node to say."""
-        self.forms, self.most, self.choose = forms, most, choose
+        """`variants`: what launches are cut for; `most`: every symbol of the graph at its largest; `attributes`: what
+        the runtime wants every node to say."""
+        self.variants, self.most, self.choose = variants, most, choose
         self.attributes = dict(attributes or {})
         self.nodes: dict[str, KernelNode] = {}
         """By operator: a step's name, and its number where the layers' steps of that name are not alike."""
@@ -97,7 +97,7 @@ class FusedKernels(Rewrite):
             values[_ONTO] = b if a is node.outputs[0] else a  # type: ignore[assignment]  # both are there
             last = add
         types = {name: _type_of(value) for name, value in values.items()}
-        for planned in plan_nodes(chain, types, self.forms, self.most, self.choose):
+        for planned in plan_nodes(chain, types, self.variants, self.most, self.choose):
             step = planned.step
             inputs = [values[step.inputs[name]] for name in step.kernel.inputs if step.inputs.get(name) in values]
             outputs = [

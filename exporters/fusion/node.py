@@ -12,27 +12,27 @@ from typing import Any
 from exporters.fusion import FORMAT
 from exporters.fusion.formula import Size, formula
 from exporters.kernels.aot import Job, compile_launches
-from exporters.kernels.blocks import DECODE_TOKENS, FEW_TOKENS
-from exporters.kernels.kernel import Blocks, Chain, Step
-from exporters.kernels.plan import ChooseBlocks, Launch, TensorType, by_rule, fixed_blocks, plan, plan_step
+from exporters.kernels.kernel import Chain, Step, TileConfig
+from exporters.kernels.plan import ChooseTileConfig, Launch, TensorType, fixed_tile_configs, heuristic, plan, plan_step
+from exporters.kernels.tile_config import DECODE_TOKENS, FEW_TOKENS
 
 _SPLITS_MEMORY = 512 << 20
-"""Bytes that one attention may leave behind at the largest sizes: all forms of it share its number of splits."""
+"""Bytes that one attention may leave behind at the largest sizes: all variants of it share its number of splits."""
 _ITEMSIZE = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
 
 
 @dataclass(frozen=True)
-class Reach:
-    """Up to how many tokens a form is taken, and the sizes of the graph's symbols that it is cut for."""
+class VariantSpec:
+    """Up to how many tokens a variant is taken, and the sizes of the graph's symbols that it is cut for."""
 
     tokens: int | None
     """None: for all that is left."""
     sizes: Mapping[str, int]
 
 
-def reaches(symbols: Iterable[str], tokens: int, slots: int) -> list[Reach]:
-    """The forms for requests of up to so many tokens, or about so many where nothing says: for one token or few, some,
-    many. `symbols`: the graph's; `slots`: the visual tokens that a memory usually holds.
+def variant_specs(symbols: Iterable[str], tokens: int, slots: int) -> list[VariantSpec]:
+    """The variants for requests of up to so many tokens, or about so many where nothing says: for one token or few,
+    some, many. `symbols`: the graph's; `slots`: the visual tokens that a memory usually holds.
 
     The limits are those at which `default_blocks` changes its mind.
     """
@@ -40,14 +40,14 @@ def reaches(symbols: Iterable[str], tokens: int, slots: int) -> list[Reach]:
     for limit, length in ((DECODE_TOKENS, 1), (FEW_TOKENS, min(FEW_TOKENS, tokens)), (None, tokens)):
         last = limit is None or tokens <= limit
         sizes = {**dict.fromkeys(symbols, 1), "B": 1, "S": length, "M": slots}
-        found.append(Reach(None if last else limit, sizes))
+        found.append(VariantSpec(None if last else limit, sizes))
         if last:
             break
     return found
 
 
 @dataclass(frozen=True)
-class Form:
+class KernelVariant:
     tokens: int | None
     launch: Launch
     """Its sizes are formulas of the node's inputs."""
@@ -61,12 +61,12 @@ class KernelNode:
     inputs: tuple[TensorType, ...]
     """As in the graph: a dimension is a number or a symbol."""
     outputs: tuple[TensorType, ...]
-    forms: tuple[Form, ...]
+    variants: tuple[KernelVariant, ...]
 
     @property
     def described(self) -> dict[str, Any]:
         """What it is, JSON, but for its compiled kernels. Layers that are alike have the same."""
-        launch = self.forms[0].launch
+        launch = self.variants[0].launch
         return {
             "format": FORMAT,
             "kernel": self.step.kernel.name,
@@ -76,14 +76,14 @@ class KernelNode:
                 for tensor in launch.outputs.values()
             ],
             "sizes": [formula(size) for size in launch.sizes.values()],
-            "forms": [
+            "variants": [
                 {
-                    "tokens": form.tokens,
-                    "grid": [formula(size) for size in form.launch.grid],
-                    "constants": form.launch.constants,
-                    "blocks": dataclasses.asdict(form.launch.blocks),
+                    "tokens": variant.tokens,
+                    "grid": [formula(size) for size in variant.launch.grid],
+                    "constants": variant.launch.constants,
+                    "tile_config": dataclasses.asdict(variant.launch.tile_config),
                 }
-                for form in self.forms
+                for variant in self.variants
             ],
         }
 
@@ -95,30 +95,31 @@ class KernelNode:
 def plan_nodes(
     chain: Chain,
     given: Mapping[str, TensorType],
-    forms: Sequence[Reach],
+    variants: Sequence[VariantSpec],
     most: Mapping[str, int],
-    choose: ChooseBlocks = by_rule,
+    choose: ChooseTileConfig = heuristic,
 ) -> list[KernelNode]:
     """One node for each step of a chain. `given`: the chain's inputs by name, without those that are None; a dimension
     is a number or a symbol of `most`, the largest size of each.
 
-    All forms split the memory alike: attention chooses its form by a row's tokens, what reads its splits by all rows'.
+    All variants split the memory alike: attention chooses its variant by a row's tokens, what reads its splits by all
+    rows'.
     """
-    wanted = _blocks(chain, given, forms[0].sizes, choose)
+    wanted = _tile_configs(chain, given, variants[0].sizes, choose)
     splits = {name: _splits(chain, given, most, name, wanted[name].splits, choose) for name in wanted}
 
-    def alike(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
+    def alike(step: Step, inputs: Mapping[str, TensorType]) -> TileConfig:
         return dataclasses.replace(choose(step, inputs), splits=splits[step.name])
 
-    cut = [_blocks(chain, given, form.sizes, alike) for form in forms]
+    cut = [_tile_configs(chain, given, variant.sizes, alike) for variant in variants]
     values, found = dict(given), []
     for step in chain.steps:
         there = {name: values[step.inputs[name]] for name in step.kernel.inputs if step.inputs.get(name) in values}
         symbolic = {name: _referring(tensor, place) for place, (name, tensor) in enumerate(there.items())}
-        launches = [plan_step(step, symbolic, fixed_blocks(blocks)) for blocks in cut]
+        launches = [plan_step(step, symbolic, fixed_tile_configs(tile_config)) for tile_config in cut]
         inputs = tuple(there.values())
         outputs = {name: _named(tensor, inputs) for name, tensor in launches[0].outputs.items()}
-        made = tuple(Form(form.tokens, launch) for form, launch in zip(forms, launches, strict=True))
+        made = tuple(KernelVariant(variant.tokens, launch) for variant, launch in zip(variants, launches, strict=True))
         found.append(KernelNode(step, inputs, tuple(outputs.values()), made))
         values |= {value: outputs[name] for name, value in step.outputs.items()}
     return found
@@ -133,20 +134,20 @@ def compile_nodes(
     Raises CompileError for a kernel that does not compile.
     """
     jobs = [
-        (name, number, Job(form.launch, capability, aligned))
+        (name, number, Job(variant.launch, capability, aligned))
         for name, node in nodes.items()
-        for number, form in enumerate(node.forms)
+        for number, variant in enumerate(node.variants)
         for capability in capabilities
     ]
     found = {name: node.described for name, node in nodes.items()}
     for described in found.values():
-        for form in described["forms"]:
-            form["kernels"] = []
+        for variant in described["variants"]:
+            variant["kernels"] = []
     compiled = compile_launches([job for _, _, job in jobs], cache, fit=True)
     for (name, number, _), kernel in zip(jobs, compiled, strict=True):
         kinds = [parameter.kind for parameter in kernel.parameters]
         assert kinds == sorted(kinds, key=("input", "size", "output").index), "they are passed in this order"
-        found[name]["forms"][number]["kernels"].append(
+        found[name]["variants"][number]["kernels"].append(
             {
                 "capability": kernel.capability,
                 "entry": kernel.entry,
@@ -165,20 +166,25 @@ def _concrete(given: Mapping[str, TensorType], sizes: Mapping[str, int]) -> dict
     }
 
 
-def _blocks(
-    chain: Chain, given: Mapping[str, TensorType], sizes: Mapping[str, int], choose: ChooseBlocks
-) -> dict[str, Blocks]:
-    return {launch.step.name: launch.blocks for launch in plan(chain, _concrete(given, sizes), choose)}
+def _tile_configs(
+    chain: Chain, given: Mapping[str, TensorType], sizes: Mapping[str, int], choose: ChooseTileConfig
+) -> dict[str, TileConfig]:
+    return {launch.step.name: launch.tile_config for launch in plan(chain, _concrete(given, sizes), choose)}
 
 
 def _splits(
-    chain: Chain, given: Mapping[str, TensorType], most: Mapping[str, int], name: str, splits: int, choose: ChooseBlocks
+    chain: Chain,
+    given: Mapping[str, TensorType],
+    most: Mapping[str, int],
+    name: str,
+    splits: int,
+    choose: ChooseTileConfig,
 ) -> int:
     """As many as decoding asks for, unless what they leave behind at the largest sizes would not fit."""
     if splits == 1:
         return 1
 
-    def single(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
+    def single(step: Step, inputs: Mapping[str, TensorType]) -> TileConfig:
         return dataclasses.replace(choose(step, inputs), splits=1)
 
     launch = next(each for each in plan(chain, _concrete(given, most), single) if each.step.name == name)

@@ -1,1 +1,1 @@
-"""Fused kernels of the grafts, in Triton, each beside its plain definition; see docs/kernels.md."""
+"""Fused kernels of the grafts, in Triton, each beside its reference implementation; see docs/kernels.md."""

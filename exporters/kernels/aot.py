@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cache as remembered
+from functools import cache as cached
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from exporters.child_process import ProcessError, run_child
 from exporters.kernels.folder import VARIABLE
 from exporters.kernels.plan import Launch
-from exporters.kernels.support import say_once
+from exporters.kernels.support import warn_once
 from surgeon.checkpoint import staged_file
 from surgeon.cleanup import temporary_directory
 from surgeon.errors import SurgeonError, TargetError
@@ -122,7 +122,7 @@ def capability_for(gpu: int) -> int | None:
 
 def name_of(launch: Launch, capability: int) -> str:
     """A compiled launch in messages."""
-    tokens = launch.blocks.tokens
+    tokens = launch.tile_config.tokens
     return f"{launch.step.name} ({tokens} token{'s'[: tokens > 1]} a program) for compute capability {capability}"
 
 
@@ -161,8 +161,8 @@ def _describe(job: Job) -> dict[str, Any]:
         "aligned": [place for place, kind in enumerate(signature.values()) if kind[0] == "*" and job.aligned],
         "capability": job.capability,
         "ptx_version": _PTX_VERSIONS.get(job.capability, _PTX_VERSION),
-        "num_warps": launch.blocks.num_warps,
-        "num_stages": launch.blocks.num_stages,
+        "num_warps": launch.tile_config.num_warps,
+        "num_stages": launch.tile_config.num_stages,
     }
 
 
@@ -176,7 +176,7 @@ def _key(described: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made_of, separators=(",", ":")).encode()).hexdigest()
 
 
-@remembered
+@cached
 def _source_digest(module: str) -> str:
     """Of a kernel's module and of what all kernels share."""
     source = sys.modules[module].__file__
@@ -255,7 +255,7 @@ def _keep(cache: Path, key: str, found: dict[str, Any]) -> None:
         with staged_file(cache / f"{key}.json", overwrite=True) as file:
             file.write_text(json.dumps(found))
     except (OSError, TargetError) as error:
-        say_once(f"compiled kernels are not kept: {error}; ${VARIABLE} says where")
+        warn_once(f"compiled kernels are not kept: {error}; ${VARIABLE} says where")
 
 
 def _too_large(job: Job, found: dict[str, Any]) -> bool:
@@ -263,7 +263,7 @@ def _too_large(job: Job, found: dict[str, Any]) -> bool:
 
 
 def _stages(job: Job) -> int:
-    return job.launch.blocks.num_stages
+    return job.launch.tile_config.num_stages
 
 
 def _finish(job: Job, found: dict[str, Any]) -> CompiledKernel:
@@ -271,8 +271,8 @@ def _finish(job: Job, found: dict[str, Any]) -> CompiledKernel:
     if _too_large(job, found):
         needed, there = f"{found['shared'] / 1024:.0f} KiB", SHARED_KIB[job.capability]
         raise CompileError(
-            f"{name} needs {needed} of shared memory, which has {there}: take smaller blocks or fewer stages than "
-            f"{asdict(job.launch.blocks)}"
+            f"{name} needs {needed} of shared memory, which has {there}: take smaller tile configs or fewer stages "
+            f"than {asdict(job.launch.tile_config)}"
         )
     parameters = _parameters(job.launch)
     if found["scratch"]:

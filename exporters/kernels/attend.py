@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from exporters.kernels._parts import add_product, end_product, load_rows, mean_square, start_product
-from exporters.kernels.kernel import Blocks, Dim, Kernel, Output, Shape, cdiv
+from exporters.kernels.kernel import Dim, Kernel, Output, Shape, TileConfig, cdiv
 from surgeon.memory.rms_norm import rms_norm
 from surgeon.memory.rotary import rotate
 
@@ -136,7 +136,7 @@ def attend(
     *,
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What each token reads of the memory; the plain definition of the kernel, with one split.
+    """What each token reads of the memory; the reference implementation of the kernel, with one split.
 
     x: queries [B, S, H * hd], or with norm [l] and q_weight [H * hd, l] what they are made from [B, S, l]. q_norm [hd];
     cos, sin [B, S, hd / 2]; keys, values [B, Hm, M, hd]; mask bool [B, M] or [B, S, M].
@@ -173,17 +173,17 @@ def _heads(shapes: Mapping[str, Shape]) -> Dim:
     return (weight[0] if weight else shapes["x"][2]) // shapes["keys"][3]
 
 
-def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Output]:
+def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], tile_config: TileConfig) -> dict[str, Output]:
     batch, length, _ = shapes["x"]
     heads = _heads(shapes)
     return {
-        "acc": Output((batch, length, heads, blocks.splits, shapes["keys"][3]), "float32"),
-        "ml": Output((batch, length, heads, blocks.splits, 2), "float32"),
+        "acc": Output((batch, length, heads, tile_config.splits, shapes["keys"][3]), "float32"),
+        "ml": Output((batch, length, heads, tile_config.splits, 2), "float32"),
         "arrived": Output((batch, length), "int32"),
     }
 
 
-def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Any]:
+def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], tile_config: TileConfig) -> dict[str, Any]:
     head_dim = shapes["keys"][3]
     return {
         "WIDTH": shapes["x"][2],
@@ -191,18 +191,18 @@ def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: 
         "KV_HEADS": shapes["keys"][1],
         "HEAD_DIM": head_dim,
         "MASK_PER_TOKEN": len(shapes["mask"]) == 3,
-        "SPLITS": blocks.splits,
+        "SPLITS": tile_config.splits,
         "EPS": options.get("eps", 0.0),
         "SCALE": head_dim**-0.5,
-        "BLOCK_T": blocks.tokens,
-        "BLOCK_M": blocks.slots,
-        "BLOCK_K": blocks.inner,
+        "BLOCK_T": tile_config.tokens,
+        "BLOCK_M": tile_config.slots,
+        "BLOCK_K": tile_config.inner,
     }
 
 
-def _grid(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> tuple[Dim, Dim, Dim]:
+def _grid(shapes: Mapping[str, Shape], options: Mapping[str, Any], tile_config: TileConfig) -> tuple[Dim, Dim, Dim]:
     batch, length, _ = shapes["x"]
-    return cdiv(length, blocks.tokens) * blocks.splits, _heads(shapes), batch
+    return cdiv(length, tile_config.tokens) * tile_config.splits, _heads(shapes), batch
 
 
 KERNEL = Kernel(

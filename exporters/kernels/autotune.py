@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from exporters.kernels.candidates import LEAST_SHARED_MEMORY, candidates
-from exporters.kernels.kernel import Blocks, Chain, Step
-from exporters.kernels.plan import ChooseBlocks, element_size, fixed_blocks
+from exporters.kernels.kernel import Chain, Step, TileConfig
+from exporters.kernels.plan import ChooseTileConfig, element_size, fixed_tile_configs
 from exporters.kernels.tuned import Measured, keep, key
 from surgeon.dtypes import name_of
 from surgeon.errors import SurgeonError
@@ -29,7 +29,7 @@ def tune(
     *,
     shared_memory: int = LEAST_SHARED_MEMORY,
     cache_bytes: int = 0,
-    offer: Callable[..., list[Blocks]] = candidates,
+    offer: Callable[..., list[TileConfig]] = candidates,
 ) -> dict[str, Measured]:
     """Measure every launch of a chain on these tensors -> the best of each, by `key`. `offer`: what gives the ways of
     cutting a launch, the rule's first, as `candidates` does.
@@ -41,7 +41,7 @@ def tune(
 
     values = {name: tensor for name, tensor in given.items() if tensor is not None}
     found: dict[str, Measured] = {}
-    chosen: dict[str, Blocks] = {}
+    chosen: dict[str, TileConfig] = {}
     for number, step in enumerate(chain.steps):
         inputs = {name: values[value] for name, value in step.inputs.items() if value in values}
         types = {name: type_of(tensor) for name, tensor in inputs.items()}
@@ -51,22 +51,22 @@ def tune(
         steps = chain.steps[number:] if len(hands_on) > 1 else (step,)
         copies = copies_of(steps, values, cache_bytes)
         times = {}
-        for blocks in choices:
-            fixed = fixed_blocks({**chosen, step.name: blocks})
+        for tile_config in choices:
+            fixed = fixed_tile_configs({**chosen, step.name: tile_config})
             seconds = _try(measure, [partial(run_steps, steps, copy, fixed) for copy in copies])
             if seconds is not None:
-                times[blocks] = seconds
+                times[tile_config] = seconds
         if choices[0] not in times:
-            raise SurgeonError(f"{step.name}: the rule's own blocks {choices[0]} do not fit this GPU")
-        best = min(times, key=lambda blocks: times[blocks])
+            raise SurgeonError(f"{step.name}: the rule's own tile configs {choices[0]} do not fit this GPU")
+        best = min(times, key=lambda tile_config: times[tile_config])
         found[key(step, types)] = Measured(best, times[best], times[choices[0]], len(times))
         chosen[step.name] = best
-        outputs = launch(step, inputs, fixed_blocks(chosen))
+        outputs = launch(step, inputs, fixed_tile_configs(chosen))
         values |= {value: outputs[name] for name, value in step.outputs.items()}
     return found
 
 
-def run_steps(steps: Sequence[Step], given: Mapping[str, Tensor], choose: ChooseBlocks) -> None:
+def run_steps(steps: Sequence[Step], given: Mapping[str, Tensor], choose: ChooseTileConfig) -> None:
     """Launch some of a chain's steps. `given`: the values that they read and do not make."""
     from exporters.kernels.launch import launch
 
@@ -172,7 +172,7 @@ def tune_checkpoint(
     """
     if not torch.cuda.is_available():
         raise SurgeonError(
-            f"torch {torch.__version__} finds no CUDA device: blocks are measured on the GPU they are for"
+            f"torch {torch.__version__} finds no CUDA device: tile configs are measured on the GPU they are for"
         )
     if importlib.util.find_spec("triton") is None:
         raise SurgeonError("the kernels need Triton: pip install 'lvlm-surgeon[kernels]'")

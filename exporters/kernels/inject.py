@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exporters.kernels import projection
 from exporters.kernels._parts import add_product, end_product, has_memory, load_rows, start_product
-from exporters.kernels.kernel import Blocks, Kernel, Output, Shape, power_of_two
+from exporters.kernels.kernel import Kernel, Output, Shape, TileConfig, power_of_two
 from surgeon.memory.rms_norm import rms_norm
 
 
@@ -86,7 +86,7 @@ def inject(
     eps: float,
     rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """onto + alpha * rms_norm(x weight^T) for the tokens that get memory; the plain definition of the kernel.
+    """onto + alpha * rms_norm(x weight^T) for the tokens that get memory; the reference implementation of the kernel.
 
     x fp32 [B, S, l], weight [d, l], alpha [1], ml as `attend` gives it, visual_mask bool [B, S], onto [B, S, d], or
     None for zero; arrived int32 [B, S], zeros, which the kernel counts in and leaves so. -> fp32 [B, S, d], or of the
@@ -102,15 +102,15 @@ def inject(
     return y.to(weight.dtype if rounded else torch.float32), raw
 
 
-def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Output]:
+def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], tile_config: TileConfig) -> dict[str, Output]:
     batch, length, _ = shapes["x"]
     shape = (batch, length, shapes["weight"][0])
     return {"y": Output(shape, "weight" if options.get("rounded") else "float32"), "raw": Output(shape, "float32")}
 
 
-def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Any]:
+def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], tile_config: TileConfig) -> dict[str, Any]:
     return {
-        **projection.constants(shapes, blocks),
+        **projection.constants(shapes, tile_config),
         "EPS": options["eps"],
         "HEADS": shapes["ml"][2],
         "SPLITS": shapes["ml"][3],

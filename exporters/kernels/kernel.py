@@ -23,7 +23,7 @@ def power_of_two(size: int, least: int = 1) -> int:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class TileConfig:
     """How a launch cuts its work; which fields count is the kernel's affair."""
 
     tokens: int = 1
@@ -49,7 +49,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A Triton kernel and its plain definition.
+    """A Triton kernel and its reference implementation.
 
     The kernel's parameters are, in this order, pointers to `inputs`, the int32 `sizes`, pointers to the outputs, and
     constants; an input may be None. `definition(*inputs, **options)` gives the outputs in torch, computed in fp32.
@@ -60,9 +60,9 @@ class Kernel:
     definition: Callable[..., tuple[Any, ...]]
     inputs: tuple[str, ...]
     sizes: Callable[[Mapping[str, Shape]], dict[str, Dim]]
-    outputs: Callable[[Mapping[str, Shape], Mapping[str, Any], Blocks], dict[str, Output]]
-    constants: Callable[[Mapping[str, Shape], Mapping[str, Any], Blocks], dict[str, Any]]
-    grid: Callable[[Mapping[str, Shape], Mapping[str, Any], Blocks], tuple[Dim, Dim, Dim]]
+    outputs: Callable[[Mapping[str, Shape], Mapping[str, Any], TileConfig], dict[str, Output]]
+    constants: Callable[[Mapping[str, Shape], Mapping[str, Any], TileConfig], dict[str, Any]]
+    grid: Callable[[Mapping[str, Shape], Mapping[str, Any], TileConfig], tuple[Dim, Dim, Dim]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Chain:
 
     name: str
     inputs: tuple[str, ...]
-    """Values that are given, in the order of the graft's plain definition."""
+    """Values that are given, in the order of the graft's reference implementation."""
     steps: tuple[Step, ...]
     outputs: tuple[str, ...]
 

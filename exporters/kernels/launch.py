@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from exporters.kernels.kernel import Chain, Step
-from exporters.kernels.plan import ChooseBlocks, Launch, TensorType, by_rule, plan, plan_step
+from exporters.kernels.plan import ChooseTileConfig, Launch, TensorType, heuristic, plan, plan_step
 from surgeon.dtypes import name_of
 
 
@@ -18,7 +18,7 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def run(chain: Chain, given: Mapping[str, Tensor | None], choose: ChooseBlocks = by_rule) -> tuple[Tensor, ...]:
+def run(chain: Chain, given: Mapping[str, Tensor | None], choose: ChooseTileConfig = heuristic) -> tuple[Tensor, ...]:
     """The chain's outputs. `given`: its inputs, contiguous and on one device; None for those that are left out.
 
     It waits for nothing on the host, so it can be captured into a CUDA graph.
@@ -39,7 +39,7 @@ def run(chain: Chain, given: Mapping[str, Tensor | None], choose: ChooseBlocks =
 def _planned(
     chain: Chain,
     types: tuple[tuple[str, tuple[int, ...], torch.dtype], ...],
-    choose: ChooseBlocks,
+    choose: ChooseTileConfig,
     device: torch.device,
 ) -> list[Launch]:
     """The plan of a chain, kept: a decoding step asks for the same one at every token. What `choose` answers depends on
@@ -47,15 +47,15 @@ def _planned(
     return plan(chain, {name: TensorType(shape, name_of(dtype)) for name, shape, dtype in types}, choose)
 
 
-def launch(step: Step, inputs: Mapping[str, Tensor], choose: ChooseBlocks = by_rule) -> dict[str, Tensor]:
+def launch(step: Step, inputs: Mapping[str, Tensor], choose: ChooseTileConfig = heuristic) -> dict[str, Tensor]:
     """One kernel -> its outputs by name."""
     with torch.cuda.device_of(next(iter(inputs.values()))):
         planned = plan_step(step, {name: type_of(tensor) for name, tensor in inputs.items()}, choose)
         return _fitting(planned, inputs)[1]
 
 
-def forget() -> None:
-    """Drop the plans that are kept: blocks were measured since."""
+def clear_cache() -> None:
+    """Drop the plans that are kept: tile configs were measured since."""
     _planned.cache_clear()
 
 
@@ -65,7 +65,7 @@ def _fitting(planned: Launch, inputs: Mapping[str, Tensor]) -> tuple[Launch, dic
         try:
             return planned, _launch(planned, inputs)
         except OutOfResources:
-            if planned.blocks.num_stages == 1:
+            if planned.tile_config.num_stages == 1:
                 raise
             planned = planned.with_fewer_stages()
 
@@ -83,8 +83,8 @@ def _launch(planned: Launch, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
             *outputs.values(),
             **planned.constants,
             UPCAST=interpreting() and any(tensor.dtype == torch.bfloat16 for tensor in inputs.values()),
-            num_warps=planned.blocks.num_warps,
-            num_stages=planned.blocks.num_stages,
+            num_warps=planned.tile_config.num_warps,
+            num_stages=planned.tile_config.num_stages,
         )
     return outputs
 

@@ -18,7 +18,7 @@ from exporters.kernels._parts import (
     mean_square,
     start_product,
 )
-from exporters.kernels.kernel import Blocks, Kernel, Output, Shape
+from exporters.kernels.kernel import Kernel, Output, Shape, TileConfig
 from surgeon.memory.rms_norm import rms_norm
 
 
@@ -79,7 +79,7 @@ def linear(
     eps: float = 0.0,
     rounded: bool = False,
 ) -> tuple[Tensor]:
-    """residual + tanh(gate) * rms_norm(x, norm) weight^T; the plain definition of the kernel.
+    """residual + tanh(gate) * rms_norm(x, norm) weight^T; the reference implementation of the kernel.
 
     x [B, S, K], weight [N, K], norm [K], residual [B, S, N], gate [1] -> fp32 [B, S, N], or of the weight's dtype if
     `rounded`. ml fp32 [B, S, H, splits, 2], as `attend` gives it: tokens that saw no slot get the residual alone. What
@@ -96,15 +96,15 @@ def linear(
     return (y.to(weight.dtype if rounded else torch.float32),)
 
 
-def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Output]:
+def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], tile_config: TileConfig) -> dict[str, Output]:
     batch, length, _ = shapes["x"]
     return {"y": Output((batch, length, shapes["weight"][0]), "weight" if options.get("rounded") else "float32")}
 
 
-def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Any]:
+def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], tile_config: TileConfig) -> dict[str, Any]:
     ml = shapes.get("ml")
     return {
-        **projection.constants(shapes, blocks),
+        **projection.constants(shapes, tile_config),
         "EPS": options.get("eps", 0.0),
         "HEADS": ml[2] if ml else 1,
         "SPLITS": ml[3] if ml else 1,

@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from exporters.kernels import attend, linear, remember, retrieve, swiglu
+from exporters.kernels import attend, linear, retrieve, swiglu, write_memory
 from exporters.kernels.kernel import Chain, Chains, Step
 
 
@@ -64,14 +64,14 @@ def memory_chain(eps: float, head_dim: int) -> Chain:
         steps=(
             Step(
                 "mixin_keys",
-                remember.KERNEL,
+                write_memory.KERNEL,
                 {"x": "visual_embeds", "norm": "norm", "weight": "k_proj", "cos": "cos", "sin": "sin"},
                 {"y": "keys"},
                 made,
             ),
             Step(
                 "mixin_values",
-                remember.KERNEL,
+                write_memory.KERNEL,
                 {"x": "visual_embeds", "norm": "norm", "weight": "v_proj"},
                 {"y": "values"},
                 made,

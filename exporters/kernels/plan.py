@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from exporters.kernels.blocks import default_blocks
-from exporters.kernels.kernel import Blocks, Chain, Dim, Shape, Step
+from exporters.kernels.kernel import Chain, Dim, Shape, Step, TileConfig
+from exporters.kernels.tile_config import heuristic_tile_config
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Launch:
     """One step of a chain with everything decided."""
 
     step: Step
-    blocks: Blocks
+    tile_config: TileConfig
     inputs: dict[str, TensorType]
     """By kernel input; those that are None are not there."""
     outputs: dict[str, TensorType]
@@ -35,20 +35,20 @@ class Launch:
 
     def with_fewer_stages(self) -> "Launch":
         """The same in less shared memory: nothing but the compiled code depends on the stages."""
-        return replace(self, blocks=replace(self.blocks, num_stages=self.blocks.num_stages - 1))
+        return replace(self, tile_config=replace(self.tile_config, num_stages=self.tile_config.num_stages - 1))
 
 
-ChooseBlocks = Callable[[Step, Mapping[str, TensorType]], Blocks]
+ChooseTileConfig = Callable[[Step, Mapping[str, TensorType]], TileConfig]
 
 
-def by_rule(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
+def heuristic(step: Step, inputs: Mapping[str, TensorType]) -> TileConfig:
     shapes = {name: tensor.shape for name, tensor in inputs.items()}
-    return default_blocks(step.kernel, shapes, element_size(inputs))
+    return heuristic_tile_config(step.kernel, shapes, element_size(inputs))
 
 
-def fixed_blocks(blocks: Mapping[str, Blocks]) -> ChooseBlocks:
-    """By the names of steps, and by rule for the rest."""
-    return lambda step, inputs: blocks.get(step.name) or by_rule(step, inputs)
+def fixed_tile_configs(tile_configs: Mapping[str, TileConfig]) -> ChooseTileConfig:
+    """By the names of steps, and the heuristic's for the rest."""
+    return lambda step, inputs: tile_configs.get(step.name) or heuristic(step, inputs)
 
 
 def element_size(inputs: Mapping[str, TensorType]) -> int:
@@ -57,26 +57,26 @@ def element_size(inputs: Mapping[str, TensorType]) -> int:
     return 4 if held.dtype == "float32" else 2
 
 
-def plan_step(step: Step, inputs: Mapping[str, TensorType], choose: ChooseBlocks = by_rule) -> Launch:
+def plan_step(step: Step, inputs: Mapping[str, TensorType], choose: ChooseTileConfig = heuristic) -> Launch:
     """`inputs`: by kernel input, those that are there."""
     kernel = step.kernel
     shapes = {name: tensor.shape for name, tensor in inputs.items()}
-    blocks = choose(step, inputs)
+    tile_config = choose(step, inputs)
     return Launch(
         step=step,
-        blocks=blocks,
+        tile_config=tile_config,
         inputs=dict(inputs),
         outputs={
             name: TensorType(output.shape, inputs[output.dtype].dtype if output.dtype in inputs else output.dtype)
-            for name, output in kernel.outputs(shapes, step.options, blocks).items()
+            for name, output in kernel.outputs(shapes, step.options, tile_config).items()
         },
         sizes=kernel.sizes(shapes),
-        constants=kernel.constants(shapes, step.options, blocks),
-        grid=kernel.grid(shapes, step.options, blocks),
+        constants=kernel.constants(shapes, step.options, tile_config),
+        grid=kernel.grid(shapes, step.options, tile_config),
     )
 
 
-def plan(chain: Chain, given: Mapping[str, TensorType], choose: ChooseBlocks = by_rule) -> list[Launch]:
+def plan(chain: Chain, given: Mapping[str, TensorType], choose: ChooseTileConfig = heuristic) -> list[Launch]:
     """Every launch of a chain. `given`: its inputs by name, without those that are None."""
     values = dict(given)
     launches = []

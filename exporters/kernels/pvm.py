@@ -6,7 +6,7 @@ over slots; the output projection; the two halves of the feed-forward; the injec
 
 from functools import cache
 
-from exporters.kernels import attend, inject, linear, remember, retrieve, swiglu
+from exporters.kernels import attend, inject, linear, retrieve, swiglu, write_memory
 from exporters.kernels.kernel import Chain, Chains, Step
 
 
@@ -73,12 +73,12 @@ def memory_chain(eps: float, head_dim: int) -> Chain:
             Step("pvm_visual", linear.KERNEL, {"x": "visual_embeds", "weight": "visual_proj"}, {"y": "latent"}),
             Step(
                 "pvm_keys",
-                remember.KERNEL,
+                write_memory.KERNEL,
                 {"x": "latent", "weight": "k_proj", "head_norm": "k_norm"},
                 {"y": "keys"},
                 {"eps": eps, **made},
             ),
-            Step("pvm_values", remember.KERNEL, {"x": "latent", "weight": "v_proj"}, {"y": "values"}, made),
+            Step("pvm_values", write_memory.KERNEL, {"x": "latent", "weight": "v_proj"}, {"y": "values"}, made),
         ),
         outputs=("keys", "values"),
     )

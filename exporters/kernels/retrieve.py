@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from exporters.kernels._parts import add_gated, add_product, end_product, load_rows, start_product
-from exporters.kernels.kernel import Blocks, Dim, Kernel, Output, Shape, cdiv
+from exporters.kernels.kernel import Dim, Kernel, Output, Shape, TileConfig, cdiv
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def retrieve_kernel(  # type: ignore[no-untyped-def]
 
 
 def retrieve(acc: Tensor, ml: Tensor, weight: Tensor, residual: Tensor | None, gate: Tensor | None) -> tuple[Tensor]:
-    """residual + tanh(gate) * (softmax-weighted values) weight^T; the plain definition of the kernel.
+    """residual + tanh(gate) * (softmax-weighted values) weight^T; the reference implementation of the kernel.
 
     acc, ml: what `attend` gives. weight [d, H * hd], residual [B, S, d], gate [1] -> fp32 [B, S, d]; tokens that saw no
     slot get the residual alone, or zero.
@@ -76,26 +76,26 @@ def retrieve(acc: Tensor, ml: Tensor, weight: Tensor, residual: Tensor | None, g
     return (y if residual is None else residual.float() + y,)
 
 
-def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Output]:
+def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], tile_config: TileConfig) -> dict[str, Output]:
     batch, length = shapes["acc"][:2]
     return {"y": Output((batch, length, shapes["weight"][0]), "float32")}
 
 
-def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Any]:
+def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], tile_config: TileConfig) -> dict[str, Any]:
     _, _, heads, splits, head_dim = shapes["acc"]
     return {
         "N": shapes["weight"][0],
         "HEADS": heads,
         "HEAD_DIM": head_dim,
         "SPLITS": splits,
-        "BLOCK_T": blocks.tokens,
-        "BLOCK_N": blocks.outputs,
+        "BLOCK_T": tile_config.tokens,
+        "BLOCK_N": tile_config.outputs,
     }
 
 
-def _grid(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> tuple[Dim, Dim, Dim]:
+def _grid(shapes: Mapping[str, Shape], options: Mapping[str, Any], tile_config: TileConfig) -> tuple[Dim, Dim, Dim]:
     batch, length = shapes["acc"][:2]
-    return cdiv(shapes["weight"][0], blocks.outputs), cdiv(batch * length, blocks.tokens), 1
+    return cdiv(shapes["weight"][0], tile_config.outputs), cdiv(batch * length, tile_config.tokens), 1
 
 
 KERNEL = Kernel(

@@ -1,4 +1,4 @@
-"""Which shapes and devices the kernels take. What they do not, the plain definitions compute."""
+"""Which shapes and devices the kernels take. What they do not, the reference implementations compute."""
 
 import os
 import warnings
@@ -43,7 +43,7 @@ def reason_against_device(index: int | None) -> str | None:
 
 
 @cache
-def say_once(what: str) -> None:
+def warn_once(what: str) -> None:
     warnings.warn(what, stacklevel=3)
 
 
@@ -56,5 +56,5 @@ def fits(kind: str, head_dim: int, tensors: Iterable[Tensor | None]) -> bool:
     if reason is None and given[0].is_cuda:
         reason = reason_against_device(given[0].device.index)
     if reason is not None:
-        say_once(f"{reason}; computed by its plain definition")
+        warn_once(f"{reason}; computed by its reference implementation")
     return reason is None

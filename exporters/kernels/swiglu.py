@@ -10,7 +10,7 @@ from torch import Tensor
 
 from exporters.kernels import projection
 from exporters.kernels._parts import add_product, end_product, load_rows, mean_square, start_product
-from exporters.kernels.kernel import Blocks, Kernel, Output, Shape
+from exporters.kernels.kernel import Kernel, Output, Shape, TileConfig
 from surgeon.memory.rms_norm import rms_norm
 
 
@@ -59,7 +59,7 @@ def swiglu_kernel(  # type: ignore[no-untyped-def]
 
 
 def swiglu(x: Tensor, norm: Tensor, gate_weight: Tensor, up_weight: Tensor, *, eps: float) -> tuple[Tensor]:
-    """silu(u gate_weight^T) * (u up_weight^T) of u = rms_norm(x, norm); the plain definition of the kernel.
+    """silu(u gate_weight^T) * (u up_weight^T) of u = rms_norm(x, norm); the reference implementation of the kernel.
 
     x [B, S, K], norm [K], weights [N, K] -> fp32 [B, S, N].
     """
@@ -67,14 +67,14 @@ def swiglu(x: Tensor, norm: Tensor, gate_weight: Tensor, up_weight: Tensor, *, e
     return (F.silu(F.linear(normed, gate_weight.float())) * F.linear(normed, up_weight.float()),)
 
 
-def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Output]:
+def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], tile_config: TileConfig) -> dict[str, Output]:
     batch, length, _ = shapes["x"]
     return {"y": Output((batch, length, shapes["gate_weight"][0]), "float32")}
 
 
-def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Any]:
+def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], tile_config: TileConfig) -> dict[str, Any]:
     return {
-        **projection.constants(shapes, blocks),
+        **projection.constants(shapes, tile_config),
         "EPS": options["eps"],
     }
 

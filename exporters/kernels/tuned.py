@@ -1,5 +1,5 @@
-"""Blocks as they were measured best on a GPU, kept in a file per GPU (`autotune` measures). Without a file, and for
-sizes that are not in it, blocks follow the rule of `blocks.py`."""
+"""Tile configs as they were measured best on a GPU, kept in a file per GPU (`autotune` measures). Without a file, and
+for sizes that are not in it, tile configs follow the rule of `tile_config.py`."""
 
 import json
 import re
@@ -13,44 +13,45 @@ from typing import Any
 import torch
 
 from exporters.kernels.folder import folder
-from exporters.kernels.kernel import Blocks, Step, power_of_two
-from exporters.kernels.plan import ChooseBlocks, TensorType, by_rule
+from exporters.kernels.kernel import Step, TileConfig, power_of_two
+from exporters.kernels.plan import ChooseTileConfig, TensorType, heuristic
 from surgeon.checkpoint import staged_file
 
 _FORMAT = 1
 _MOST = {"num_warps": 32, "num_stages": 16}
-"""Of each field of Blocks that no larger launch can have; of the others no tile is as large as 2^16."""
-Kept = dict[str, Blocks]
+"""Of each field of `TileConfig` that no larger launch can have; of the others no tile is as large as 2^16."""
+Kept = dict[str, TileConfig]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A launch, measured. Where its blocks change what later launches are given, the times are with those."""
+    """A launch, measured. Where its tile configs change what later launches are given, the times are with those."""
 
-    blocks: Blocks
+    tile_config: TileConfig
     seconds: float
     rule_seconds: float
-    """By the rule's blocks."""
+    """By the rule's tile configs."""
     tried: int
 
 
 # -- choosing --------------------------------------------------------------------------------------------------------
-def choose(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
+def choose(step: Step, inputs: Mapping[str, TensorType]) -> TileConfig:
     """As measured on the current GPU, where it was."""
     if not torch.cuda.is_available():
-        return by_rule(step, inputs)
+        return heuristic(step, inputs)
     return chooser(read(_gpu_name(torch.cuda.current_device())))(step, inputs)
 
 
-def chooser(kept: Mapping[str, Blocks], used: set[str] | None = None) -> ChooseBlocks:
-    """Blocks from `kept`, and by rule for what is not in it. `used`: where the names of those taken are added."""
+def chooser(kept: Mapping[str, TileConfig], used: set[str] | None = None) -> ChooseTileConfig:
+    """Tile configs from `kept`, and the heuristic's for what is not in it. `used`: where the names of those taken are
+    added."""
     if not kept:
-        return by_rule
+        return heuristic
 
-    def chosen(step: Step, inputs: Mapping[str, TensorType]) -> Blocks:
+    def chosen(step: Step, inputs: Mapping[str, TensorType]) -> TileConfig:
         name = key(step, inputs)
         if name not in kept:
-            return by_rule(step, inputs)
+            return heuristic(step, inputs)
         if used is not None:
             used.add(name)
         return kept[name]
@@ -102,7 +103,7 @@ def read(gpu: str) -> Kept:
             f"{path} is ignored: it is for {found.gpu!r}, not {gpu!r}; measure again, or delete it", stacklevel=2
         )
         return {}
-    return found.blocks
+    return found.tile_configs
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,11 @@ class Tuned:
     """What was measured on a GPU."""
 
     gpu: str
-    blocks: Kept
+    tile_configs: Kept
+
+
+_FORMER = "blocks"
+"""What `tile_config` was called in files of earlier versions."""
 
 
 def load(path: Path) -> Tuned:
@@ -119,35 +124,41 @@ def load(path: Path) -> Tuned:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
             raise ValueError(f"it is of format {content['format']!r}, not {_FORMAT}")
-        return Tuned(str(content["gpu"]), {name: _sound(e["blocks"]) for name, e in content["launches"].items()})
+        launches = content["launches"]
+        if any(_FORMER in each for each in launches.values()):
+            warnings.warn(
+                f"{path} is of an earlier version: it is read for this release, so measure again", stacklevel=2
+            )
+        configs = {name: _sound(each.get(_FORMER) or each["tile_config"]) for name, each in launches.items()}
+        return Tuned(str(content["gpu"]), configs)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"it is no file of measured blocks ({type(error).__name__}: {error})") from error
+        raise ValueError(f"it is no file of measured tile configs ({type(error).__name__}: {error})") from error
 
 
-def _sound(values: Mapping[str, Any]) -> Blocks:
-    blocks = Blocks(**values)
-    for field in fields(Blocks):
-        value = getattr(blocks, field.name)
-        least = 16 if field.name in ("inner", "slots") or (field.name == "outputs" and blocks.tokens > 1) else 1
+def _sound(values: Mapping[str, Any]) -> TileConfig:
+    tile_config = TileConfig(**values)
+    for field in fields(TileConfig):
+        value = getattr(tile_config, field.name)
+        least = 16 if field.name in ("inner", "slots") or (field.name == "outputs" and tile_config.tokens > 1) else 1
         powers = field.name != "num_stages"
         most = _MOST.get(field.name, 1 << 16)
         if type(value) is not int or not least <= value <= most or (powers and value & (value - 1)):
             raise ValueError(f"{field.name} is {value!r}")
-    if 1 < blocks.tokens < 16:
-        raise ValueError(f"tokens is {blocks.tokens}")
-    return blocks
+    if 1 < tile_config.tokens < 16:
+        raise ValueError(f"tokens is {tile_config.tokens}")
+    return tile_config
 
 
 def keep(gpu: str, triton_version: str, found: Mapping[str, "Measured"]) -> Path:
     """Add measurements to a GPU's file -> the file. Raises TargetError where it cannot be written."""
     path = path_of(gpu)
-    launches = {name: {"blocks": asdict(blocks)} for name, blocks in read(gpu).items()}
+    launches = {name: {"tile_config": asdict(tile_config)} for name, tile_config in read(gpu).items()}
     launches |= {name: asdict(each) for name, each in found.items()}
     content = {"format": _FORMAT, "gpu": gpu, "triton": triton_version, "launches": dict(sorted(launches.items()))}
     with staged_file(path, overwrite=True) as file:
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    from exporters.kernels.launch import forget
+    from exporters.kernels.launch import clear_cache
 
     read.cache_clear()
-    forget()
+    clear_cache()
     return path

@@ -24,9 +24,9 @@ class Size:
     slots: int = 1024
     dtype: str = "bfloat16"
     mask_per_token: bool = False
-    """Whether tokens of a row see different pictures."""
+    """Whether tokens of a row see different images."""
     visual_tokens: bool = False
-    """Whether some tokens are a picture's."""
+    """Whether some tokens are an image's."""
 
     def __str__(self) -> str:
         marks = ", a mask per token" * self.mask_per_token + ", visual tokens" * self.visual_tokens

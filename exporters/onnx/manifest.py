@@ -65,7 +65,7 @@ class Tokens(_Strict):
     visual: list[_Count]
     """Every token id whose embedding is a visual one."""
     indicators: list[_Count] = []
-    """The ids that get the embeddings `indicators` of vision.onnx, in their order, in a row with pictures."""
+    """The ids that get the embeddings `indicators` of vision.onnx, in their order, in a row with images."""
     eos: list[_Count]
     pad: _Count | None
 
@@ -144,9 +144,9 @@ class Manifest(_Strict):
     """Where tiles matter to positions or to the memory."""
     positions: Positions | None = None
     allocation: Allocation = "both"
-    """Where a picture's tiles go beside its thumbnail: into the sequence and the memory, or into one of them."""
+    """Where an image's tiles go beside its thumbnail: into the sequence and the memory, or into one of them."""
     visibility: Visibility = "all"
-    """Which tokens see a picture in the memory: `causal`, those that stand at or behind it, and the decoder's
+    """Which tokens see an image in the memory: `causal`, those that stand at or behind it, and the decoder's
     `memory_mask` is of each token; or all of its row."""
     precision: Precision | None = None
     """Of fp16 bundles."""

@@ -1,4 +1,4 @@
-"""memory.onnx: visual embeddings -> keys and values of every graft, computed once when pictures enter."""
+"""memory.onnx: visual embeddings -> keys and values of every graft, computed once when images enter."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

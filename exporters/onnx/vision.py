@@ -1,4 +1,4 @@
-"""vision.onnx: one picture's patches -> its visual embeddings, as the family writes its tower out."""
+"""vision.onnx: one image's patches -> its visual embeddings, as the family writes its tower out."""
 
 import onnx_ir as ir
 import torch

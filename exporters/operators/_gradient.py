@@ -1,4 +1,4 @@
-"""The gradient of an operator as that of its plain definition, computed again from the inputs."""
+"""The gradient of an operator as that of its reference implementation, computed again from the inputs."""
 
 from collections.abc import Callable
 from typing import Any

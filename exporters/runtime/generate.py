@@ -19,11 +19,11 @@ def answer(
     on_text: OnText | None = None,
     positions: Positions | None = None,
 ) -> list[Generation]:
-    """Answer prompts in one batch, each with its own pictures; greedy unless `sampling` says otherwise.
+    """Answer prompts in one batch, each with its own images; greedy unless `sampling` says otherwise.
     `positions`: as for `Runtime.prepare`.
 
     A row ends with one of the model's end-of-sequence tokens ("stop"), or after `max_new_tokens`, or when prompt and
-    answer together are as long as the bundle's maximum (both "length"). Raises InputError for a prompt or picture that
+    answer together are as long as the bundle's maximum (both "length"). Raises InputError for a prompt or image that
     cannot be used, BundleError for a prompt that is longer than the bundle's maximum.
     """
     sampling = sampling or Sampling()

@@ -1,4 +1,4 @@
-"""Where a picture's visual tokens go: into the sequence, into the memory, or both, and at which positions."""
+"""Where an image's visual tokens go: into the sequence, into the memory, or both, and at which positions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +12,8 @@ from surgeon.positions import record_of
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture as the decoder gets it: features fp32 [M, d], and where the family has them deepstack fp32 [K, M, d],
+class ImageFeatures:
+    """An image as the decoder gets it: features fp32 [M, d], and where the family has them deepstack fp32 [K, M, d],
     and indicators fp32 [K, d], the embeddings of the tokens around and between its tiles."""
 
     features: np.ndarray
@@ -58,22 +58,22 @@ class Placement:
         self.thumbnail: Thumbnail = layout.get("thumbnail", "last")
         self.tile_order: TileOrder = record.get("positions", {}).get("tile_order", "row")
 
-    def in_sequence(self, picture: Picture) -> Picture:
-        """What of a picture stands in the sequence: all, or where tiles go to the memory alone its thumbnail."""
+    def in_sequence(self, image: ImageFeatures) -> ImageFeatures:
+        """What of an image stands in the sequence: all, or where tiles go to the memory alone its thumbnail."""
         if self.allocation != "memory":
-            return picture
-        assert picture.deepstack is None
-        return replace(picture, features=picture.features[self._thumbnail])
+            return image
+        assert image.deepstack is None
+        return replace(image, features=image.features[self._thumbnail])
 
     def entering(
-        self, pictures: Sequence[Picture], grids: Sequence[Grid], position_ids: np.ndarray, places: np.ndarray
+        self, images: Sequence[ImageFeatures], grids: Sequence[Grid], position_ids: np.ndarray, places: np.ndarray
     ) -> Entering | None:
-        """What of a row's pictures enters the memory. position_ids int64 [A, n] and places int64 [n]: of what of them
+        """What of a row's images enters the memory. position_ids int64 [A, n] and places int64 [n]: of what of them
         stands in the sequence."""
-        if not pictures:
+        if not images:
             return None
-        ends = np.cumsum([len(self.in_sequence(picture).features) for picture in pictures])[:-1]
-        shown = zip(pictures, grids, np.split(position_ids, ends, 1), np.split(places, ends), strict=True)
+        ends = np.cumsum([len(self.in_sequence(image).features) for image in images])[:-1]
+        shown = zip(images, grids, np.split(position_ids, ends, 1), np.split(places, ends), strict=True)
         parts = [self._entering(*each) for each in shown]
         return Entering(
             np.concatenate([part.embeds for part in parts]),
@@ -81,20 +81,20 @@ class Placement:
             np.concatenate([part.places for part in parts]),
         )
 
-    def _entering(self, picture: Picture, grid: Grid, position_ids: np.ndarray, places: np.ndarray) -> Entering:
-        """Of one picture."""
+    def _entering(self, image: ImageFeatures, grid: Grid, position_ids: np.ndarray, places: np.ndarray) -> Entering:
+        """Of one image."""
         if self.allocation == "context":
             part = self._thumbnail
-            return Entering(picture.features[part], position_ids[:, part], places[part])
+            return Entering(image.features[part], position_ids[:, part], places[part])
         if self.allocation == "memory":
             # a tile's token is where the patch is that it covers, having no place of its own in the sequence
             _, rows, columns = grid
             offsets = offsets_from_thumbnail(rows, columns, self.side, self.thumbnail, self.tile_order).numpy()
             position_ids, places = position_ids[:, :1] + offsets, places[:1] + offsets
-        return Entering(picture.features, position_ids, places)
+        return Entering(image.features, position_ids, places)
 
     @property
     def _thumbnail(self) -> slice:
-        """Where it is among a picture's tokens; a single tile is its own."""
+        """Where it is among an image's tokens; a single tile is its own."""
         count = self.side**2
         return slice(count) if self.thumbnail == "first" else slice(-count, None)

@@ -1,4 +1,4 @@
-"""What every runtime does on the host: pictures and prompts in, logits out, token by token."""
+"""What every runtime does on the host: images and prompts in, logits out, token by token."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from exporters.onnx.manifest import PROCESSOR, Manifest
 from exporters.onnx.rope import position_axes
 from exporters.runtime.generate import answer
-from exporters.runtime.placement import Entering, Picture, Placement, padded
+from exporters.runtime.placement import Entering, ImageFeatures, Placement, padded
 from exporters.runtime.state import State, Tokens, Wanted, rows_of, stack
 from surgeon.errors import BundleError, CheckpointError, InputError, SurgeonError, TooLongError
 from surgeon.families import Family, family
@@ -103,19 +103,19 @@ class Runtime(ABC):
         the bundle's maximum (both "length"). Raises BundleError for a prompt that is longer than that."""
         return answer(self, prompts, max_new_tokens, sampling, on_text, positions)
 
-    def encode_images(self, inputs: ModelInputs) -> list[list[Picture]]:
-        """Each row's pictures, one call of the vision graph for each."""
+    def encode_images(self, inputs: ModelInputs) -> list[list[ImageFeatures]]:
+        """Each row's images, one call of the vision graph for each."""
         return [
             [self._encode(pixels, grid) for pixels, grid in zip(row_pixels, row_grids, strict=True)]
             for row_pixels, row_grids in zip(inputs.pixel_values, inputs.grids, strict=True)
         ]
 
-    def _encode(self, pixel_values: np.ndarray, grid: tuple[int, int, int]) -> Picture:
+    def _encode(self, pixel_values: np.ndarray, grid: tuple[int, int, int]) -> ImageFeatures:
         outputs = self.run("vision", self.family.vision_inputs(self.config, pixel_values, grid))
-        return Picture(**outputs)  # type: ignore[arg-type]  # arrays: nothing of it stays on the device
+        return ImageFeatures(**outputs)  # type: ignore[arg-type]  # arrays: nothing of it stays on the device
 
     def start(self, inputs: ModelInputs, logits: Wanted = "last") -> tuple[State, np.ndarray]:
-        """Begin a request: pictures, memory and prompts -> its state, and logits fp32 of each row's last token [B, V],
+        """Begin a request: images, memory and prompts -> its state, and logits fp32 of each row's last token [B, V],
         or with `logits="all"` of every prompt position [B, S, V], S the longest row; what is behind a shorter row's
         end means nothing.
 
@@ -150,10 +150,10 @@ class Runtime(ABC):
         return found[:, 0]
 
     def append(self, state: State, inputs: ModelInputs, logits: Wanted = "last") -> np.ndarray:
-        """Feed each row of a request further tokens, perhaps with new pictures: a later turn. `inputs` holds the new
-        tokens and pictures alone. -> logits as from `start`.
+        """Feed each row of a request further tokens, perhaps with new images: a later turn. `inputs` holds the new
+        tokens and images alone. -> logits as from `start`.
 
-        Pictures enter the memory beside those that are there, and positions continue. Raises BundleError for a row
+        Images enter the memory beside those that are there, and positions continue. Raises BundleError for a row
         that would become longer than the bundle's maximum.
         """
         rows = rows_of(inputs)
@@ -191,11 +191,11 @@ class Runtime(ABC):
             if length > self.max_length:
                 raise TooLongError(
                     f"row {row} has {length} tokens, the bundle was exported for {self.max_length}: "
-                    "shorten the prompt, scale its pictures down, or export again with a larger --max-length"
+                    "shorten the prompt, scale its images down, or export again with a larger --max-length"
                 )
 
     def _tokens(self, state: State, inputs: ModelInputs, rows: Sequence[np.ndarray], logits: Wanted) -> Tokens:
-        """New tokens of all rows; their pictures are encoded, put in their places, and entered into the memory."""
+        """New tokens of all rows; their images are encoded, put in their places, and entered into the memory."""
         batch, length = len(rows), max(map(len, rows))
         input_ids = np.zeros((batch, length), dtype=np.int64)
         present = np.zeros((batch, length), dtype=np.int64)
@@ -205,16 +205,16 @@ class Runtime(ABC):
         grids = [[grid_in_sequence(self.config, grid) for grid in row] for row in inputs.grids]
         token_positions, _ = position_ids(self.family, self.config, input_ids, present, grids, positions)
         token_positions = token_positions + state.next_positions[None, :, None]
-        images = (input_ids == self.family.image_token_id(self.config)) & (present == 1)
+        image_mask = (input_ids == self.family.image_token_id(self.config)) & (present == 1)
         embeds, deepstack = self._embed(input_ids), self._no_deepstack(batch, length)
         entering = []
-        for row, pictures in enumerate(self.encode_images(inputs)):
-            self._put(pictures, input_ids[row], embeds[row], None if deepstack is None else deepstack[:, row])
-            places = state.lengths[row] + np.flatnonzero(images[row])
-            shown = token_positions[:, row, images[row]], places
-            entering.append(self.placement.entering(pictures, inputs.grids[row], *shown))
+        for row, images in enumerate(self.encode_images(inputs)):
+            self._put(images, input_ids[row], embeds[row], None if deepstack is None else deepstack[:, row])
+            places = state.lengths[row] + np.flatnonzero(image_mask[row])
+            shown = token_positions[:, row, image_mask[row]], places
+            entering.append(self.placement.entering(images, inputs.grids[row], *shown))
         if state.memory and any(entering):
-            self._remember(state, entering)
+            self._write_memory(state, entering)
         last = np.array([[len(ids) - 1] for ids in rows], dtype=np.int64)
         every = np.broadcast_to(np.arange(length), (batch, length))
         return Tokens(
@@ -222,34 +222,34 @@ class Runtime(ABC):
             position_ids=token_positions,
             write_indices=state.lengths.copy(),
             logits_indices=every if logits == "all" else last,
-            visual_token_mask=images,
+            visual_token_mask=image_mask,
             deepstack=deepstack,
         )
 
     def _put(
-        self, pictures: Sequence[Picture], input_ids: np.ndarray, embeds: np.ndarray, deepstack: np.ndarray | None
+        self, images: Sequence[ImageFeatures], input_ids: np.ndarray, embeds: np.ndarray, deepstack: np.ndarray | None
     ) -> None:
-        """Put a row's pictures in the places of its ids [S]: embeds [S, d], deepstack [K, S, d], both in place."""
-        if not pictures:
+        """Put a row's images in the places of its ids [S]: embeds [S, d], deepstack [K, S, d], both in place."""
+        if not images:
             return
-        shown = [self.placement.in_sequence(picture) for picture in pictures]
-        images = input_ids == self.family.image_token_id(self.config)
-        embeds[images] = np.concatenate([picture.features for picture in shown])
-        if shown[0].indicators is not None:  # the same for every picture
+        shown = [self.placement.in_sequence(image) for image in images]
+        image_mask = input_ids == self.family.image_token_id(self.config)
+        embeds[image_mask] = np.concatenate([image.features for image in shown])
+        if shown[0].indicators is not None:  # the same for every image
             ids = self.family.indicator_token_ids(self.config)
             for token_id, indicator in zip(ids, shown[0].indicators, strict=True):
                 embeds[input_ids == token_id] = indicator
         if deepstack is not None:
-            deepstack[:, images] = np.concatenate([p.deepstack for p in shown if p.deepstack is not None], axis=1)
+            deepstack[:, image_mask] = np.concatenate([p.deepstack for p in shown if p.deepstack is not None], axis=1)
 
-    def _remember(self, state: State, entering: Sequence[Entering | None]) -> None:
+    def _write_memory(self, state: State, entering: Sequence[Entering | None]) -> None:
         """Enter each row's visual embeddings into the memory, behind what is there."""
         embeds, position_ids, places, mask = padded(entering)
         behind = state.memory_mask.shape[1] if state.memory_mask.any() else 0
         self.check_memory(behind + mask.shape[1])
         # positions are read where a graft has a rope
         new = self.run("memory", {"visual_embeds": embeds, "media_position_ids": position_ids})
-        state.remember(new, mask, places)  # type: ignore[arg-type]  # tensors: all of it stays on the device
+        state.write_memory(new, mask, places)  # type: ignore[arg-type]  # tensors: all of it stays on the device
 
     def memory_mask(self, state: State, rows: slice, tokens: Tokens) -> np.ndarray:
         """The decoder's `memory_mask` for new tokens of some rows: bool [B, M], or [B, S, M] where each token sees what

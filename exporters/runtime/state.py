@@ -55,7 +55,7 @@ class State:
     def _arrays(self) -> list[Any]:
         return [*self.caches.values(), *self.memory.values(), self.memory_mask]
 
-    def remember(self, entries: Mapping[str, Tensor], mask: np.ndarray, places: np.ndarray) -> None:
+    def write_memory(self, entries: Mapping[str, Tensor], mask: np.ndarray, places: np.ndarray) -> None:
         """Put keys and values `memory_*` [B, Hm, M', hd], of which a row uses those in mask bool [B, M'], behind what
         is in the memory. places int64 [B, M']: where in the sequence they stand."""
         new = dict(entries)

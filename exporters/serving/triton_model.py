@@ -29,7 +29,7 @@ class Cancelled(Exception):
 
 
 class TritonPythonModel:
-    """Answers prompts about pictures one at a time, and sends the text as it is made."""
+    """Answers prompts about images one at a time, and sends the text as it is made."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """`args` as Triton gives them: the model's folder and the version's name. Raises EngineError where the engines
@@ -61,11 +61,11 @@ class TritonPythonModel:
         if not 0 <= temperature < float("inf"):
             raise RequestError(f"temperature is {temperature}; it is 0 (greedy) or larger")
         with temporary_directory("surgeon-request-") as folder:
-            pictures = []
+            images = []
             for number, content in enumerate(_all(request, "images")):
-                pictures.append(folder / f"image-{number}")
-                pictures[-1].write_bytes(content)
-            prompt = Prompt(_text(_one(request, "prompt")), tuple(pictures))
+                images.append(folder / f"image-{number}")
+                images[-1].write_bytes(content)
+            prompt = Prompt(_text(_one(request, "prompt")), tuple(images))
             try:
                 (found,) = self.runtime.generate([prompt], max_tokens, Sampling(temperature), show, _positions(request))
             except SurgeonError as error:

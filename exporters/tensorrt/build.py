@@ -103,32 +103,34 @@ def plan_engines(bundle: Path, options: Options, target: Path | None = None, ove
 def _plan(bundle: Path, options: Options) -> Plan:
     tuned = _tuned(options)
     plan = make_plan(bundle, options.backend, options.limits, options.dtype, options.graphs, options.kernels, tuned)
-    if options.blocks is not None and not any(graph.measured for graph in plan.graphs):
+    if options.tile_configs is not None and not any(graph.measured for graph in plan.graphs):
         warnings.warn(
-            f"--blocks {options.blocks}: none of what was measured on {plan.tuned_on} is of this bundle's sizes and "
-            "batches; blocks follow the rule",
+            f"--tile-configs {options.tile_configs}: none of what was measured on {plan.tuned_on} is of this bundle's "
+            "sizes and batches; tile configs follow the rule",
             stacklevel=1,
         )
     return plan
 
 
 def _tuned(options: Options) -> "Tuned | None":
-    """Blocks as measured, from the file that was named or that of the GPU that is here."""
+    """Tile configs as measured, from the file that was named or that of the GPU that is here."""
     if options.kernels == "standard":
-        if options.blocks is not None:
-            raise EngineError("--blocks is of fused kernels: add --kernels fused, or leave it out")
+        if options.tile_configs is not None:
+            raise EngineError("--tile-configs is of fused kernels: add --kernels fused, or leave it out")
         return None
     # needs torch alone, but what fused kernels need is imported for them alone
     from exporters.kernels.tuned import Tuned, load, read
 
-    if options.blocks is None:
+    if options.tile_configs is None:
         here = gpu() if options.target == NATIVE else None
         found = {} if here is None else read(here.name)
         return Tuned(here.name, found) if here is not None and found else None
     try:
-        return load(options.blocks)
+        return load(options.tile_configs)
     except (OSError, ValueError) as error:
-        raise EngineError(f"--blocks {options.blocks}: {error}; measure on the GPU with `surgeon autotune`") from error
+        raise EngineError(
+            f"--tile-configs {options.tile_configs}: {error}; measure on the GPU with `surgeon autotune`"
+        ) from error
 
 
 def _manifest(plan: Plan, library: Library, targets: tuple[str, ...], directory: Path) -> EngineManifest:

@@ -52,7 +52,7 @@ class Options:
     graphs: tuple[str, ...] = ()
     """Some of the bundle's graphs; all where it is empty."""
     kernels: Kernels = "standard"
-    blocks: Path | None = None
+    tile_configs: Path | None = None
     """A file of `exporters.kernels.tuned`: how launches of fused kernels are cut; by default that of the GPU that is
     here, for a native target, where it was measured."""
 
@@ -114,7 +114,7 @@ class Builder:
         # needs Triton, which a graph without plugins does not
         from exporters.fusion.node import compile_nodes
         from exporters.kernels.folder import compiled
-        from exporters.tensorrt.plugins.reach import capabilities
+        from exporters.tensorrt.plugins.variants import capabilities
 
         here = gpu()
         targets = self.targets or (() if here is None else (here.capability,))

@@ -63,7 +63,7 @@ class Plan:
     memory_bytes: int
     """Visual memory of the largest batch."""
     tuned_on: str | None = None
-    """The GPU on which blocks of fused kernels were measured; None: they follow the rule."""
+    """The GPU on which tile configs of fused kernels were measured; None: they follow the rule."""
 
     @property
     def weight_bytes(self) -> int:
@@ -162,8 +162,8 @@ def _fusion(profiles: list[Profile], tuned: "Tuned | None", measured: set[str]) 
     from exporters.fusion import NAMESPACE, VERSION
     from exporters.fusion.fused_kernels import FusedKernels
     from exporters.kernels.tuned import chooser
-    from exporters.tensorrt.plugins.reach import largest, reaches_of
+    from exporters.tensorrt.plugins.variants import largest, variant_specs_for
 
     attributes = {"plugin_version": VERSION, "plugin_namespace": NAMESPACE}
-    choose = chooser({} if tuned is None else tuned.blocks, measured)
-    return FusedKernels(reaches_of(profiles), largest(profiles), choose, attributes)
+    choose = chooser({} if tuned is None else tuned.tile_configs, measured)
+    return FusedKernels(variant_specs_for(profiles), largest(profiles), choose, attributes)

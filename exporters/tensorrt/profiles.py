@@ -1,7 +1,7 @@
 """Optimisation profiles: the range of every symbolic dimension that an engine takes.
 
 The graphs' symbols are those of docs/architecture.md: B rows, S new tokens, T wanted logits, M visual tokens. In
-vision.onnx M is of one picture, W counts windows of it, T tiles; a dimension may be a multiple of a symbol.
+vision.onnx M is of one image, W counts windows of it, T tiles; a dimension may be a multiple of a symbol.
 """
 
 import math
@@ -108,13 +108,13 @@ class Limits:
     prefill: Range | None = None
     """Tokens of one prefill."""
     batch: Range = Range(min=1, opt=1, max=1)  # noqa: RUF009 (it is frozen)
-    picture_tokens: Range | None = None
-    """Visual tokens of one picture."""
+    image_tokens: Range | None = None
+    """Visual tokens of one image."""
     visual_tokens: Range | None = None
-    """Visual tokens in the memory of a row, all pictures together; grafted models."""
+    """Visual tokens in the memory of a row, all images together; grafted models."""
 
     @classmethod
-    def parse(cls, prefill: str | None, batch: str, picture_tokens: str | None, visual_tokens: str | None) -> "Limits":
+    def parse(cls, prefill: str | None, batch: str, image_tokens: str | None, visual_tokens: str | None) -> "Limits":
         """From what the command line takes. Raises EngineError."""
 
         def optional(text: str | None, option: str) -> Range | None:
@@ -123,7 +123,7 @@ class Limits:
         return cls(
             prefill=optional(prefill, "--prefill"),
             batch=Range.parse(batch, "--batch", usual=1),
-            picture_tokens=optional(picture_tokens, "--picture-tokens"),
+            image_tokens=optional(image_tokens, "--image-tokens"),
             visual_tokens=optional(visual_tokens, "--visual-tokens"),
         )
 
@@ -136,13 +136,13 @@ def make_profiles(bundle: Path, manifest: Manifest, limits: Limits) -> dict[str,
             f"--prefill {prefill}: the bundle's caches hold {manifest.max_length} tokens; take at most that, or export "
             f"again with --max-length {prefill.max}"
         )
-    vision = _vision(bundle, manifest, prefill, limits.picture_tokens)
+    vision = _vision(bundle, manifest, prefill, limits.image_tokens)
     visual = limits.visual_tokens or Range.of(1, max(prefill.max, vision.tokens))
     if visual.min != 1:
-        raise EngineError(f"--visual-tokens {visual}: a row without pictures has one slot, so it must start at 1")
+        raise EngineError(f"--visual-tokens {visual}: a row without images has one slot, so it must start at 1")
     if visual.max < vision.tokens and manifest.memory:
         raise EngineError(
-            f"--visual-tokens {visual}: one picture has up to {vision.tokens} visual tokens (--picture-tokens), which "
+            f"--visual-tokens {visual}: one image has up to {vision.tokens} visual tokens (--image-tokens), which "
             "do not fit"
         )
     rows = {"B": limits.batch}
@@ -186,12 +186,12 @@ def _check_volumes(name: str, graph: GraphFile, profile: Profile) -> None:
             )
 
 
-# -- pictures --------------------------------------------------------------------------------------------------------
+# -- images --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Vision:
     profile: Profile
     tokens: int
-    """Visual tokens that one picture has at most."""
+    """Visual tokens that one image has at most."""
 
 
 def _vision(bundle: Path, manifest: Manifest, prefill: Range, asked: Range | None) -> _Vision:
@@ -205,7 +205,7 @@ def _vision(bundle: Path, manifest: Manifest, prefill: Range, asked: Range | Non
     # tiles that go into the memory alone need no room in the sequence
     if tokens.max > manifest.max_length and manifest.allocation != "memory":
         raise EngineError(
-            f"--picture-tokens {tokens}: the bundle's caches hold {manifest.max_length} tokens, pictures among them; "
+            f"--image-tokens {tokens}: the bundle's caches hold {manifest.max_length} tokens, images among them; "
             f"take at most that, or export again with --max-length {tokens.max}"
         )
     sizes: dict[str, Range] = {}
@@ -216,7 +216,7 @@ def _vision(bundle: Path, manifest: Manifest, prefill: Range, asked: Range | Non
     if "T" in used:
         if tiles_alone:
             if tokens.max < per_tile:
-                raise EngineError(f"--picture-tokens {tokens}: one tile of this model has {per_tile} tokens already")
+                raise EngineError(f"--image-tokens {tokens}: one tile of this model has {per_tile} tokens already")
             sizes["T"] = Range(
                 min=math.ceil(tokens.min / per_tile), opt=tokens.opt // per_tile or 1, max=tokens.max // per_tile
             )
@@ -239,7 +239,7 @@ def _usual_tokens(bundle: Path, manifest: Manifest, prefill: Range, per_tile: in
 
 
 def _windows(graph: GraphFile, tokens: Range) -> Range:
-    """Square windows over pictures of so many tokens: as few as one, as many as a picture one window high has."""
+    """Square windows over images of so many tokens: as few as one, as many as an image one window high has."""
     patches = next(int(port.shape[1]) for port in graph.inputs if port.name == "window_gather")
     merge, _ = split_dimension(next(str(port.shape[0]) for port in graph.inputs if port.name == "pixel_values"))
     area = max(1, patches // merge)
@@ -249,7 +249,7 @@ def _windows(graph: GraphFile, tokens: Range) -> Range:
 
 
 def _most_tiles(bundle: Path) -> int:
-    """Tiles of one picture, the thumbnail included, that the bundle's image processor cuts at most."""
+    """Tiles of one image, the thumbnail included, that the bundle's image processor cuts at most."""
     path = bundle / "processor" / "preprocessor_config.json"
     if not path.is_file():
         return _MANY_TILES + 1  # a bundle may come without an image processor: the usual numbers hold then

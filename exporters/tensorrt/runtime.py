@@ -59,7 +59,7 @@ class EngineRuntime(Runtime):
         if graph != "embed":
             return _for_host(session.run(feeds))
         (ids,) = feeds.values()
-        _, longest = session.reach("S")
+        _, longest = session.size_range("S")
         parts = [session.run({"input_ids": ids[:, i : i + longest]}) for i in range(0, ids.shape[1], longest)]
         return {"inputs_embeds": np.concatenate([_to_host(part["inputs_embeds"]) for part in parts], axis=1)}
 
@@ -91,19 +91,19 @@ class EngineRuntime(Runtime):
     def check_memory(self, slots: int) -> None:
         session = self.session("decoder")
         if any(name.startswith("memory_keys.") for name in session.inputs):
-            _, most = session.reach("M")
+            _, most = session.size_range("M")
             if slots > most:
                 raise EngineError(
-                    f"the request's pictures have {slots} visual tokens in a row, the engines' memory holds {most}: "
+                    f"the request's images have {slots} visual tokens in a row, the engines' memory holds {most}: "
                     f"send fewer or smaller ones, or build the engines again with --visual-tokens 1..{slots}"
                 )
 
     # -- inside ------------------------------------------------------------------------------------------------
     def _pieces(self, length: int, logits: int) -> Iterator[tuple[int, int]]:
         session = self.session("decoder")
-        smallest, largest = session.reach("S")
+        smallest, largest = session.size_range("S")
         if logits > 1:
-            largest = min(largest, session.reach("T")[1])
+            largest = min(largest, session.size_range("T")[1])
         begin = 0
         while begin < length:
             count = min(largest, length - begin)

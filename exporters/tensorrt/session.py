@@ -32,7 +32,7 @@ class EngineSession:
         self._idle: dict[int, list[Context]] = {}
 
     # -- sizes -------------------------------------------------------------------------------------------------
-    def reach(self, symbol: str) -> tuple[int, int]:
+    def size_range(self, symbol: str) -> tuple[int, int]:
         """The smallest and the largest size of a symbol in the profile that goes farthest in it."""
         ranges = [profile.sizes[symbol] for profile in self.described.profiles if symbol in profile.sizes]
         widest = max(ranges, key=lambda each: each.max)
@@ -48,7 +48,7 @@ class EngineSession:
         asked = ", ".join(f"{symbol} {sizes[symbol]}" for symbol in wrong)
         held = ", ".join(f"{symbol} {nearest.sizes[symbol]}" for symbol in wrong)
         vision = "features" in self.outputs
-        options = dict.fromkeys("--picture-tokens" if vision else _OPTIONS.get(symbol, "sizes") for symbol in wrong)
+        options = dict.fromkeys("--image-tokens" if vision else _OPTIONS.get(symbol, "sizes") for symbol in wrong)
         raise EngineError(
             f"{self.path.name}: the request needs {asked}, the engine was built for {held}: ask for what fits, or "
             f"build the engines again with another {' and '.join(options)}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from exporters.forms import FORMS, form_of
+from exporters.artifact import ARTIFACT_KINDS, artifact_kind
 from exporters.onnx.digests import sha256_of_files
 from exporters.onnx.manifest import PROCESSOR, Manifest
 from surgeon.checkpoint import Checkpoint
@@ -28,8 +28,10 @@ def check_bytes(a: str | Path, b: str | Path | None = None, progress: Progress |
     fingerprint, and every tensor of the source. A checkpoint alone records nothing of its own bytes. Raises
     CheckpointError for that, BundleError for a bundle without digests, and both for what cannot be read.
     """
-    paths = sorted((path for path in (a, b) if path is not None), key=lambda path: FORMS.index(form_of(path)))
-    forms = [form_of(path) for path in paths]
+    paths = sorted(
+        (path for path in (a, b) if path is not None), key=lambda path: ARTIFACT_KINDS.index(artifact_kind(path))
+    )
+    forms = [artifact_kind(path) for path in paths]
     if forms == ["checkpoint"]:
         raise CheckpointError(
             f"nothing is recorded of the bytes of {a}: name the checkpoint that it was made of too, or a bundle of it"

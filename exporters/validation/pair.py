@@ -1,4 +1,4 @@
-"""The two subjects of a comparison: the reference first, and forms of one model."""
+"""The two runners of a comparison: the reference first, and forms of one model."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -6,17 +6,17 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from exporters.forms import FORMS, form_of
+from exporters.artifact import ARTIFACT_KINDS, artifact_kind
 from exporters.onnxruntime.session import Provider
-from exporters.validation.subject import BundleSubject, EngineSubject
+from exporters.validation.runners import BundleRunner, EngineRunner
 from surgeon.checkpoint import Checkpoint
 from surgeon.dtypes import PRECISIONS
 from surgeon.errors import SurgeonError
 from surgeon.families import family
 from surgeon.grafts import grafts_of
 from surgeon.models import config_of
-from surgeon.parity.subject import Subject
-from surgeon.parity.torch_subject import TorchSubject
+from surgeon.parity.runner import Runner
+from surgeon.parity.torch_runner import TorchRunner
 from surgeon.positions import Positions, record_of
 
 _TEXT = (
@@ -53,47 +53,47 @@ _VISION = (
 
 def open_pair(
     a: str | Path, b: str | Path, positions: Positions | None = None, provider: Provider = "auto"
-) -> tuple[Subject, Subject]:
+) -> tuple[Runner, Runner]:
     """Load two checkpoints, bundles or directories of engines, the reference first whichever way they were named.
 
     The earlier form is the reference of the later; a checkpoint then runs in fp32, whatever it is stored in. An
     unpatched checkpoint is the reference of a patched one. `positions` of both, where they offer a choice; `provider`
     of bundles. Raises SurgeonError where the two are not forms of one model, or are asked with other tokens.
     """
-    if FORMS.index(form_of(a)) > FORMS.index(form_of(b)):
+    if ARTIFACT_KINDS.index(artifact_kind(a)) > ARTIFACT_KINDS.index(artifact_kind(b)):
         a, b = b, a
-    dtype = "auto" if form_of(b) == "checkpoint" else "fp32"
+    dtype = "auto" if artifact_kind(b) == "checkpoint" else "fp32"
     # the later first: what cannot be run says so before anything is loaded; weights last, once the sizes are known
     later, config_b = _described(b, dtype, positions, provider)
     earlier, config_a = _described(a, dtype, positions, provider)
     _check_same_model(a, config_a, b, config_b)
     _check_same_prompts(a, config_a, b, config_b)
-    subject, reference = later(), earlier()
-    if reference.stage == subject.stage and _age(reference) > _age(subject):
-        reference, subject = subject, reference
-    return reference, subject
+    candidate, reference = later(), earlier()
+    if reference.stage == candidate.stage and _age(reference) > _age(candidate):
+        reference, candidate = candidate, reference
+    return reference, candidate
 
 
 def _described(
     path: str | Path, dtype: str, positions: Positions | None, provider: Provider
-) -> tuple[Callable[[], Subject], PretrainedConfig]:
+) -> tuple[Callable[[], Runner], PretrainedConfig]:
     """What loads a form, and its config; a checkpoint's weights are not read yet."""
-    match form_of(path):
+    match artifact_kind(path):
         case "engines":
-            engines = EngineSubject(path, positions)
+            engines = EngineRunner(path, positions)
             return lambda: engines, engines.runtime.config
         case "bundle":
-            bundle = BundleSubject(path, positions, provider)
+            bundle = BundleRunner(path, positions, provider)
             return lambda: bundle, bundle.runtime.config
     with Checkpoint.open(path, weights="optional") as checkpoint:
         config = config_of(checkpoint)
-    return lambda: TorchSubject(path, dtype, positions=positions), config
+    return lambda: TorchRunner(path, dtype, positions=positions), config
 
 
-def _age(subject: Subject) -> tuple[int, bool, int]:
+def _age(candidate: Runner) -> tuple[int, bool, int]:
     """What is later is larger."""
-    record = subject.record or {}
-    return len(record.get("grafts", [])), record.get("positions") is not None, list(PRECISIONS).index(subject.dtype)
+    record = candidate.record or {}
+    return len(record.get("grafts", [])), record.get("positions") is not None, list(PRECISIONS).index(candidate.dtype)
 
 
 def _check_same_model(a: str | Path, config_a: PretrainedConfig, b: str | Path, config_b: PretrainedConfig) -> None:
@@ -140,5 +140,5 @@ def _check_same_prompts(a: str | Path, config_a: PretrainedConfig, b: str | Path
     if allocations[0] != allocations[1]:
         raise SurgeonError(
             f"{a} and {b} cannot be compared: in one of them tiles go to the memory alone (tiles=memory), so the same "
-            "pictures are other tokens; compare forms of one patched checkpoint"
+            "images are other tokens; compare forms of one patched checkpoint"
         )

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from exporters.forms import form_of
+from exporters.artifact import artifact_kind
 from exporters.onnx.manifest import PROCESSOR
 from exporters.onnxruntime.session import Provider
 from exporters.validation.integrity import check_bytes, count
@@ -15,14 +15,14 @@ from passes import registry
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import InputError, OptionError, SurgeonError
 from surgeon.parity.cases import Case, default_cases, own_case
-from surgeon.parity.ladder import MAX_EFFECT_ERROR, MOVED, TUNED, Rung, effect_failures, rung_between
+from surgeon.parity.levels import MAX_EFFECT_ERROR, MOVED, TUNED, Level, effect_failures, level_between
 from surgeon.parity.metrics import compare_effect
 from surgeon.parity.processor import ProcessorUnavailable, check_inputs
 from surgeon.parity.replay import compare_record
 from surgeon.parity.report import Check, Report
+from surgeon.parity.runner import Runner
 from surgeon.parity.settings import compare_settings
-from surgeon.parity.subject import Subject
-from surgeon.parity.torch_subject import TorchSubject
+from surgeon.parity.torch_runner import TorchRunner
 from surgeon.parity.validate import AS_THEY_ARE, Comparison, validate
 from surgeon.parity.weights import compare_weights, take_weights
 from surgeon.positions import Positions
@@ -51,7 +51,7 @@ def validate_pair(
     grafts_tuned: bool = False,
     bytes_too: bool = False,
 ) -> Report:
-    """Load two forms of a model, compare them over the default cases or the given pictures and prompt.
+    """Load two forms of a model, compare them over the default cases or the given images and prompt.
 
     `positions`: dhr or plain, of both, where they offer RoPE-DHR; by default dhr. `provider`: what runs bundles.
     `backbone_tuned`, `grafts_tuned`: of two checkpoints, the later may hold other values of the earlier one's backbone,
@@ -65,16 +65,16 @@ def validate_pair(
     cases = own_case(images, prompt) if images or prompt is not None else default_cases()
     if progress is not None:
         progress("loading", 0, 2)
-    reference, subject = open_pair(a, b, positions, provider)
+    reference, candidate = open_pair(a, b, positions, provider)
     if progress is not None:
         progress("loading", 2, 2)
-    pair = _Pair(reference, subject, cases, steps, progress, backbone_tuned, grafts_tuned)
+    pair = _Pair(reference, candidate, cases, steps, progress, backbone_tuned, grafts_tuned)
     report = Report(
         checks=[] if report is None else report.checks,
-        subject=subject.path,
+        candidate=candidate.path,
         reference=reference.path,
-        stages=(reference.stage, subject.stage),
-        dtypes=(reference.dtype, subject.dtype),
+        stages=(reference.stage, candidate.stage),
+        dtypes=(reference.dtype, candidate.dtype),
     )
     try:
         pair.check(report)
@@ -93,8 +93,8 @@ def validate_bytes(a: str | Path, b: str | Path | None = None, progress: Progres
     loaded. Raises SurgeonError where nothing is recorded, or a path is of no known form."""
     started = time.monotonic()
     paths = [str(path) for path in (a, b) if path is not None]
-    stages = tuple("engine" if form_of(path) == "engines" else form_of(path) for path in paths)
-    report = Report(subject=paths[-1], reference=None, stages=stages, dtypes=(), checks=check_bytes(a, b, progress))
+    stages = tuple("engine" if artifact_kind(path) == "engines" else artifact_kind(path) for path in paths)
+    report = Report(candidate=paths[-1], reference=None, stages=stages, dtypes=(), checks=check_bytes(a, b, progress))
     report.seconds = time.monotonic() - started
     return report
 
@@ -103,8 +103,8 @@ def validate_bytes(a: str | Path, b: str | Path | None = None, progress: Progres
 class _Pair:
     """Two loaded forms of a model, what is asked of them, and what sets them apart."""
 
-    reference: Subject
-    subject: Subject
+    reference: Runner
+    candidate: Runner
     cases: Sequence[Case]
     steps: int
     progress: Progress | None
@@ -117,8 +117,8 @@ class _Pair:
         if (self.backbone_tuned or self.grafts_tuned) and not self._checkpoints:
             option = "--backbone-tuned" if self.backbone_tuned else "--grafts-tuned"
             raise OptionError(f"{option} is for two checkpoints; a bundle holds its checkpoint's own weights")
-        if self._grafts(self.reference) != self._grafts(self.subject):
-            for each in (self.reference, self.subject):
+        if self._grafts(self.reference) != self._grafts(self.candidate):
+            for each in (self.reference, self.candidate):
                 if each.gates() is None:
                     raise SurgeonError(
                         f"{each.path} has grafts that the other has not, and engines do not show their gates: compare "
@@ -127,17 +127,17 @@ class _Pair:
 
     @property
     def _checkpoints(self) -> bool:
-        return isinstance(self.reference, TorchSubject) and isinstance(self.subject, TorchSubject)
+        return isinstance(self.reference, TorchRunner) and isinstance(self.candidate, TorchRunner)
 
     # -- what is judged of itself ------------------------------------------------------------------------------
     def check(self, report: Report) -> None:
         """What they are set to, the prompts and, of two checkpoints, their tensors."""
         said = "configs, tokenizers, chat templates and image processors are the same"
-        failures = compare_settings(self.reference.inputs, self.subject.inputs)
+        failures = compare_settings(self.reference.inputs, self.candidate.inputs)
         report.checks.append(Check("settings", said, failures))
         if self._checkpoints:
             self._check_record(report)
-        loaded = isinstance(self.reference, TorchSubject)
+        loaded = isinstance(self.reference, TorchRunner)
         folder = self.reference.directory if loaded else Path(self.reference.path) / PROCESSOR  # type: ignore[attr-defined]
         try:
             said, failures = check_inputs(self.reference.inputs, folder, self.cases)
@@ -150,13 +150,13 @@ class _Pair:
             self._check_gates(report)
 
     def _check_record(self, report: Report) -> None:
-        assert isinstance(self.reference, TorchSubject) and isinstance(self.subject, TorchSubject)
+        assert isinstance(self.reference, TorchRunner) and isinstance(self.candidate, TorchRunner)
         # where they lie: a hub id has been resolved already
-        with Checkpoint.open(self.reference.directory) as source, Checkpoint.open(self.subject.directory) as patched:
+        with Checkpoint.open(self.reference.directory) as source, Checkpoint.open(self.candidate.directory) as patched:
             failures = compare_record(source, patched, registry())
         if failures is not None:
             report.checks.append(Check("record", "grafts and positions are what the recorded passes make", failures))
-        elif self._grafts(self.reference) != self._grafts(self.subject):
+        elif self._grafts(self.reference) != self._grafts(self.candidate):
             report.notes.append(
                 "the options of the grafts were not judged: the passes that made them of the reference are not "
                 "recorded, as of an import, or were altered"
@@ -164,20 +164,20 @@ class _Pair:
 
     def _check_gates(self, report: Report) -> None:
         """Forms of one patched model have its gates, as far as their dtypes can tell: a prompt may not show them."""
-        a, b = self.reference.gates() or {}, self.subject.gates() or {}
+        a, b = self.reference.gates() or {}, self.candidate.gates() or {}
         common = sorted(a.keys() & b.keys())
         if not common:
             return
         failures = [
-            f"{name} is {a[name]:.4g} in the reference and {b[name]:.4g} in the subject"
+            f"{name} is {a[name]:.4g} in the reference and {b[name]:.4g} in the candidate"
             for name in common
             if not abs(a[name] - b[name]) <= _ROUNDING * abs(a[name]) + _SMALLEST
         ]
         report.checks.append(Check("gates", f"{len(common)} gates are the same in both", failures))
 
     def _check_weights(self, report: Report) -> None:
-        assert isinstance(self.reference, TorchSubject) and isinstance(self.subject, TorchSubject)
-        difference = compare_weights(self.reference.model, self.subject.model)
+        assert isinstance(self.reference, TorchRunner) and isinstance(self.candidate, TorchRunner)
+        difference = compare_weights(self.reference.model, self.candidate.model)
         changed = set(difference.changed)
         grafts = self.reference.graft_tensors()
         self.tuned = {gate for gate, own in grafts.items() if changed & set(own)}
@@ -185,17 +185,19 @@ class _Pair:
         which = "the other tensors" if changed or difference.missing else f"all {count(difference.compared, 'tensor')}"
         alike = "value for value"
         if difference.rounded:
-            alike = f"{_first(difference.rounded)} of them as {self.subject.dtype} rounds it, the rest value for value"
-        check = Check("weights", f"{which} of the reference are in the subject, {alike}")
+            alike = (
+                f"{_first(difference.rounded)} of them as {self.candidate.dtype} rounds it, the rest value for value"
+            )
+        check = Check("weights", f"{which} of the reference are in the candidate, {alike}")
         if difference.missing:
-            check.failures.append(f"{_first(difference.missing)} of the reference not in the subject")
+            check.failures.append(f"{_first(difference.missing)} of the reference not in the candidate")
         for part, allowed, names in (
             ("backbone", self.backbone_tuned, [name for name in difference.changed if name not in in_grafts]),
             ("grafts", self.grafts_tuned, [name for name in difference.changed if name in in_grafts]),
         ):
             if not names:
                 continue
-            what = f"{_first(names)} of the {part} with other values in the subject"
+            what = f"{_first(names)} of the {part} with other values in the candidate"
             if allowed:
                 check.said += f"; {what}, as --{part}-tuned allows"
             else:
@@ -204,13 +206,15 @@ class _Pair:
 
     # -- what is judged by its logits --------------------------------------------------------------------------
     def compare(self, report: Report) -> None:
-        known = (self.reference.gates(), self.subject.gates())
+        known = (self.reference.gates(), self.candidate.gates())
         a, b = (each or {} for each in known)
         added = set() if None in known else a.keys() ^ b.keys()  # engines have the other's grafts
         apart = added | self.tuned
         closing = dict.fromkeys(apart, 0.0) if any(a.get(n) or b.get(n) for n in apart) else {}
-        moved = self.subject.positions != "plain" and self._scheme(self.reference) != self._scheme(self.subject)
-        rung = rung_between((self.reference.stage, self.subject.stage), (self.reference.dtype, self.subject.dtype))
+        moved = self.candidate.positions != "plain" and self._scheme(self.reference) != self._scheme(self.candidate)
+        level = level_between(
+            (self.reference.stage, self.candidate.stage), (self.reference.dtype, self.candidate.dtype)
+        )
         said = ["gates closed"] * bool(closing) + ["plain positions"] * moved
         state = f"{' and '.join(said)} in memory" if said else AS_THEY_ARE
         if said or self.backbone_tuned:
@@ -229,31 +233,31 @@ class _Pair:
                     "out to have their tensors and logits compared"
                 )
                 return
-            assert isinstance(self.reference, TorchSubject) and isinstance(self.subject, TorchSubject)
-            take_weights(self.reference.model, self.subject.model)
-            state = f"{state}, the reference with the subject's backbone"
-        judged = self._run(rung, state, closing, moved)
+            assert isinstance(self.reference, TorchRunner) and isinstance(self.candidate, TorchRunner)
+            take_weights(self.reference.model, self.candidate.model)
+            state = f"{state}, the reference with the candidate's backbone"
+        judged = self._run(level, state, closing, moved)
         report.comparisons.insert(0, judged)
         self._open(report, judged, closing, moved)
 
     def _open(self, report: Report, judged: Comparison, closing: Mapping[str, float], moved: bool) -> None:
         """Compare again with the gates opened that are closed in both: a closed gate hides whatever is behind it."""
-        if self._checkpoints or not (self._grafts(self.reference) or self._grafts(self.subject)):
+        if self._checkpoints or not (self._grafts(self.reference) or self._grafts(self.candidate)):
             return
-        if not (self._grafts(self.reference) and self._grafts(self.subject)):
+        if not (self._grafts(self.reference) and self._grafts(self.candidate)):
             report.notes.append("the grafts were not judged, one of the two has none: compare patched forms")
             return
         if not any(prompt.images for case in self.cases for prompt in case.prompts):
-            report.notes.append("the grafts were not judged: no prompt has a picture")
+            report.notes.append("the grafts were not judged: no prompt has an image")
             return
-        if not any(len(logits) for logits, _ in judged.after_pictures):
+        if not any(len(logits) for logits, _ in judged.after_images):
             report.nothing_proved = True
             report.remedy = (
-                "no prompt with a picture was compared, so nothing is known of the grafts: give a smaller picture, or "
+                "no prompt with an image was compared, so nothing is known of the grafts: give a smaller image, or "
                 "a bundle of a larger --max-length"
             )
             return
-        a, b = self.reference.gates(), self.subject.gates()
+        a, b = self.reference.gates(), self.candidate.gates()
         known = a or b
         if known is None:
             report.notes.append("engines do not show their gates: where they are closed, the grafts were not judged")
@@ -269,53 +273,53 @@ class _Pair:
             )
             return
         report.notes.append(f"{what}: both were also compared with these opened to {OPENED:g} in memory")
-        opened = self._run(judged.rung, "gates opened in memory", {**closing, **dict.fromkeys(dim, OPENED)}, moved)
-        if opened.rung.name in MAX_EFFECT_ERROR:
+        opened = self._run(judged.level, "gates opened in memory", {**closing, **dict.fromkeys(dim, OPENED)}, moved)
+        if opened.level.name in MAX_EFFECT_ERROR:
             self._judge_effect(judged, opened)
         report.comparisons.insert(1, opened)
 
     def _judge_effect(self, closed: Comparison, opened: Comparison) -> None:
-        if len(closed.after_pictures) != len(opened.after_pictures):  # other prompts: that has failed
+        if len(closed.after_images) != len(opened.after_images):  # other prompts: that has failed
             return
         if closed.verdict == "failed":  # how far rounding sets the two apart is not known then
             opened.notes.append("what the opened grafts change was not judged: the two differ without them")
             return
-        effect = compare_effect(closed.after_pictures, opened.after_pictures)
-        failures, hidden = effect_failures(opened.rung, effect)
+        effect = compare_effect(closed.after_images, opened.after_images)
+        failures, hidden = effect_failures(opened.level, effect)
         opened.failures += failures
         opened.notes.append(
             hidden
-            or f"opened, the grafts change the logits by {effect.size:.2g} of their size; the subject's change "
+            or f"opened, the grafts change the logits by {effect.size:.2g} of their size; the candidate's change "
             f"is off by {effect.error:.2g} of that"
         )
 
     def _run(
-        self, rung: Rung, state: str = AS_THEY_ARE, gates: Mapping[str, float] | None = None, plain: bool = False
+        self, level: Level, state: str = AS_THEY_ARE, gates: Mapping[str, float] | None = None, plain: bool = False
     ) -> Comparison:
         with ExitStack() as stack:
-            for each in (self.reference, self.subject):
+            for each in (self.reference, self.candidate):
                 stack.enter_context(each.with_gates(gates or {}))
                 if plain:
                     stack.enter_context(_plain_positions(each))
-            return validate(self.reference, self.subject, self.cases, rung, self.steps, self.progress, state)
+            return validate(self.reference, self.candidate, self.cases, level, self.steps, self.progress, state)
 
     @staticmethod
-    def _grafts(subject: Subject) -> list[object]:
-        return list((subject.record or {}).get("grafts", []))
+    def _grafts(candidate: Runner) -> list[object]:
+        return list((candidate.record or {}).get("grafts", []))
 
     @staticmethod
-    def _scheme(subject: Subject) -> object:
+    def _scheme(candidate: Runner) -> object:
         """Its position ids, where they are not the family's."""
-        return (subject.record or {}).get("positions")
+        return (candidate.record or {}).get("positions")
 
 
 @contextmanager
-def _plain_positions(subject: Subject) -> Iterator[None]:
-    before, subject.positions = subject.positions, "plain"
+def _plain_positions(candidate: Runner) -> Iterator[None]:
+    before, candidate.positions = candidate.positions, "plain"
     try:
         yield
     finally:
-        subject.positions = before
+        candidate.positions = before
 
 
 def _first(names: Sequence[str]) -> str:

@@ -16,21 +16,21 @@ from surgeon.errors import CheckpointError, InputError
 from surgeon.sizes import Sizes, TextSizes, VisionSizes, check, one_line
 
 Grid = tuple[int, int, int]
-"""One picture's grid: frames, rows, columns. Of patches before merging; of tiles where the family cuts tiles; where
+"""One image's grid: frames, rows, columns. Of patches before merging; of tiles where the family cuts tiles; where
 neither says enough, of what the family documents."""
 
 
 @dataclass(frozen=True)
 class TileLayout:
-    """How a family that cuts a picture into tiles lays them out in the decoder: `side` * `side` visual tokens for each
-    tile, row by row, and as many for the thumbnail, which is there unless the picture is a single tile."""
+    """How a family that cuts an image into tiles lays them out in the decoder: `side` * `side` visual tokens for each
+    tile, row by row, and as many for the thumbnail, which is there unless the image is a single tile."""
 
     side: int
     thumbnail: Literal["first", "last"]
-    """Where the thumbnail stands among its picture's visual tokens."""
+    """Where the thumbnail stands among its image's visual tokens."""
 
     def tiles(self, grid: Grid) -> int:
-        """How many tiles a picture of this grid has, thumbnail included."""
+        """How many tiles an image of this grid has, thumbnail included."""
         _, rows, columns = grid
         return rows * columns + (rows * columns > 1)
 
@@ -115,16 +115,16 @@ class Family(ABC):
         return int(config.image_token_id)
 
     def visual_token_ids(self, config: PretrainedConfig) -> tuple[int, ...]:
-        """Every token id whose embedding is replaced by a visual one: pictures, and videos where it has them."""
+        """Every token id whose embedding is replaced by a visual one: images, and videos where it has them."""
         return tuple(int(getattr(config, key)) for key in self.visual_token_keys)
 
     def indicator_token_ids(self, config: PretrainedConfig) -> tuple[int, ...]:
-        """Tokens around a picture and between its parts whose embeddings are replaced as well, wherever a prompt has
-        pictures; `vision_export` gives them, in this order. They are no visual tokens: no memory holds them."""
+        """Tokens around an image and between its parts whose embeddings are replaced as well, wherever a prompt has
+        images; `vision_export` gives them, in this order. They are no visual tokens: no memory holds them."""
         return ()
 
     def tile_layout(self, config: PretrainedConfig) -> TileLayout | None:
-        """How it lays out a picture's tiles; None for a family that does not cut tiles, or not into equal ones."""
+        """How it lays out an image's tiles; None for a family that does not cut tiles, or not into equal ones."""
         return None
 
     def deepstack_layers(self, config: PretrainedConfig) -> int:
@@ -144,40 +144,40 @@ class Family(ABC):
         attention_mask: np.ndarray,
         grids: Sequence[Sequence[Grid]],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of a prompt batch: `input_ids`, `attention_mask [B, S]` int64 and each row's picture grids ->
+        """Positions of a prompt batch: `input_ids`, `attention_mask [B, S]` int64 and each row's image grids ->
         `position_ids [A, B, S]` and `next_position [B]`, the id that the first generated token has on every axis.
         Padded positions have id 0 or 1, whatever transformers gives them."""
 
-    # -- pictures and prompts ----------------------------------------------------------------------------------
+    # -- images and prompts ----------------------------------------------------------------------------------
     @abstractmethod
     def image_tokens(self, config: PretrainedConfig, grid: Grid) -> int:
-        """How many visual tokens a picture of this grid becomes in the decoder."""
+        """How many visual tokens an image of this grid becomes in the decoder."""
 
     @abstractmethod
-    def process_picture(
+    def process_image(
         self, config: PretrainedConfig, image_processor: Any, image: Image.Image, alone: bool = True
     ) -> tuple[np.ndarray, Grid]:
-        """One picture as the family's transformers processor has its image processor treat it -> pixel values fp32, and
-        its grid. `alone`: no other picture is in its prompt.
+        """One image as the family's transformers processor has its image processor treat it -> pixel values fp32, and
+        its grid. `alone`: no other image is in its prompt.
 
-        Raises ValueError or InputError for a picture that cannot be used, CheckpointError for an image processor that
+        Raises ValueError or InputError for an image that cannot be used, CheckpointError for an image processor that
         is not the family's.
         """
 
     def placeholder(self, config: PretrainedConfig, tokenizer: Any) -> str:
-        """What the chat template writes where a picture is."""
+        """What the chat template writes where an image is."""
         return token_of(tokenizer, self.image_token_id(config))
 
     def expand_placeholder(self, config: PretrainedConfig, grid: Grid, tokenizer: Any) -> str:
-        """What replaces one picture's placeholder in the chat template's text."""
+        """What replaces one image's placeholder in the chat template's text."""
         return token_of(tokenizer, self.image_token_id(config)) * self.image_tokens(config, grid)
 
     @abstractmethod
     def model_kwargs(
         self, pixel_values: Sequence[Sequence[np.ndarray]], grids: Sequence[Sequence[Grid]]
     ) -> Mapping[str, np.ndarray]:
-        """The keywords besides ids and masks that the transformers model takes for a batch's pictures, of which there
-        is at least one: what `process_picture` gave, by row and picture."""
+        """The keywords besides ids and masks that the transformers model takes for a batch's images, of which there
+        is at least one: what `process_image` gave, by row and image."""
 
     # -- vision export -----------------------------------------------------------------------------------------
     def vision_model(self, model: PreTrainedModel, dtype: torch.dtype) -> Any:
@@ -190,11 +190,11 @@ class Family(ABC):
 
     @abstractmethod
     def vision_export(self, model: PreTrainedModel, dtype: torch.dtype) -> VisionExport:
-        """The vision tower and projector of `model` (on the meta device or with weights), for one picture a call."""
+        """The vision tower and projector of `model` (on the meta device or with weights), for one image a call."""
 
     @abstractmethod
     def vision_inputs(self, config: PretrainedConfig, pixel_values: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
-        """The graph inputs of `vision_export` for one picture, computed on the host from its grid, in numpy."""
+        """The graph inputs of `vision_export` for one image, computed on the host from its grid, in numpy."""
 
 
 def token_of(tokenizer: Any, token_id: int) -> str:
@@ -208,8 +208,8 @@ def token_of(tokenizer: Any, token_id: int) -> str:
     return str(token)
 
 
-def process_images(image_processor: Any, images: Sequence[Any], **settings: Any) -> Any:
-    """What transformers' image processor gives for `images`. Raises ValueError for a picture that it does not take, and
+def call_image_processor(image_processor: Any, images: Sequence[Any], **settings: Any) -> Any:
+    """What transformers' image processor gives for `images`. Raises ValueError for an image that it does not take, and
     CheckpointError where its own settings keep it from working."""
     try:
         return image_processor(images=images, return_tensors="pt", **settings)
@@ -225,7 +225,7 @@ def process_images(image_processor: Any, images: Sequence[Any], **settings: Any)
 def check_rows(attention_mask: np.ndarray, grids: Sequence[Sequence[Grid]]) -> None:
     """Raises InputError unless every row of `attention_mask [B, S]` has tokens, and grids of its own."""
     if len(grids) != len(attention_mask):
-        raise InputError(f"picture grids for {len(grids)} row(s) were given, the batch has {len(attention_mask)}")
+        raise InputError(f"image grids for {len(grids)} row(s) were given, the batch has {len(attention_mask)}")
     for row, mask in enumerate(attention_mask):
         if not mask.any():
             raise InputError(f"prompt row {row} has no tokens")

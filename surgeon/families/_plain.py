@@ -44,7 +44,7 @@ class PlainPositionsFamily(Family):
             found = int(images[row].sum())
             if found != expected:
                 raise InputError(
-                    f"prompt row {row} has {found} image token(s), its {len(row_grids)} picture(s) become {expected}"
+                    f"prompt row {row} has {found} image token(s), its {len(row_grids)} image(s) become {expected}"
                 )
         following = present.sum(1).astype(np.int64)
         position_ids = np.where(present, present.cumsum(1) - 1, 0).astype(np.int64)
@@ -57,6 +57,6 @@ def check_image_processor_class(image_processor: Any, expected: str) -> None:
     found = type(image_processor).__name__
     if not found.startswith(expected):
         raise CheckpointError(
-            f"the image processor is a {found}, which does not cut pictures as this family takes them: "
+            f"the image processor is a {found}, which does not cut images as this family takes them: "
             f"preprocessor_config.json should name {expected}"
         )

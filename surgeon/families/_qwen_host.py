@@ -9,10 +9,10 @@ from surgeon.families._base import Grid
 
 
 def check_grid(grid: Grid, merge: int, patches: int) -> None:
-    """Raises InputError unless `grid` is one picture's, divisible by the merge size and of `patches` patches."""
+    """Raises InputError unless `grid` is one image's, divisible by the merge size and of `patches` patches."""
     frames, height, width = grid
     if frames != 1:
-        raise InputError(f"grid {tuple(grid)} has {frames} frames: video is not supported yet, pass single pictures")
+        raise InputError(f"grid {tuple(grid)} has {frames} frames: video is not supported yet, pass single images")
     if height % merge or width % merge:
         raise InputError(
             f"grid {tuple(grid)} is not divisible by the merge size {merge}: use the checkpoint's image processor"
@@ -74,7 +74,7 @@ def _runs(flags: np.ndarray) -> Iterator[tuple[bool, int]]:
 
 
 def mrope_row(is_image: np.ndarray, grids: Sequence[Grid], merge: int, row: int) -> np.ndarray:
-    """Positions [3, S] of one unpadded row: text advances all axes; a picture spans its frames, rows and columns, and
+    """Positions [3, S] of one unpadded row: text advances all axes; an image spans its frames, rows and columns, and
     the text after it continues from its larger side. Raises InputError where tokens and grids do not match."""
     parts: list[np.ndarray] = []
     position, waiting = 0, iter(grids)
@@ -84,19 +84,19 @@ def mrope_row(is_image: np.ndarray, grids: Sequence[Grid], merge: int, row: int)
             parts.append(np.broadcast_to(np.arange(position, position + length), (3, length)))
             position += length
             continue
-        while length > 0:  # a run may be several pictures side by side
+        while length > 0:  # a run may be several images side by side
             grid = next(waiting, None)
             if grid is None:
-                raise InputError(f"prompt row {row} has image tokens for more than its {len(grids)} picture(s)")
+                raise InputError(f"prompt row {row} has image tokens for more than its {len(grids)} image(s)")
             used += 1
             frames, height, width = grid[0], grid[1] // merge, grid[2] // merge
             length -= frames * height * width
             if length < 0:
                 raise InputError(
-                    f"prompt row {row} has {-length} image token(s) too few for picture {used} of grid {tuple(grid)}"
+                    f"prompt row {row} has {-length} image token(s) too few for image {used} of grid {tuple(grid)}"
                 )
             parts.append(np.indices((frames, height, width)).reshape(3, -1) + position)
             position += max(height, width)
     if used != len(grids):
-        raise InputError(f"prompt row {row} has image tokens for {used} picture(s), but {len(grids)} were given")
+        raise InputError(f"prompt row {row} has image tokens for {used} image(s), but {len(grids)} were given")
     return np.concatenate(parts, axis=1)

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from surgeon import ops
 from surgeon.errors import CheckpointError, InputError
 from surgeon.families import _qwen_host as host
-from surgeon.families._base import Family, Grid, VisionExport, check_rows, process_images
+from surgeon.families._base import Family, Grid, VisionExport, call_image_processor, check_rows
 from surgeon.sizes import PixelLimits, Size, Sizes, TokenId, VisionSizes, check
 
 
@@ -90,7 +90,7 @@ class QwenVLFamily(Family):
         for row, ids in enumerate(input_ids):
             present = attention_mask[row].astype(bool)
             if (ids[present] == config.video_token_id).any():
-                raise InputError(f"prompt row {row} has video tokens: video is not supported yet, use pictures")
+                raise InputError(f"prompt row {row} has video tokens: video is not supported yet, use images")
             positions = host.mrope_row(ids[present] == config.image_token_id, grids[row], merge, row)
             position_ids[:, row, present] = positions
             next_position[row] = positions.max() + 1
@@ -99,11 +99,11 @@ class QwenVLFamily(Family):
     def image_tokens(self, config: PretrainedConfig, grid: Grid) -> int:
         return int(np.prod(grid)) // self.vision_config(config).spatial_merge_size ** 2
 
-    def process_picture(
+    def process_image(
         self, config: PretrainedConfig, image_processor: Any, image: Image.Image, alone: bool = True
     ) -> tuple[np.ndarray, Grid]:
         """-> patches fp32 [N, C], and the grid of patches."""
-        processed = process_images(image_processor, [image])
+        processed = call_image_processor(image_processor, [image])
         frames, height, width = processed["image_grid_thw"][0].tolist()
         return processed["pixel_values"].numpy(), (frames, height, width)
 
@@ -150,7 +150,7 @@ class QwenVLFamily(Family):
         )
 
     def example_inputs(self, config: PretrainedConfig) -> dict[str, np.ndarray]:
-        """`vision_inputs` of an empty picture that is large enough to have no size of 1."""
+        """`vision_inputs` of an empty image that is large enough to have no size of 1."""
         vision = self.vision_config(config)
         height, width = (n * vision.spatial_merge_size for n in (6, 7))
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -165,7 +165,7 @@ class QwenVision(nn.Module):
     def __init__(self, visual: Any, inv_freq: Tensor) -> None:
         super().__init__()
         weight = visual.patch_embed.proj.weight
-        # one picture's patches are the convolution's whole windows: a Gemm over the same bytes
+        # one image's patches are the convolution's whole windows: a Gemm over the same bytes
         self.patch_weight = nn.Parameter(weight.detach().flatten(1), requires_grad=False)
         self.patch_bias = visual.patch_embed.proj.bias
         self.blocks = visual.blocks

@@ -1,4 +1,4 @@
-"""What families share that cut a picture into equal tiles, with a thumbnail of the whole beside them."""
+"""What families share that cut an image into equal tiles, with a thumbnail of the whole beside them."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from pydantic import Field
 from transformers import PretrainedConfig
 
 from surgeon.errors import InputError
-from surgeon.families._base import Grid, TileLayout, process_images
+from surgeon.families._base import Grid, TileLayout, call_image_processor
 from surgeon.families._plain import PlainPositionsFamily, check_image_processor_class
 from surgeon.sizes import Sizes, TileSize
 
@@ -23,7 +23,7 @@ class TilesSizes(Sizes):
 
 
 class TiledFamily(PlainPositionsFamily):
-    """A picture's grid is (1, rows, columns) in tiles; its pixel values are fp32 [T, 3, H, W], its tiles and thumbnail
+    """An image's grid is (1, rows, columns) in tiles; its pixel values are fp32 [T, 3, H, W], its tiles and thumbnail
     in the image processor's order."""
 
     image_processor_class: ClassVar[str]
@@ -53,27 +53,27 @@ class TiledFamily(PlainPositionsFamily):
         layout = self.tile_layout(config)
         return layout.tiles(grid) * layout.side**2
 
-    def process_picture(
+    def process_image(
         self, config: PretrainedConfig, image_processor: Any, image: Image.Image, alone: bool = True
     ) -> tuple[np.ndarray, Grid]:
         """-> tiles fp32 [T, 3, H, W], and their grid (1, rows, columns)."""
-        processed = process_images(image_processor, [image], **self.processor_kwargs)
+        processed = call_image_processor(image_processor, [image], **self.processor_kwargs)
         pixel_values: np.ndarray = processed["pixel_values"].numpy()
         grid = (1, *self.tile_grid(image_processor, image, processed))
         self.check_tiles(config, pixel_values, grid)
         return pixel_values, grid
 
     def check_tiles(self, config: PretrainedConfig, pixel_values: np.ndarray, grid: Grid) -> None:
-        """Raises InputError unless `pixel_values` [T, 3, H, W] are the tiles and thumbnail of a picture of `grid`."""
+        """Raises InputError unless `pixel_values` [T, 3, H, W] are the tiles and thumbnail of an image of `grid`."""
         frames, rows, columns = grid
         if frames != 1:
-            raise InputError(f"grid {tuple(grid)} has {frames} frames: video is not supported yet, pass pictures")
+            raise InputError(f"grid {tuple(grid)} has {frames} frames: video is not supported yet, pass images")
         expected = self.tile_layout(config).tiles(grid)
         found = len(pixel_values)
         if found != expected:
             missing = ", one short: the thumbnail is missing" if found == rows * columns else ""
             raise InputError(
-                f"a picture of {rows} x {columns} tiles was given as {found} image(s), expected {expected}{missing}"
+                f"an image of {rows} x {columns} tiles was given as {found} tile(s), expected {expected}{missing}"
             )
         size = self.tile_size(config)
         if pixel_values.shape[2:] != size:

@@ -91,7 +91,7 @@ class InternVL(TiledFamily):
 
 
 class InternVLVision(nn.Module):
-    """InternVL's vision tower and projector over one picture's tiles, made of the modules and parameters of both."""
+    """InternVL's vision tower and projector over one image's tiles, made of the modules and parameters of both."""
 
     def __init__(self, tower: Any, projector: Any, config: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: a lone picture is seen whole and in tiles, whose features are put together, without their padding,
+"""LLaVA-OneVision: a lone image is seen whole and in tiles, whose features are put together, without their padding,
 row by row; one of several is seen whole only."""
 
 import math
@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 
 from surgeon.errors import FamilyError, InputError
-from surgeon.families._base import Grid, VisionExport, process_images
+from surgeon.families._base import Grid, VisionExport, call_image_processor
 from surgeon.families._plain import PlainPositionsFamily, check_image_processor_class
 from surgeon.families._vision import finish_export, image_attention
 from surgeon.sizes import Pinpoints, Sizes, SquareTowerSizes, TileSize, TokenId
@@ -34,7 +34,7 @@ class LlavaOnevisionImageProcessorSizes(Sizes):
 
 
 class LlavaOnevision(PlainPositionsFamily):
-    """A picture's grid is (images, height, width): how many images the vision tower sees of it (1: the whole; more:
+    """An image's grid is (crops, height, width): how many crops the vision tower sees of it (1: the whole; more:
     the whole and its tiles), and its size in pixels."""
 
     model_type = "llava_onevision"
@@ -49,18 +49,18 @@ class LlavaOnevision(PlainPositionsFamily):
     visual_token_keys = ("image_token_id", "video_token_id")
 
     def side(self, config: PretrainedConfig) -> int:
-        """Patches, and features, along a side of each image that the vision tower sees."""
+        """Patches, and features, along a side of each crop that the vision tower sees."""
         vision = self.vision_config(config)
         return int(vision.image_size // vision.patch_size)
 
     def tiles(self, config: PretrainedConfig, grid: Grid) -> tuple[int, int]:
-        """Rows and columns of tiles that a lone picture of this grid's size is cut into."""
+        """Rows and columns of tiles that a lone image of this grid's size is cut into."""
         found = select_best_resolution(list(grid[1:]), config.image_grid_pinpoints)
         rows, columns = (math.ceil(size / self.vision_config(config).image_size) for size in found)
         return rows, columns
 
     def image_tokens(self, config: PretrainedConfig, grid: Grid) -> int:
-        """The whole picture's, and either a line break, or those of its tiles, with a line break after each row."""
+        """The whole image's, and either a line break, or those of its tiles, with a line break after each row."""
         side = self.side(config)
         if grid[0] == 1:
             return side * side + 1
@@ -68,7 +68,7 @@ class LlavaOnevision(PlainPositionsFamily):
         return side * side + rows * (columns + 1)
 
     def feature_map(self, config: PretrainedConfig, grid: Grid) -> tuple[tuple[slice, slice], tuple[int, int]]:
-        """Of the features of a lone picture's tiles put together: which rows and columns are not padding, and how many
+        """Of the features of a lone image's tiles put together: which rows and columns are not padding, and how many
         rows and columns they are scaled to. Arithmetic, roundings included, as in transformers."""
         _, height, width = grid
         side = self.side(config)
@@ -84,7 +84,7 @@ class LlavaOnevision(PlainPositionsFamily):
         return kept, (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
 
     def max_tiles(self, config: PretrainedConfig) -> int:
-        """How many tiles' worth of features a picture has at most. Raises FamilyError where the config does not say."""
+        """How many tiles' worth of features an image has at most. Raises FamilyError where the config does not say."""
         number = config.vision_aspect_ratio.removeprefix("anyres_max_")
         if not number.isdigit() or config.vision_feature_select_strategy != "full":
             raise FamilyError(
@@ -93,49 +93,49 @@ class LlavaOnevision(PlainPositionsFamily):
             )
         return int(number)
 
-    # -- pictures and prompts ----------------------------------------------------------------------------------
+    # -- images and prompts ------------------------------------------------------------------------------------
     def check_image_processor(self, config: PretrainedConfig, image_processor: Any) -> None:
         check_image_processor_class(image_processor, "LlavaOnevisionImageProcessor")
         super().check_image_processor(config, image_processor)
 
-    def process_picture(
+    def process_image(
         self, config: PretrainedConfig, image_processor: Any, image: Image.Image, alone: bool = True
     ) -> tuple[np.ndarray, Grid]:
-        """-> fp32 [T, 3, H, W]: the picture whole, then, where it is alone, its tiles; and its grid."""
-        # a second picture beside it, which is dropped, has it treated as one of several
+        """-> fp32 [T, 3, H, W]: the image whole, then, where it is alone, its tiles; and its grid."""
+        # a second image beside it, which is dropped, has it treated as one of several
         beside = [] if alone else [Image.new("RGB", (1, 1))]
-        processed = process_images(image_processor, [[image, *beside]])
+        processed = call_image_processor(image_processor, [[image, *beside]])
         pixel_values: np.ndarray = processed["pixel_values"][0].numpy()
         height, width = processed["image_sizes"][0].tolist()
         grid = (len(pixel_values), height, width)
-        self.check_images(config, pixel_values, grid)
+        self.check_crops(config, pixel_values, grid)
         return pixel_values, grid
 
-    def check_images(self, config: PretrainedConfig, pixel_values: np.ndarray, grid: Grid) -> None:
-        """Raises InputError unless `pixel_values` [T, 3, H, W] are the images that stand for a picture of `grid`."""
+    def check_crops(self, config: PretrainedConfig, pixel_values: np.ndarray, grid: Grid) -> None:
+        """Raises InputError unless `pixel_values` [T, 3, H, W] are the crops that stand for an image of `grid`."""
         rows, columns = self.tiles(config, grid)
         size = self.vision_config(config).image_size
         if len(pixel_values) != grid[0] or grid[0] not in (1, 1 + rows * columns):
             raise InputError(
-                f"a picture of {grid[1]} x {grid[2]} pixels was given as {len(pixel_values)} image(s), expected "
+                f"an image of {grid[1]} x {grid[2]} pixels was given as {len(pixel_values)} crop(s), expected "
                 f"{1 + rows * columns}, or 1 among others: image_grid_pinpoints of preprocessor_config.json and "
                 "config.json should agree"
             )
         if pixel_values.shape[2:] != (size, size):
             raise InputError(
-                f"images are {pixel_values.shape[2]} x {pixel_values.shape[3]} pixels, the vision tower takes "
+                f"crops are {pixel_values.shape[2]} x {pixel_values.shape[3]} pixels, the vision tower takes "
                 f"{size} x {size}: set size in preprocessor_config.json to that"
             )
 
     def model_kwargs(
         self, pixel_values: Sequence[Sequence[np.ndarray]], grids: Sequence[Sequence[Grid]]
     ) -> Mapping[str, np.ndarray]:
-        """pixel_values [N, T, 3, H, W], zeros behind a picture's last; image_sizes [N, 2]; batch_num_images: how many
-        pictures each row with any has."""
-        pictures = list(chain.from_iterable(pixel_values))
-        longest = max(map(len, pictures))
+        """pixel_values [N, T, 3, H, W], zeros behind an image's last; image_sizes [N, 2]; batch_num_images: how many
+        images each row with any has."""
+        images = list(chain.from_iterable(pixel_values))
+        longest = max(map(len, images))
         return {
-            "pixel_values": np.stack([np.pad(p, ((0, longest - len(p)), *[(0, 0)] * 3)) for p in pictures]),
+            "pixel_values": np.stack([np.pad(p, ((0, longest - len(p)), *[(0, 0)] * 3)) for p in images]),
             "image_sizes": np.array([grid[1:] for grid in chain.from_iterable(grids)], dtype=np.int64),
             "batch_num_images": np.array([len(row) for row in grids if row], dtype=np.int64),
         }
@@ -143,12 +143,12 @@ class LlavaOnevision(PlainPositionsFamily):
     # -- vision export -----------------------------------------------------------------------------------------
     def vision_inputs(self, config: PretrainedConfig, pixel_values: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
         """pixel_values [T, 3, H, W], feature_index int64 and feature_weight fp32 [M, 4]: each visual token as a mixture
-        of four features, or of the line break behind them, index T * side². Raises InputError as `check_images`."""
-        self.check_images(config, pixel_values, grid)
-        side, images = self.side(config), grid[0]
-        line_break = images * side * side
+        of four features, or of the line break behind them, index T * side². Raises InputError as `check_crops`."""
+        self.check_crops(config, pixel_values, grid)
+        side, crops = self.side(config), grid[0]
+        line_break = crops * side * side
         whole = np.arange(side * side)
-        if images == 1:
+        if crops == 1:
             index, weight = _taken_as_they_are(np.append(whole, line_break))
         else:
             tiles = np.arange(side * side, line_break).reshape(*self.tiles(config, grid), side, side)
@@ -209,7 +209,7 @@ def _bilinear(features: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, 
 
 
 class LlavaOnevisionVision(nn.Module):
-    """LLaVA-OneVision's SigLIP and projector over the images of one picture."""
+    """LLaVA-OneVision's SigLIP and projector over the crops of one image."""
 
     def __init__(self, tower: Any, projector: Any, image_newline: nn.Parameter, feature_layer: int) -> None:
         super().__init__()

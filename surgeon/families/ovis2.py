@@ -58,7 +58,7 @@ class Ovis2(TiledFamily):
         return rows, columns
 
     def indicator_token_ids(self, config: PretrainedConfig) -> tuple[int, ...]:
-        """The start of a picture, of its tiles, the end of a tile, of a row of tiles, and of the picture."""
+        """The start of an image, of its tiles, the end of a tile, of a row of tiles, and of the image."""
         return tuple(config.visual_indicator_token_ids)
 
     def placeholder(self, config: PretrainedConfig, tokenizer: Any) -> str:
@@ -87,7 +87,7 @@ class Ovis2(TiledFamily):
 
 
 class Ovis2Vision(nn.Module):
-    """Ovis2's vision tower over one picture's tiles, and its table of visual embeddings."""
+    """Ovis2's vision tower over one image's tiles, and its table of visual embeddings."""
 
     def __init__(self, tower: Any, table: Any) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Ovis2Vision(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """pixel_values [T, 3, H, W] -> features [T * n, d], n = patches² / stride² of each tile, and the embeddings
-        of the indicator tokens [K, d], the same for every picture."""
+        of the indicator tokens [K, d], the same for every image."""
         x = rms_norm(self.patch_norm, self.patch_embedding(pixel_values).flatten(2).transpose(1, 2))
         x = x + self.position_embedding.weight
         # Patches as rows [T * patches², d] where they are treated one by one, so that a linear layer is one Gemm

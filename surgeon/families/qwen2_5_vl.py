@@ -96,7 +96,7 @@ class Qwen25VL(QwenVLFamily):
 
 
 class Qwen25Vision(QwenVision):
-    """Qwen2.5-VL's vision tower over one picture's patches. It works in window order; only its output is put back."""
+    """Qwen2.5-VL's vision tower over one image's patches. It works in window order; only its output is put back."""
 
     def __init__(self, visual: Any, inv_freq: Tensor) -> None:
         super().__init__(visual, inv_freq)

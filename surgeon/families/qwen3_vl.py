@@ -73,7 +73,7 @@ class Qwen3VL(QwenVLFamily):
 
 
 class Qwen3Vision(QwenVision):
-    """Qwen3-VL's vision tower over one picture's patches."""
+    """Qwen3-VL's vision tower over one image's patches."""
 
     def __init__(self, visual: Any, inv_freq: Tensor) -> None:
         super().__init__(visual, inv_freq)

@@ -54,7 +54,7 @@ class InternVLFiles:
             if published is None:
                 warnings.append(
                     f"conversation template {self.template!r} is not known, so there is no chat template: write a "
-                    f"chat_template.jinja that puts {IMAGE_TOKEN} for each picture"
+                    f"chat_template.jinja that puts {IMAGE_TOKEN} for each image"
                 )
             self.tokenizer.write(directory, published)
         for file in self.source.side_files:
@@ -84,7 +84,7 @@ class InternVLFiles:
 def _image_token_id(
     config: dict[str, Any], tokenizer: SourceTokenizer | None, asked: int | None, warnings: list[str]
 ) -> int:
-    """The id of the token that pictures take the place of. Only the tokenizer knows; without one it is asked for, or
+    """The id of the token that images take the place of. Only the tokenizer knows; without one it is asked for, or
     the place that it has in every published checkpoint."""
     llm = config.get("llm_config")
     size = llm.get("vocab_size") if isinstance(llm, dict) else None
@@ -96,7 +96,7 @@ def _image_token_id(
         token_id = tokenizer.token_id(IMAGE_TOKEN)
         if token_id is None or token_id >= size:
             what = "has no" if token_id is None else f"gives id {token_id}, outside the vocabulary of {size}, to"
-            raise CheckpointError(f"the tokenizer {what} {IMAGE_TOKEN}, the token that pictures take the place of")
+            raise CheckpointError(f"the tokenizer {what} {IMAGE_TOKEN}, the token that images take the place of")
         if asked is not None and asked != token_id:
             raise OptionError(
                 f"image token id {asked} was asked for, and the tokenizer gives {IMAGE_TOKEN} id {token_id}"

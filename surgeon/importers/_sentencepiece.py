@@ -18,7 +18,7 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _BPE = 2
 
 SAMPLES = (
-    "Hello, world! What's in this picture?",
+    "Hello, world! What's in this image?",
     "  two leading spaces, a   run of them, and trailing  ",
     "def f(x):\n    return x ** 2  # tabs:\t\tand lines\r\n\n\n",
     "3.14159 1,000,000 2024-06-30 0x7fff",

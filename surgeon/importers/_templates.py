@@ -25,7 +25,7 @@ class Conversation:
 
     def jinja(self, bos_token: str | None = None) -> str:
         """The chat template: strings or lists of {"type": "image"} and {"type": "text"} items; one `IMAGE_TOKEN` and a
-        line break for a picture, as `model.chat` of the published code puts it."""
+        line break for an image, as `model.chat` of the published code puts it."""
         before, _, after = self.system.partition("{system_message}")
         quoted = {
             key: json.dumps(value, ensure_ascii=False)

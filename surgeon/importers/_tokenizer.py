@@ -124,7 +124,7 @@ class SourceTokenizer:
         for entry in content["added_tokens"]:
             if entry["content"] in IMAGE_TOKENS:
                 entry |= {"special": True, "normalized": False}
-        # The processor's class insists on a video placeholder. A token that a prompt cannot hold before its pictures
+        # The processor's class insists on a video placeholder. A token that a prompt cannot hold before its images
         # are expanded stands in where there is none, because a new one would have no row in the embedding.
         video = VIDEO if self.token_id(VIDEO) is not None else END_IMAGE
         config = {

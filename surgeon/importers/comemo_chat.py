@@ -53,7 +53,7 @@ def _record(config: dict[str, Any], internvl: dict[str, Any]) -> dict[str, Any]:
         "intermediate": setting(mixin, "intermediate_size", int, _WHERE),
         "rope_theta": _ROPE_THETA,
         "eps": _EPS,
-        "visibility": "all",  # as published: tokens before a picture see it too
+        "visibility": "all",  # as published: tokens before an image see it too
     }
     return {
         "grafts": [graft],

@@ -40,7 +40,7 @@ class InternVLChat(Importer):
         if config.get("dynamic_image_size") and not config.get("use_thumbnail"):
             layout.warnings.append(
                 "use_thumbnail is off in config.json, and transformers' image processor always adds a thumbnail to "
-                "tiles: prompts with tiled pictures are not what the model was trained on"
+                "tiles: prompts with tiled images are not what the model was trained on"
             )
         return layout
 
@@ -56,7 +56,7 @@ def _config(
     if config.get("force_image_size", side) not in (side, None):
         raise CheckpointError(
             f"force_image_size is {config['force_image_size']}, and the vision tower's image_size {side}: position "
-            "embeddings that are interpolated for each picture are not supported"
+            "embeddings that are interpolated for each image are not supported"
         )
     patch, ratio = setting(vision, "patch_size", int, _VISION), setting(config, "downsample_ratio", float)
     tie = bool(text_config.get("tie_word_embeddings", False))
@@ -88,13 +88,13 @@ def _refuse_other_models(config: dict[str, Any]) -> None:
     if version != "v2":
         raise CheckpointError(
             f"ps_version is {version!r}: that pixel shuffle transposes its output, and transformers' internvl only has "
-            "'v2', so the weights would see other pictures than they were trained on"
+            "'v2', so the weights would see other images than they were trained on"
         )
     for key in ("use_backbone_lora", "use_llm_lora"):
         if config.get(key):
             raise CheckpointError(f"{key} is {config[key]}: merge the LoRA weights into the model first")
     if config.get("pad2square"):
-        raise CheckpointError("pad2square is on: transformers' image processor for internvl does not pad pictures")
+        raise CheckpointError("pad2square is on: transformers' image processor for internvl does not pad images")
 
 
 def _vision_config(vision: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _image_processor(config: dict[str, Any], side: int) -> dict[str, Any]:
         "processor_class": "InternVLProcessor",
         "size": {"height": side, "width": side},
         "crop_to_patches": tiles,
-        # transformers' processor asks for tiles whatever crop_to_patches says; one is the whole picture
+        # transformers' processor asks for tiles whatever crop_to_patches says; one is the whole image
         "min_patches": config.get("min_dynamic_patch", 1) if tiles else 1,
         "max_patches": config.get("max_dynamic_patch", 6) if tiles else 1,
         "do_convert_rgb": True,

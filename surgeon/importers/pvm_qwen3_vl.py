@@ -46,7 +46,7 @@ class PVMQwen3VL(Importer):
             "kind": "pvm",
             "layers": layers,
             "latent": latent,
-            "visibility": "all",  # as published: tokens before a picture see it too
+            "visibility": "all",  # as published: tokens before an image see it too
         }
         files = QwenFiles(source)
         return Layout(

@@ -32,7 +32,7 @@ class PreNormLayer:
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
-        """hidden_states [B, S, d]; reading: what the grafts read, None where no picture has entered yet; the rest goes
+        """hidden_states [B, S, d]; reading: what the grafts read, None where no image has entered yet; the rest goes
         to self-attention -> [B, S, d]."""
         if not compressed_positions:
             # else flash attention would take ids that do not rise by one for several packed sequences; angles come

@@ -34,7 +34,7 @@ Initialiser = Normal | Constant
 class Graft(nn.Module, ABC):
     """A branch grafted into one decoder layer.
 
-    `project` turns visual embeddings into this layer's keys and values, once, when a picture enters; `read` reads them
+    `project` turns visual embeddings into this layer's keys and values, once, when an image enters; `read` reads them
     for every token. Both go through the modules that hold the weights, and happen in `forward`, so that adapters,
     quantised layers, offloading and sharding work as they do for the backbone's layers. Nothing is kept on the module
     between calls.
@@ -102,18 +102,18 @@ class Graft(nn.Module, ABC):
         rotary: Rotary | None = None,
     ) -> Tensor:
         """hidden_states [B, S, d]; keys, values [B, Hm, M, hd]; memory_mask bool [B, M], False where padded, or
-        [B, S, M] where tokens of a row see different pictures; visual_token_mask bool [B, S], True at visual tokens,
+        [B, S, M] where tokens of a row see different images; visual_token_mask bool [B, S], True at visual tokens,
         None where there is none; rotary: the angles of the tokens' positions, for a graft with a `rope`
         -> [B, S, d]."""
 
     def forward(self, hidden_states: Tensor, reading: Reading, entry: str, onto: Tensor | None = None) -> Tensor:
         """hidden_states [B, S, d]; `entry`: its name in the memory -> what it reads there, [B, S, d], added to `onto`
         [B, S, d] where that is given. What enters in this call is projected first."""
-        keys, values = reading.entry(entry, self.kind, hidden_states.dtype, self.remember)
+        keys, values = reading.entry(entry, self.kind, hidden_states.dtype, self.write_memory)
         mask, visual = reading.mask, reading.visual_token_mask
         return self.recall(hidden_states, keys, values, mask, visual, reading.rotary.get(self.kind), onto)
 
-    def remember(self, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+    def write_memory(self, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         """`project(...)`, fused where it can be."""
         form = self.fused_on(visual_embeds)
         return self.project(visual_embeds, rotary) if form is None else form.project(self, visual_embeds, rotary)

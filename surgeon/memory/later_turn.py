@@ -1,4 +1,4 @@
-"""A later turn of a conversation whose earlier turns are in the cache: only new pictures enter."""
+"""A later turn of a conversation whose earlier turns are in the cache: only new images enter."""
 
 from itertools import groupby
 from typing import Any
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 
-def drop_cached_pictures(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of `generate` for a whole conversation, without the pictures that its cache already holds.
+def drop_cached_images(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of `generate` for a whole conversation, without the images that its cache already holds.
 
-    `input_ids [B, S]` and `kwargs` are what the processor gives for the whole conversation, all pictures included, with
-    `past_key_values` beside them. Positions depend on every picture, so they are computed before any is dropped.
-    Raises ValueError where pictures and their placeholders do not match.
+    `input_ids [B, S]` and `kwargs` are what the processor gives for the whole conversation, all images included, with
+    `past_key_values` beside them. Positions depend on every image, so they are computed before any is dropped.
+    Raises ValueError where images and their placeholders do not match.
     """
     past_length = kwargs["past_key_values"].get_seq_length()
     if past_length and kwargs.get("pixel_values_videos") is not None:
@@ -22,31 +22,31 @@ def drop_cached_pictures(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) 
         return kwargs
     if kwargs.get("image_sizes") is not None:
         raise ValueError(
-            "a later turn with pictures is not supported for this family, whose pictures change their form "
+            "a later turn with images is not supported for this family, whose images change their form "
             "when another joins them; pass no past_key_values"
         )
     if kwargs.get("memory_embeds") is not None:
         raise ValueError("a later turn is not supported where tiles go to the memory alone; pass no past_key_values")
     runs = visual_runs(model.base_model.visual_token_mask(input_ids, None))
     new = torch.tensor([start >= past_length for start, _ in runs], device=pixel_values.device)
-    # pictures bring as many rows of pixel_values, patches or tiles, for each of their tokens
+    # images bring as many rows of pixel_values, patches or tiles, for each of their tokens
     rows, tokens = len(pixel_values), sum(length for _, length in runs)
     if not runs or rows * runs[0][1] % tokens:
         raise ValueError(
             f"the conversation has {tokens} visual tokens and pixel_values {rows} rows; with a cache, pass the "
-            "pictures of the whole conversation, earlier turns included"
+            "images of the whole conversation, earlier turns included"
         )
     kwargs = dict(kwargs)
     grids = kwargs.get("image_grid_thw")
     if grids is not None:
         if len(runs) != len(grids):
             raise ValueError(
-                f"the conversation has {len(runs)} pictures and {len(grids)} grids were passed; with a cache, pass the "
-                "pictures of the whole conversation, earlier turns included"
+                f"the conversation has {len(runs)} images and {len(grids)} grids were passed; with a cache, pass the "
+                "images of the whole conversation, earlier turns included"
             )
         if kwargs.get("position_ids") is None:
             # without the cache: beside one, transformers may go on from the offset left by the model's last pass, which
-            # knows no new picture and may be another conversation's
+            # knows no new image and may be another conversation's
             known = {name: value for name, value in kwargs.items() if name != "past_key_values"}
             known["input_ids"] = input_ids
             kwargs["position_ids"] = model._prepare_position_ids_for_generation(input_ids, known)

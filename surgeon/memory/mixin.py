@@ -1,6 +1,6 @@
 """CoMemo's mixin layer: gated cross-attention to the visual tokens, in front of a decoder layer.
 
-Source: "CoMemo: LVLMs Need Image Context with Image Memory", section 3, and the authors' implementation. The picture
+Source: "CoMemo: LVLMs Need Image Context with Image Memory", section 3, and the authors' implementation. The image
 stays in the sequence as it was; this is a second way to it, which text that grows cannot dilute.
 """
 
@@ -42,7 +42,7 @@ def gated_cross_attention(
     query = q_proj(norm(hidden_states)).unflatten(-1, (-1, keys.shape[-1])).transpose(1, 2)
     query = rotate(query, (cos, sin))
 
-    # A token without pictures has nothing to attend to: its softmax runs over padding, and the result is dropped below.
+    # A token without images has nothing to attend to: its softmax runs over padding, and the result is dropped below.
     mask = memory_mask if memory_mask.ndim == 3 else memory_mask[:, None]
     has_memory = mask.any(-1, keepdim=True)
     seen = (mask | ~has_memory)[:, None].expand(-1, 1, query.shape[2], -1)
@@ -73,7 +73,8 @@ def mixin(
     ff_gate: Tensor,
     eps: float,
 ) -> Tensor:
-    """`gated_cross_attention` over weights alone, [out, in]; the plain definition that every kernel must agree with."""
+    """`gated_cross_attention` over weights alone, [out, in]; the reference implementation that every kernel must agree
+    with."""
     return gated_cross_attention(
         hidden_states,
         keys,

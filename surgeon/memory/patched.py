@@ -16,16 +16,16 @@ from transformers import PretrainedConfig
 from surgeon.memory.decoder_layer import add_graft, check_parts, patched_layer_class
 from surgeon.memory.fused import fused_form
 from surgeon.memory.graft import Graft
-from surgeon.memory.later_turn import drop_cached_pictures
+from surgeon.memory.later_turn import drop_cached_images
 from surgeon.memory.pickled import Rebuilt, named_after
 from surgeon.memory.text_model import patched_text_model_class
-from surgeon.memory.tiled import ROW_ALIGNED, has_pictures, resolve_tiles
+from surgeon.memory.tiled import ROW_ALIGNED, has_images, resolve_tiles
 from surgeon.memory.visibility import visibility_of
 from surgeon.memory.visual_memory import VisualMemory
 
 RECORD = "surgeon"
 """The config key that holds the record: `{"grafts": [{"kind", "layers", "visibility", ...options}], ...}`, and for
-tiled pictures `layout` (`side`, `thumbnail`), `positions` (`scheme`, `tile_order`) and `allocation`; see `tiled` and
+tiled images `layout` (`side`, `thumbnail`), `positions` (`scheme`, `tile_order`) and `allocation`; see `tiled` and
 `rope_dhr`."""
 MODEL_TYPE_PREFIX = "surgeon_"
 
@@ -39,15 +39,15 @@ def patched_config_class(base: Any) -> type[PretrainedConfig]:
     return type(name, (Rebuilt, base), {**attributes, "made_by": (patched_config_class, (base,))})
 
 
-def check_visual_token_mask(mask: Tensor, tokens: Any, pictures: bool) -> None:
-    """tokens [B, S, ...], `pictures`: whether pixel values come with them. Raises ValueError for a mask that cannot be
+def check_visual_token_mask(mask: Tensor, tokens: Any, images: bool) -> None:
+    """tokens [B, S, ...], `images`: whether pixel values come with them. Raises ValueError for a mask that cannot be
     theirs."""
     if mask.dtype != torch.bool or mask.shape != tokens.shape[:2]:
         raise ValueError(
             f"visual_token_mask is {mask.dtype} {list(mask.shape)}: pass torch.bool {list(tokens.shape[:2])}, one for "
             "each token of this call"
         )
-    if pictures and not bool(mask.any()):
+    if images and not bool(mask.any()):
         raise ValueError("pixel values came with a visual_token_mask that is False everywhere: nothing would enter")
 
 
@@ -86,7 +86,7 @@ class _WithGrafts:
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """As in transformers, without its reentrant form. Raises ValueError for that."""
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            # It replays each layer with the gradients of its positional arguments alone: none would reach the pictures.
+            # It replays each layer with the gradients of its positional arguments alone: none would reach the images.
             raise ValueError("use_reentrant=True does not work with grafted memories; use use_reentrant=False")
         super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)  # type: ignore[misc]
 
@@ -102,7 +102,7 @@ def patched_base_model_class(
     parameters = [name for name in inspect.signature(base.forward).parameters if name != "self"]
 
     class PatchedBaseModel(Rebuilt, _WithGrafts, base):
-        """Knows where the pictures of a call stand, and tells the decoder."""
+        """Knows where the images of a call stand, and tells the decoder."""
 
         made_by = (patched_base_model_class, (base, text_model, norm_placement, visual_token_keys, *grafts))
         config_class = patched_config_class(base.config_class)
@@ -114,25 +114,25 @@ def patched_base_model_class(
 
         @functools.wraps(base.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            """As the base's, and visual_token_mask bool [B, S] where inputs_embeds [B, S, d] hold pictures' features
+            """As the base's, and visual_token_mask bool [B, S] where inputs_embeds [B, S, d] hold images' features
             already, or no pixel values come with them. Raises ValueError where it is missing."""
             kwargs |= dict(zip(parameters, args, strict=False))
             if kwargs.get("pixel_values_videos") is not None and "video_token_id" not in visual_token_keys:
-                raise ValueError("this family takes no pixel_values_videos: pass a video's frames as pictures")
-            pictures = has_pictures(kwargs)
+                raise ValueError("this family takes no pixel_values_videos: pass a video's frames as images")
+            images = has_images(kwargs)
             input_ids, inputs_embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-            if kwargs.get("visual_token_mask") is not None and (pictures or input_ids is None):
+            if kwargs.get("visual_token_mask") is not None and (images or input_ids is None):
                 tokens = input_ids if inputs_embeds is None else inputs_embeds
-                check_visual_token_mask(kwargs["visual_token_mask"], tokens, pictures)
-            if pictures and kwargs.get("visual_token_mask") is None:
+                check_visual_token_mask(kwargs["visual_token_mask"], tokens, images)
+            if images and kwargs.get("visual_token_mask") is None:
                 kwargs["visual_token_mask"] = self.visual_token_mask(input_ids, inputs_embeds)
-            if not pictures:  # what the prompt brought, which later calls of a generation are given again
+            if not images:  # what the prompt brought, which later calls of a generation are given again
                 brought = ROW_ALIGNED if input_ids is None else (*ROW_ALIGNED, "visual_token_mask")
                 kwargs = {name: value for name, value in kwargs.items() if name not in brought}
             if input_ids is None and kwargs.get("visual_token_mask") is None:
                 raise ValueError(
-                    "embeddings do not say whether pictures are among them, which would have to enter the memory: pass "
-                    "visual_token_mask, bool [B, S], True at the pictures' tokens and False everywhere for text alone"
+                    "embeddings do not say whether images are among them, which would have to enter the memory: pass "
+                    "visual_token_mask, bool [B, S], True at the images' tokens and False everywhere for text alone"
                 )
             record = getattr(self.config, RECORD)
             kwargs = resolve_tiles(self, record, kwargs.get("visual_token_mask"), kwargs)
@@ -140,7 +140,7 @@ def patched_base_model_class(
                 tokens = input_ids if inputs_embeds is None else inputs_embeds
                 assert tokens is not None
                 kwargs = self._with_compressed_positions(tokens, kwargs)
-            return super().forward(**kwargs, has_pictures=pictures)
+            return super().forward(**kwargs, has_images=images)
 
         def _with_compressed_positions(self, tokens: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
             """What follows from position ids that do not rise by one; tokens [B, S, ...]."""
@@ -195,10 +195,10 @@ def patched_model_class(
         def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
             ids = kwargs.get("input_ids") if inputs is None else inputs
             if ids is not None:
-                visual = self.base_model.visual_token_mask(ids, None) if has_pictures(kwargs) else None
+                visual = self.base_model.visual_token_mask(ids, None) if has_images(kwargs) else None
                 kwargs = resolve_tiles(self.base_model, getattr(self.config, RECORD), visual, kwargs)
                 if kwargs.get("past_key_values") is not None:
-                    kwargs = drop_cached_pictures(self, ids, kwargs)
+                    kwargs = drop_cached_images(self, ids, kwargs)
             return super().generate(inputs, *args, **kwargs)
 
         def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ def branch(
     query = q_proj(input_norm(text_proj(hidden_states))).unflatten(-1, (-1, keys.shape[-1]))
     query = q_norm(query).transpose(1, 2)
 
-    # A token without pictures has nothing to attend to: its softmax runs over padding, and the result is dropped below.
+    # A token without images has nothing to attend to: its softmax runs over padding, and the result is dropped below.
     mask = memory_mask if memory_mask.ndim == 3 else memory_mask[:, None]
     has_memory = mask.any(-1, keepdim=True)
     seen = (mask | ~has_memory)[:, None].expand(-1, 1, query.shape[2], -1)
@@ -79,7 +79,7 @@ def persistent_visual_memory(
     alpha: Tensor,
     eps: float,
 ) -> Tensor:
-    """`branch` over weights alone, [out, in]; the plain definition that every kernel must agree with."""
+    """`branch` over weights alone, [out, in]; the reference implementation that every kernel must agree with."""
 
     def norm(weight: Tensor) -> Layer:
         return partial(rms_norm, weight=weight, eps=eps)

@@ -1,6 +1,6 @@
-"""RoPE-DHR: the tiles of a picture take the position ids of the thumbnail patches that they show in more detail.
+"""RoPE-DHR: the tiles of an image take the position ids of the thumbnail patches that they show in more detail.
 
-Source: "CoMemo: LVLMs Need Image Context with Image Memory", section 3.3, and the authors' implementation. A picture
+Source: "CoMemo: LVLMs Need Image Context with Image Memory", section 3.3, and the authors' implementation. An image
 costs the ids of its thumbnail, however many tiles it is cut into.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 TileOrder = Literal["row", "column"]
 Thumbnail = Literal["first", "last"]
 Tiles = tuple[int, int]
-"""Rows and columns of a picture's tiles."""
+"""Rows and columns of an image's tiles."""
 
 
 def covered_patches(count: int, side: int) -> Tensor:
@@ -48,7 +48,7 @@ def tile_position_ids(rows: int, columns: int, side: int, tile_order: TileOrder 
 def offsets_from_thumbnail(
     rows: int, columns: int, side: int, thumbnail: Thumbnail, tile_order: TileOrder = "row"
 ) -> Tensor:
-    """The ids of all of a picture's tokens, thumbnail and tiles in their order, as offsets from the thumbnail's first,
+    """The ids of all of an image's tokens, thumbnail and tiles in their order, as offsets from the thumbnail's first,
     int64 [M]."""
     own = torch.arange(side * side)
     if rows * columns == 1:
@@ -57,15 +57,15 @@ def offsets_from_thumbnail(
     return torch.cat((own, tiles) if thumbnail == "first" else (tiles, own))
 
 
-def tiles_per_picture(tiles: Tiles) -> int:
-    """How many tiles a picture has, with the thumbnail, which is there unless there is one tile only."""
+def tiles_per_image(tiles: Tiles) -> int:
+    """How many tiles an image has, with the thumbnail, which is there unless there is one tile only."""
     count = tiles[0] * tiles[1]
     return count + (count > 1)
 
 
-def tokens_per_picture(tiles: Tiles, side: int) -> int:
-    """How many visual tokens a picture has: its tiles' and its thumbnail's."""
-    return tiles_per_picture(tiles) * side * side
+def tokens_per_image(tiles: Tiles, side: int) -> int:
+    """How many visual tokens an image has: its tiles' and its thumbnail's."""
+    return tiles_per_image(tiles) * side * side
 
 
 def position_ids(
@@ -79,10 +79,10 @@ def position_ids(
     """Position ids of a batch of prompts, int64 [B, S].
 
     visual_token_mask bool [B, S]; attention_mask [B, S], nonzero where there is a token; tile_grids [N, 2]: rows and
-    columns of each picture, row after row of the batch. Every token but a tile's takes the next id, the thumbnail's
+    columns of each image, row after row of the batch. Every token but a tile's takes the next id, the thumbnail's
     included; a tile's token takes the id of the thumbnail patch it covers. Padding gets 0.
 
-    Raises ValueError where a row's visual tokens are not those of its pictures.
+    Raises ValueError where a row's visual tokens are not those of its images.
     """
     present = torch.ones_like(visual_token_mask) if attention_mask is None else attention_mask.bool()
     grids = iter(_tiles(tile_grids))
@@ -91,23 +91,23 @@ def position_ids(
         found[row, kept] = _row(visual[kept], grids, side, thumbnail, tile_order, row)
     left = sum(1 for _ in grids)
     if left:
-        raise ValueError(f"{len(tile_grids)} tile grids were given, {left} more than the prompts have pictures for")
+        raise ValueError(f"{len(tile_grids)} tile grids were given, {left} more than the prompts have images for")
     return found.to(visual_token_mask.device)
 
 
 def thumbnail_mask(visual_token_mask: Tensor, tile_grids: Tensor, side: int, thumbnail: Thumbnail) -> Tensor:
-    """Which visual tokens are a thumbnail's (a picture of one tile is its own), bool [B, S]. Arguments and errors are
+    """Which visual tokens are a thumbnail's (an image of one tile is its own), bool [B, S]. Arguments and errors are
     those of `position_ids`."""
     grids = iter(_tiles(tile_grids))
     found = visual_token_mask.cpu().clone()
     for row, visual in enumerate(found):
-        for picture in _pictures(visual.clone(), grids, side, thumbnail, row):
-            visual[picture.parts] = False
+        for image in _images(visual.clone(), grids, side, thumbnail, row):
+            visual[image.parts] = False
     return found.to(visual_token_mask.device)
 
 
-class _Picture(NamedTuple):
-    """Where a picture's tokens are in its row. A picture of one tile has no parts."""
+class _Image(NamedTuple):
+    """Where an image's tokens are in its row. An image of one tile has no parts."""
 
     tiles: Tiles
     thumbnail: Tensor
@@ -118,35 +118,35 @@ def _tiles(tile_grids: Tensor) -> list[Tiles]:
     return [(int(rows), int(columns)) for rows, columns in tile_grids.tolist()]
 
 
-def _pictures(visual: Tensor, grids: Iterator[Tiles], side: int, thumbnail: Thumbnail, row: int) -> Iterator[_Picture]:
-    """The pictures of one row, visual bool [S]; takes their grids off `grids`."""
+def _images(visual: Tensor, grids: Iterator[Tiles], side: int, thumbnail: Thumbnail, row: int) -> Iterator[_Image]:
+    """The images of one row, visual bool [S]; takes their grids off `grids`."""
     places = visual.nonzero().flatten()
     while len(places):
         tiles = next(grids, None)
         if tiles is None:
-            raise ValueError(f"row {row} has visual tokens for more pictures than there are tile grids")
-        count = tokens_per_picture(tiles, side)
+            raise ValueError(f"row {row} has visual tokens for more images than there are tile grids")
+        count = tokens_per_image(tiles, side)
         if len(places) < count:
             raise ValueError(
-                f"row {row} has {len(places)} visual tokens left for a picture of {tiles[0]} x {tiles[1]} tiles, "
+                f"row {row} has {len(places)} visual tokens left for an image of {tiles[0]} x {tiles[1]} tiles, "
                 f"which takes {count}: grid and tiles do not match"
             )
         own, places = places[:count], places[count:]
         split = side * side if thumbnail == "first" else count - side * side
         before, after = own[:split], own[split:]
-        yield _Picture(tiles, before, after) if thumbnail == "first" else _Picture(tiles, after, before)
+        yield _Image(tiles, before, after) if thumbnail == "first" else _Image(tiles, after, before)
 
 
 def _row(
     visual: Tensor, grids: Iterator[Tiles], side: int, thumbnail: Thumbnail, tile_order: TileOrder, row: int
 ) -> Tensor:
-    """The ids of one row without padding, int64 [S]; takes its pictures' grids off `grids`."""
+    """The ids of one row without padding, int64 [S]; takes its images' grids off `grids`."""
     # A token's id is its anchor's and an offset: tiles are anchored at their thumbnail, every other token at itself
     itself = torch.arange(len(visual))
     anchor, offset = itself.clone(), torch.zeros_like(itself)
-    for picture in _pictures(visual, grids, side, thumbnail, row):
-        if len(picture.parts):
-            anchor[picture.parts] = picture.thumbnail[0]
-            offset[picture.parts] = tile_position_ids(*picture.tiles, side, tile_order).flatten()
+    for image in _images(visual, grids, side, thumbnail, row):
+        if len(image.parts):
+            anchor[image.parts] = image.thumbnail[0]
+            offset[image.parts] = tile_position_ids(*image.tiles, side, tile_order).flatten()
     counted = (anchor == itself).cumsum(0) - 1
     return counted[anchor] + offset

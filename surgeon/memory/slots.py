@@ -78,7 +78,7 @@ class Entering:
 
     @classmethod
     def nothing(cls, inputs_embeds: Tensor) -> "Entering":
-        """A slot that no row uses, for training without pictures: grafts add exactly nothing then, and have gradients
+        """A slot that no row uses, for training without images: grafts add exactly nothing then, and have gradients
         of zero, so that a backbone that is frozen and processes with other data need not be special."""
         batch_size, _, width = inputs_embeds.shape
         places = torch.zeros((batch_size, 1), dtype=torch.int64, device=inputs_embeds.device)

@@ -1,4 +1,4 @@
-"""The decoder of a patched model: pictures enter the request's memory, and the layers read it."""
+"""The decoder of a patched model: images enter the request's memory, and the layers read it."""
 
 from functools import cache
 from typing import Any
@@ -18,7 +18,7 @@ from surgeon.memory.visual_memory import VisualMemory
 
 @cache
 def patched_text_model_class(base: type, visibility: Visibility) -> type:
-    """`base`, whose tokens see pictures in the memory as `visibility` says."""
+    """`base`, whose tokens see images in the memory as `visibility` says."""
 
     class PatchedTextModel(Rebuilt, base):
         """The decoder: lets visual embeddings enter the request's memory, and gives its layers what they read."""
@@ -33,7 +33,7 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
             attention_mask: Tensor | None = None,
             past_key_values: Cache | None = None,
             use_cache: bool | None = None,
-            has_pictures: bool | None = None,
+            has_images: bool | None = None,
             visual_token_mask: Tensor | None = None,
             memory_token_mask: Tensor | None = None,
             memory_embeds: Tensor | None = None,
@@ -43,7 +43,7 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
             sample_ids: Tensor | None = None,
             **kwargs: Any,
         ) -> Any:
-            """As the base's, and: visual_token_mask bool [B, S], or has_pictures=False with embeddings that are text
+            """As the base's, and: visual_token_mask bool [B, S], or has_image=False with embeddings that are text
             alone; memory_token_mask bool [B, S], which visual tokens enter the memory, by default all; or memory_embeds
             [B, M, d] with mask, positions and places (counted from this call's first token) [B, M], which enter in
             their place; sample_ids int64 [B, S]: which of a row's packed samples each token belongs to. Without them,
@@ -51,13 +51,13 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
             passed.
 
             Raises ValueError where embeddings come from elsewhere than the patched base model, so that nobody knows
-            whether pictures are among them.
+            whether images are among them.
             """
             if inputs_embeds is None:
                 inputs_embeds = self.embed_tokens(input_ids)
-            elif has_pictures is None and visual_token_mask is None:
+            elif has_images is None and visual_token_mask is None:
                 raise ValueError(
-                    "embeddings reached the decoder past the patched base model, so pictures among them could not "
+                    "embeddings reached the decoder past the patched base model, so images among them could not "
                     "enter the memory: call the model, or model.base_model; where a library replaced their forward, "
                     "turn that off"
                 )

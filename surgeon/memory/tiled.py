@@ -1,6 +1,6 @@
 """A request's tiles: what a caller says of them, turned into tensors that are aligned with the rows of the batch.
 
-A caller passes `tile_grids`, int64 [N, 2], rows and columns of each picture's tiles, and may say `positions="plain"`.
+A caller passes `tile_grids`, int64 [N, 2], rows and columns of each image's tiles, and may say `positions="plain"`.
 What the decoder takes instead follows rows when rows are repeated or reordered: position ids, and what enters the
 memory.
 """
@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgeon.memory.rope_dhr import TileOrder, offsets_from_thumbnail, thumbnail_mask, tiles_per_picture
+from surgeon.memory.rope_dhr import TileOrder, offsets_from_thumbnail, thumbnail_mask, tiles_per_image
 from surgeon.memory.rope_dhr import position_ids as compressed_position_ids
 
 ROW_ALIGNED = ("memory_token_mask", "memory_embeds", "memory_embeds_mask", "memory_position_ids", "memory_places")
 """The keywords that `resolve_tiles` makes for the decoder, beside `position_ids`."""
-PICTURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 
 
-def has_pictures(kwargs: dict[str, Any]) -> bool:
-    """Whether a call brings pictures. `generate` passes outputs of encoders that had nothing to encode, too."""
-    given = [kwargs.get(name) for name in PICTURES]
+def has_images(kwargs: dict[str, Any]) -> bool:
+    """Whether a call brings images. `generate` passes outputs of encoders that had nothing to encode, too."""
+    given = [kwargs.get(name) for name in IMAGES]
     return any(any(v is not None for v in x.values()) if isinstance(x, dict) else x is not None for x in given)
 
 
 def resolve_tiles(model: Any, record: dict[str, Any], visual: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a call with pictures, `visual` bool [B, S] its visual tokens; None for a call without.
+    """The keywords of a call with images, `visual` bool [B, S] its visual tokens; None for a call without.
 
-    Raises ValueError where the model needs `tile_grids` and they are missing or do not match the pictures.
+    Raises ValueError where the model needs `tile_grids` and they are missing or do not match the images.
     """
     kwargs = dict(kwargs)
     tile_grids, chosen = kwargs.pop("tile_grids", None), kwargs.pop("positions", None)
@@ -43,7 +43,7 @@ def resolve_tiles(model: Any, record: dict[str, Any], visual: Tensor | None, kwa
         if compress or allocation != "both":
             hint = ", or positions='plain'" if compress and allocation == "both" else ""
             raise ValueError(
-                "this model places tiles by their grid: pass tile_grids, the rows and columns of each picture's tiles "
+                "this model places tiles by their grid: pass tile_grids, the rows and columns of each image's tiles "
                 f"[N, 2]{hint}"
             )
         return kwargs
@@ -52,7 +52,7 @@ def resolve_tiles(model: Any, record: dict[str, Any], visual: Tensor | None, kwa
         return _into_memory_alone(model, layout, order, visual, tile_grids, kwargs)
     if (
         compress and scheme is not None and not bool((tile_grids == 1).all())
-    ):  # a picture of one tile has the positions it had
+    ):  # an image of one tile has the positions it had
         mask = kwargs.get("attention_mask")
         kwargs["position_ids"] = compressed_position_ids(
             visual, mask, tile_grids, layout["side"], layout["thumbnail"], scheme["tile_order"]
@@ -74,16 +74,16 @@ def _into_memory_alone(
     tile's token at the position of the patch it covers."""
     side = layout["side"]
     pixel_values = kwargs["pixel_values"]
-    counts = [tiles_per_picture((rows, columns)) for rows, columns in tile_grids.tolist()]
+    counts = [tiles_per_image((rows, columns)) for rows, columns in tile_grids.tolist()]
     if sum(counts) != len(pixel_values):
         raise ValueError(f"tile_grids ask for {sum(counts)} tiles, pixel_values has {len(pixel_values)}")
     if int(visual.sum()) != len(counts) * side * side:
         raise ValueError(
-            f"the prompts have {int(visual.sum())} visual tokens for {len(counts)} picture(s); a model whose tiles go "
+            f"the prompts have {int(visual.sum())} visual tokens for {len(counts)} image(s); a model whose tiles go "
             f"to the memory alone takes {side * side} for each, the thumbnail's"
         )
     features = model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
-    pictures = features.flatten(0, 1).split([count * side * side for count in counts])
+    images = features.flatten(0, 1).split([count * side * side for count in counts])
     first = layout["thumbnail"] == "first"
     thumbnails = [pixels[:1] if first else pixels[-1:] for pixels in pixel_values.split(counts)]
 
@@ -93,7 +93,7 @@ def _into_memory_alone(
     ]
 
     def from_first_token(values: Tensor) -> list[Tensor]:
-        """For each picture the values [B, S] at the patches that its tokens cover, which go up by one."""
+        """For each image the values [B, S] at the patches that its tokens cover, which go up by one."""
         starts = values[visual].view(-1, side * side)[:, 0].tolist()
         return [start + own for start, own in zip(starts, offsets, strict=True)]
 
@@ -106,7 +106,7 @@ def _into_memory_alone(
     embeds = torch.zeros((*mask.shape, features.shape[-1]), dtype=features.dtype, device=features.device)
     positions = torch.zeros(mask.shape, dtype=torch.int64, device=visual.device)
     places = torch.zeros_like(positions)
-    embeds[mask] = torch.cat(pictures)
+    embeds[mask] = torch.cat(images)
     positions[mask] = torch.cat(positions_of).to(visual.device)
     places[mask] = torch.cat(places_of).to(visual.device)
     return {

@@ -1,8 +1,8 @@
-"""Which tokens see a picture in the memory.
+"""Which tokens see an image in the memory.
 
 `causal`: those that stand at or behind it in the sequence, as in self-attention. What a token computes then depends on
 nothing that follows it, so a cache, a shared prefix and one pass over everything agree. `all`: every token of its
-sample, those before the picture too, as PVM and CoMemo were published.
+sample, those before the image too, as PVM and CoMemo were published.
 """
 
 from typing import Any, Literal
@@ -15,7 +15,7 @@ Visibility = Literal["causal", "all"]
 
 def visibility_of(record: dict[str, Any]) -> Visibility:
     """That of a model's grafts, which read one memory. A graft recorded without it is from before there was a choice,
-    when every token saw every picture."""
+    when every token saw every image."""
     recorded: Visibility = "all"
     for entry in record.get("grafts", []):
         recorded = entry.get("visibility", "all")

@@ -1,4 +1,4 @@
-"""The visual memory of one request: keys and values of every graft, computed once when a picture enters.
+"""The visual memory of one request: keys and values of every graft, computed once when an image enters.
 
 It is a layer of the request's KV cache, so whatever is done to the cache (beams reordered, rows repeated or selected,
 cropped, moved, dropped) is done to the memory, and no module holds any of it.
@@ -53,7 +53,7 @@ class VisualMemory(CacheLayerMixin):
 
     @property
     def mask(self) -> Tensor | None:
-        """Which slots a row uses, bool [B, M]; None before the first picture."""
+        """Which slots a row uses, bool [B, M]; None before the first image."""
         return None if self.slots is None else self.slots.mask
 
     def keep(self, entries: Entries, slots: Slots) -> None:

@@ -1,4 +1,4 @@
-"""What is asked of both subjects: pictures and prompts that cover what a model does, or the user's own."""
+"""What is asked of both runners: images and prompts that cover what a model does, or the user's own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from surgeon.inputs import Prompt
 
-PICTURES = Path(__file__).parent / "data"
+IMAGES = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Case:
 
 
 def default_cases() -> list[Case]:
-    """One picture; three pictures in one prompt; text alone; a batch whose rows have one, none and two."""
-    chart, landscape, page = (PICTURES / f"{name}.png" for name in ("chart", "landscape", "page"))
+    """One image; three images in one prompt; text alone; a batch whose rows have one, none and two."""
+    chart, landscape, page = (IMAGES / f"{name}.png" for name in ("chart", "landscape", "page"))
     describe = Prompt("Describe the picture in detail.", (chart,))
     return [
-        Case("one picture", (describe,)),
-        Case("three pictures", (Prompt("Describe each picture.", (chart, landscape, page)),)),
+        Case("one image", (describe,)),
+        Case("three images", (Prompt("Describe each picture.", (chart, landscape, page)),)),
         Case("text only", (Prompt("Hello! What can you do?"),)),
         Case(
             "batch of three",
@@ -33,5 +33,5 @@ def default_cases() -> list[Case]:
 
 
 def own_case(images: Sequence[Path], prompt: str | None) -> list[Case]:
-    """The user's pictures with the user's prompt."""
+    """The user's images with the user's prompt."""
     return [Case("yours", (Prompt(prompt or "Describe the picture in detail.", tuple(images)),))]

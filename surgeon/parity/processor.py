@@ -1,4 +1,4 @@
-"""Prompts and pictures as transformers' own processor makes them: the one part of a comparison that both sides take
+"""Prompts and images as transformers' own processor makes them: the one part of a comparison that both sides take
 from this tool's code."""
 
 import importlib.util
@@ -34,7 +34,7 @@ def check_inputs(inputs: Inputs, folder: Path, cases: Sequence[Case]) -> tuple[s
     -> what was compared, and what differs, in words. Raises ProcessorUnavailable.
     """
     if record_of(inputs.config).get("allocation") == "memory":
-        raise ProcessorUnavailable("it knows no pictures whose tiles go to the memory alone")
+        raise ProcessorUnavailable("it knows no images whose tiles go to the memory alone")
     with _processor(inputs, folder) as processor:
         own_images = processor.image_processor
         processor.image_processor = image_processor_of(folder, inputs.config)
@@ -62,7 +62,7 @@ def _processor(inputs: Inputs, folder: Path) -> Iterator[Any]:
         except _NOT_MADE as error:
             raise ProcessorUnavailable(_reason(error)) from error
         if not hasattr(processor, "image_processor"):
-            raise ProcessorUnavailable(f"transformers makes a {type(processor).__name__} of {folder}, without pictures")
+            raise ProcessorUnavailable(f"transformers makes a {type(processor).__name__} of {folder}, without images")
         yield processor
 
 
@@ -98,7 +98,7 @@ def _difference(name: str, theirs: Tensor, ours: Tensor | None) -> str | None:
 
 
 def _as_conversation(prompt: Prompt) -> list[dict[str, Any]]:
-    """With pictures that are files named by text, as transformers takes them."""
+    """With images that are files named by text, as transformers takes them."""
     messages = prompt.messages()
     for message in messages:
         for part in message["content"]:

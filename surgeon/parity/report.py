@@ -21,9 +21,9 @@ class Check:
 class Report:
     """The verdict on a pair, or without a `reference` on bytes alone."""
 
-    subject: str
+    candidate: str
     stages: tuple[str, ...]
-    """The reference's and the subject's: `checkpoint`, `bundle` or `engine`."""
+    """The reference's and the candidate's: `checkpoint`, `bundle` or `engine`."""
     dtypes: tuple[str, ...]
     """Of the same two; of bytes none."""
     reference: str | None = None
@@ -60,7 +60,7 @@ class Report:
             "passed": self.passed,
             "verdict": self.verdict,
             "reference": self.reference,
-            "subject": self.subject,
+            "candidate": self.candidate,
             "stages": self.stages,
             "dtypes": self.dtypes,
             "checks": [asdict(check) for check in self.checks],

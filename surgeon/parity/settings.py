@@ -25,30 +25,30 @@ _NOT_OF_GENERATION = {"_from_model_config", "transformers_version", "bos_token_i
 _NAMES = {"processor_class", "auto_map", "image_processor_type"}
 
 
-def compare_settings(reference: Inputs, subject: Inputs) -> list[str]:
+def compare_settings(reference: Inputs, candidate: Inputs) -> list[str]:
     """What sets the forms apart, in words: values of their configs (a sliding window or a base of the rotary embedding
     that no short prompt reaches), tokenizers, chat templates, image processors, generation settings."""
     failures = [
-        f"config.json: {name} is {_short(a)} in the reference and {_short(b)} in the subject"
-        for name, a, b in differences(_config(reference), _config(subject))
+        f"config.json: {name} is {_short(a)} in the reference and {_short(b)} in the candidate"
+        for name, a, b in differences(_config(reference), _config(candidate))
     ]
     failures += [
-        f"image processor: {name} is {_short(a)} in the reference and {_short(b)} in the subject"
-        for name, a, b in differences(_pictures(reference), _pictures(subject))
+        f"image processor: {name} is {_short(a)} in the reference and {_short(b)} in the candidate"
+        for name, a, b in differences(_images(reference), _images(candidate))
     ]
     failures += [
-        f"generation_config.json: {name} is {_short(a)} in the reference and {_short(b)} in the subject"
+        f"generation_config.json: {name} is {_short(a)} in the reference and {_short(b)} in the candidate"
         for name, a, b in differences(
-            *(_without(i.generation_config, _NOT_OF_GENERATION) for i in (reference, subject))
+            *(_without(i.generation_config, _NOT_OF_GENERATION) for i in (reference, candidate))
         )
     ]
-    if _tokenizer(reference) != _tokenizer(subject):
+    if _tokenizer(reference) != _tokenizer(candidate):
         failures.append("the tokenizers are not the same: other tokens, merges or added tokens")
-    if reference.template().rstrip() != subject.template().rstrip():
+    if reference.template().rstrip() != candidate.template().rstrip():
         failures.append("the chat templates are not the same")
-    a, b = sorted(reference.eos_token_ids), sorted(subject.eos_token_ids)
+    a, b = sorted(reference.eos_token_ids), sorted(candidate.eos_token_ids)
     if a != b:
-        failures.append(f"answers end with the tokens {a} in the reference and {b} in the subject")
+        failures.append(f"answers end with the tokens {a} in the reference and {b} in the candidate")
     return failures
 
 
@@ -73,7 +73,7 @@ def _config(inputs: Inputs) -> Any:
     return {**parts, "model_type": None}
 
 
-def _pictures(inputs: Inputs) -> Any:
+def _images(inputs: Inputs) -> Any:
     return json.loads(json.dumps(_without(inputs.image_processor.to_dict(), _NAMES), default=str))
 
 

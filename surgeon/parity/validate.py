@@ -1,4 +1,4 @@
-"""Compare two subjects over cases, and say where they part."""
+"""Compare two runners over cases, and say where they part."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,9 +8,9 @@ import numpy as np
 
 from surgeon.errors import TooLongError
 from surgeon.parity.cases import Case
-from surgeon.parity.ladder import Rung
+from surgeon.parity.levels import Level
 from surgeon.parity.metrics import LogitDifference, compare, compare_logits, not_compared
-from surgeon.parity.subject import Subject, Trace
+from surgeon.parity.runner import Runner, Trace
 from surgeon.progress import Progress
 
 Verdict = Literal["passed", "failed", "not judged"]
@@ -23,13 +23,13 @@ class CaseResult:
 
     name: str
     rows: int
-    pictures: int
+    images: int
     prompt_tokens: int
     steps: int
     prefill: LogitDifference
     decode: LogitDifference
     tokens_equal: int
-    """How many of the reference's rows * steps greedy tokens the subject chose, fed the tokens before them."""
+    """How many of the reference's rows * steps greedy tokens the candidate chose, fed the tokens before them."""
     failures: list[str] = field(default_factory=list)
     first_wrong: str | None = None
     """The first tensor on the way through the prefill that is wrong, where the case failed and one could be found."""
@@ -37,56 +37,56 @@ class CaseResult:
 
 @dataclass
 class Comparison:
-    """All cases through both subjects, and what came of it."""
+    """All cases through both runners, and what came of it."""
 
-    rung: Rung
+    level: Level
     state: str = AS_THEY_ARE
     """What was changed in both, in memory, before they were compared."""
     cases: list[CaseResult] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     """Of all cases together."""
     notes: list[str] = field(default_factory=list)
-    after_pictures: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
-    """Of each case's rows with pictures, the logits from which the first token was taken, fp32 [B, V]: the reference's
-    and the subject's."""
+    after_images: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
+    """Of each case's rows with images, the logits from which the first token was taken, fp32 [B, V]: the reference's
+    and the candidate's."""
 
     @property
     def verdict(self) -> Verdict:
         if self.failures or any(case.failures for case in self.cases):
             return "failed"
-        return "passed" if self.rung.judged and self.cases else "not judged"
+        return "passed" if self.level.judged and self.cases else "not judged"
 
     @property
     def passed(self) -> bool:
         return self.verdict == "passed"
 
     def to_json(self) -> dict[str, Any]:
-        names = ("rung", "state", "cases", "failures", "notes")
+        names = ("level", "state", "cases", "failures", "notes")
         shown = {name: getattr(self, name) for name in names}
-        shown |= {"rung": asdict(self.rung), "cases": [asdict(case) for case in self.cases]}
+        shown |= {"level": asdict(self.level), "cases": [asdict(case) for case in self.cases]}
         return {"verdict": self.verdict, **shown}
 
 
 def validate(
-    reference: Subject,
-    subject: Subject,
+    reference: Runner,
+    candidate: Runner,
     cases: Sequence[Case],
-    rung: Rung,
+    level: Level,
     steps: int = 32,
     progress: Progress | None = None,
     state: str = AS_THEY_ARE,
 ) -> Comparison:
-    """Run every case through both and judge it by `rung`. `steps` tokens are decoded after each prompt.
+    """Run every case through both and judge it by `level`. `steps` tokens are decoded after each prompt.
 
     Cases that are longer than what one of the two was made for are left out with a note, as long as one is left. Raises
     TooLongError where none is.
     """
-    comparison = Comparison(rung, state)
+    comparison = Comparison(level, state)
     for number, case in enumerate(cases):
         if progress is not None:
             progress(f"comparing, {state}", number, len(cases))
         try:
-            _run(comparison, reference, subject, case, steps)
+            _run(comparison, reference, candidate, case, steps)
         except TooLongError as error:
             comparison.notes.append(f"left out {case.name!r}: {error}")
             if len(comparison.notes) == len(cases):
@@ -96,22 +96,22 @@ def validate(
     return comparison
 
 
-def _run(comparison: Comparison, reference: Subject, subject: Subject, case: Case, steps: int) -> None:
-    rung = comparison.rung
+def _run(comparison: Comparison, reference: Runner, candidate: Runner, case: Case, steps: int) -> None:
+    level = comparison.level
     expected = reference.trace(case.prompts, steps)
-    found = subject.trace(case.prompts, steps, expected.tokens)
+    found = candidate.trace(case.prompts, steps, expected.tokens)
     mismatch = _other_questions(expected, found) or _other_shapes(expected, found)
     prefill = decode = not_compared()
     if not mismatch:
         vocab = expected.step_logits.shape[-1]
         prefill = compare_logits(np.concatenate(expected.prompt_logits), np.concatenate(found.prompt_logits))
         decode = compare_logits(expected.step_logits.reshape(-1, vocab), found.step_logits.reshape(-1, vocab))
-        pictures = [row for row, prompt in enumerate(case.prompts) if prompt.images]
-        comparison.after_pictures.append((expected.step_logits[pictures, 0], found.step_logits[pictures, 0]))
+        images = [row for row, prompt in enumerate(case.prompts) if prompt.images]
+        comparison.after_images.append((expected.step_logits[images, 0], found.step_logits[images, 0]))
     result = CaseResult(
         name=case.name,
         rows=len(case.prompts),
-        pictures=sum(len(prompt.images) for prompt in case.prompts),
+        images=sum(len(prompt.images) for prompt in case.prompts),
         prompt_tokens=sum(len(ids) for ids in expected.prompt_ids),
         steps=steps,
         prefill=prefill,
@@ -121,15 +121,15 @@ def _run(comparison: Comparison, reference: Subject, subject: Subject, case: Cas
     result.failures = mismatch or [
         f"{part}: {failure}"
         for part, difference in (("prefill", prefill), ("decode", decode))
-        for failure in rung.failures(difference)
+        for failure in level.failures(difference)
     ]
     if result.failures and not mismatch:
-        result.first_wrong = first_wrong(reference, subject, case, rung)
+        result.first_wrong = first_wrong(reference, candidate, case, level)
     comparison.cases.append(result)
 
 
 def _other_questions(expected: Trace, found: Trace) -> list[str]:
-    """The two must be asked the same: other tokens mean another tokenizer, template or picture size."""
+    """The two must be asked the same: other tokens mean another tokenizer, template or image size."""
     if len(expected.prompt_ids) != len(found.prompt_ids):
         return [f"{len(expected.prompt_ids)} rows in one and {len(found.prompt_ids)} in the other"]
     for row, (a, b) in enumerate(zip(expected.prompt_ids, found.prompt_ids, strict=True)):
@@ -144,9 +144,9 @@ def _other_shapes(expected: Trace, found: Trace) -> list[str]:
     return [f"logits of other shapes: {a} and {b}" for a, b in zip(*shapes, strict=False) if a != b][:1]
 
 
-def first_wrong(reference: Subject, subject: Subject, case: Case, rung: Rung) -> str | None:
-    """The first tensor of the prefill in which the two differ by more than the rung's `layer_relative`."""
-    expected, found = reference.tensors(case.prompts), subject.tensors(case.prompts)
+def first_wrong(reference: Runner, candidate: Runner, case: Case, level: Level) -> str | None:
+    """The first tensor of the prefill in which the two differ by more than the level's `layer_relative`."""
+    expected, found = reference.tensors(case.prompts), candidate.tensors(case.prompts)
     if expected is None or found is None:  # an engine shows nothing of what it computes
         return None
     for name, rows in expected.items():
@@ -158,7 +158,7 @@ def first_wrong(reference: Subject, subject: Subject, case: Case, rung: Rung) ->
             difference = compare(a, b)
             if difference.non_finite:
                 return f"{name}, row {row}: {difference.non_finite} NaN or infinite values"
-            if difference.max_relative > rung.layer_relative:
+            if difference.max_relative > level.layer_relative:
                 at = np.unravel_index(int(np.abs(a - b).argmax()), a.shape)
                 return f"{name}, row {row}: off by {difference.max_abs:.3g} of {np.abs(a).max():.3g}, at token {at[0]}"
     return None

@@ -144,7 +144,7 @@ def test_a_model_that_computes_by_plain_definitions_does_not_pass_for_fused(tmp_
 def test_fused_kernels_are_counted_and_what_they_do_not_take_is_not() -> None:
     graft = pvm(72, 64, 40, 32, 1)
     given = [*draw(filling(graft, Size(1, 1, 20, "float32"))[1], "cpu").values()]
-    support.say_once.cache_clear()
+    support.warn_once.cache_clear()
     with counted_chains() as chains:
         fused_pvm.fused_memory(*given, graft.eps)
         with pytest.warns(UserWarning, match="no fused kernel for tensors of bfloat16, float32"):

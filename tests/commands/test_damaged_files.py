@@ -40,7 +40,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def large_png(path: Path, side: int) -> Path:
-    """A black picture of side x side pixels, of one bit each, in a few KB."""
+    """A black image of side x side pixels, of one bit each, in a few KB."""
     row = zlib.compress(b"\0" * ((1 + -(-side // 8)) * side), 9)
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -106,15 +106,15 @@ def patched(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("generation_config.json", '{"eos_token_id": ["a"]}', "generation_config.json: eos_token_id"),
         ("chat_template.jinja", "{% for %}", "the chat template does not take this conversation"),
         ("chat_template.jinja", "{{ 1 / 0 }}", "ZeroDivisionError"),
-        ("chat_template.jinja", "{{ raise_exception('pictures first') }}", "pictures first"),
+        ("chat_template.jinja", "{{ raise_exception('images first') }}", "images first"),
         ("chat_template.jinja", "{{ messages.x.y }}", "has no attribute"),
         ("chat_template.json", '{"chat_template": 7}', "TypeError"),
     ],
 )
 def test_what_prompts_are_made_with(copy: Path, tmp_path: Path, name: str, text: str, expected: str) -> None:
     (copy / name).write_text(text)
-    picture = large_png(tmp_path / "small.png", 64)
-    assert_refused(run("generate", copy, "--image", picture, "--prompt", "x", "--max-new-tokens", 1), expected)
+    image = large_png(tmp_path / "small.png", 64)
+    assert_refused(run("generate", copy, "--image", image, "--prompt", "x", "--max-new-tokens", 1), expected)
 
 
 def test_a_template_that_never_ends(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,16 +124,16 @@ def test_a_template_that_never_ends(copy: Path, monkeypatch: pytest.MonkeyPatch)
     assert_refused(run("generate", copy, "--prompt", "x"), "the chat template does not end within 0.5 s")
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------
-def test_a_picture_too_large_to_decode(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = large_png(tmp_path / "large.png", 13000)
-    assert picture.stat().st_size < 30_000
+# -- images ----------------------------------------------------------------------------------------------------
+def test_an_image_too_large_to_decode(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = large_png(tmp_path / "large.png", 13000)
+    assert image.stat().st_size < 30_000
 
     def decoded(self: ImageFile.ImageFile) -> None:
         raise AssertionError("it was decoded")
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", decoded)
-    result = run("generate", source, "--image", picture, "--prompt", "x")
+    result = run("generate", source, "--image", image, "--prompt", "x")
     assert_refused(result, "large.png is too large: 13000 x 13000 pixels, and 89 million are read; scale it down first")
 
 
@@ -228,8 +228,8 @@ def test_a_damaged_bundle(
     bundle: Path, patched: Path, tmp_path: Path, damage: Callable[[Path], None], expected: str
 ) -> None:
     damage(bundle)
-    picture = large_png(tmp_path / "small.png", 64)
-    asked = ("--image", picture, "--prompt", "x")
+    image = large_png(tmp_path / "small.png", 64)
+    asked = ("--image", image, "--prompt", "x")
     assert_refused(run("generate", bundle, *asked, "--max-new-tokens", 2, "--backend", "ort-cpu"), expected)
     assert_refused(run("validate", patched, bundle, *asked, "--steps", 1, "--backend", "ort-cpu"), expected)
     if damage not in (*OF_CONFIG, damage_manifest_graph):

@@ -1,4 +1,4 @@
-"""`surgeon generate` answers as transformers does, and refuses what is no picture."""
+"""`surgeon generate` answers as transformers does, and refuses what is no image."""
 
 import json
 from pathlib import Path
@@ -16,9 +16,9 @@ from surgeon.torch_generate import TorchGenerator
 
 @pytest.mark.skipif(not has_tokenizer(), reason="needs the demo checkpoint's tokenizer")
 def test_generate_streams_the_answer_of_the_model(tmp_path: Path) -> None:
-    picture = tmp_path / "a.png"
-    Image.new("RGB", (96, 64), (200, 30, 30)).save(picture)
-    arguments = ("generate", DEMO, "--image", picture, "--prompt", "Describe the picture.", "--max-new-tokens", 12)
+    image = tmp_path / "a.png"
+    Image.new("RGB", (96, 64), (200, 30, 30)).save(image)
+    arguments = ("generate", DEMO, "--image", image, "--prompt", "Describe the picture.", "--max-new-tokens", 12)
     found = json.loads(run(*arguments, "--json").stdout)
     streamed = process(*arguments)  # where nothing has set transformers up before
     assert streamed.stdout == found["text"] + "\n" and streamed.stderr == ""
@@ -26,7 +26,7 @@ def test_generate_streams_the_answer_of_the_model(tmp_path: Path) -> None:
     # the same by transformers' own greedy search
     from surgeon.inputs import Inputs
 
-    prepared = Inputs.from_directory(DEMO).prepare([Prompt("Describe the picture.", (picture,))])
+    prepared = Inputs.from_directory(DEMO).prepare([Prompt("Describe the picture.", (image,))])
     model = models.load(DEMO)
     ids = model.generate(**prepared.model_kwargs(model.dtype), do_sample=False, max_new_tokens=12)
     assert found["token_ids"] == ids[0, prepared.input_ids.shape[1] :].tolist()
@@ -34,7 +34,7 @@ def test_generate_streams_the_answer_of_the_model(tmp_path: Path) -> None:
     drawn = [json.loads(run(*arguments, "--json", "--temperature", 5, "--seed", seed).stdout) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert (
-        TorchGenerator(DEMO).generate([Prompt("Describe the picture.", (picture,))], 3)[0].token_ids
+        TorchGenerator(DEMO).generate([Prompt("Describe the picture.", (image,))], 3)[0].token_ids
         == found["token_ids"][:3]
     )
 
@@ -67,13 +67,13 @@ def test_each_option_reaches_the_model(source: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.png", b"no picture", "is not a picture"),
+        ("a.png", b"no image", "is not an image"),
         ("a.png", b"\x89PNG\r\n\x1a\n" + b"\0" * 20, "a.png"),
         ("a.mp4", b"\0\0\0 ftypisom", "video is not supported yet"),
         ("a.png", None, "does not exist"),
     ],
 )
-def test_a_picture_that_is_not_one(tmp_path: Path, name: str, content: bytes | None, expected: str) -> None:
+def test_an_image_that_is_not_one(tmp_path: Path, name: str, content: bytes | None, expected: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     assert_refused(run("generate", DEMO, "--image", tmp_path / name, "--prompt", "Describe the picture."), expected)

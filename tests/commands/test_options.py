@@ -55,3 +55,15 @@ def test_a_checkpoint_beside_a_bundle_takes_a_backend(source: Path, tmp_path: Pa
         assert json.loads(result.stdout)["passed"]
     (bundle / "decoder.onnx").unlink()
     assert_refused(run("validate", source, bundle, *asked), "decoder.onnx")
+
+
+@pytest.mark.parametrize("equals", [True, False])
+def test_the_former_name_of_an_option_is_taken_with_a_warning(tmp_path: Path, equals: bool) -> None:
+    for former, name in (("--picture-tokens", "--image-tokens"), ("--blocks", "--tile-configs")):
+        asked = [f"{former}=nonsense"] if equals else [former, "nonsense"]
+        now = [f"{name}=nonsense"] if equals else [name, "nonsense"]
+        old, new = (run("engine", tmp_path, tmp_path / "out", *each) for each in (asked, now))
+        warning, error = old.stderr.splitlines()
+        assert warning == f"warning: {former} is called {name} now; the former name goes with the next release"
+        assert [error] == new.stderr.splitlines() and old.exit_code == new.exit_code == 2
+    assert "--blocks" not in run("engine", "--help").stdout

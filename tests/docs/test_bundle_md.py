@@ -12,8 +12,8 @@ from surgeon.memory.rope_dhr import position_ids
 TEXT = (Path(__file__).parents[2] / "docs" / "bundle.md").read_text()
 
 
-def picture(t: int, rows: int, columns: int, side: int, tile_order: str) -> list[int]:
-    """The ids of a picture's tokens, thumbnail last."""
+def image(t: int, rows: int, columns: int, side: int, tile_order: str) -> list[int]:
+    """The ids of an image's tokens, thumbnail last."""
     ids = []
     for n in range(rows * columns) if rows * columns > 1 else ():
         r, c = (n // columns, n % columns) if tile_order == "row" else (n % rows, n // rows)
@@ -32,7 +32,7 @@ def test_the_rule_in_words_is_the_rule_in_code() -> None:
     for side in (2, 3, 16):
         for rows, columns in ((r, c) for r in range(1, 7) for c in range(1, 13) if r * c <= 12):
             for tile_order in ("row", "column"):
-                ids = [0, 1, *picture(2, rows, columns, side, tile_order)]
+                ids = [0, 1, *image(2, rows, columns, side, tile_order)]
                 end = 2 + side * side
                 ids += [end, end + 1]
                 visual = torch.tensor([[False, False, *[True] * (len(ids) - 4), False, False]])

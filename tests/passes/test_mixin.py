@@ -59,7 +59,7 @@ def test_defaults_are_those_of_any_backbone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("limits", "expected"), [("3,max_tiles=3", (3, 3)), ("2,max_tiles=5", (2, 5)), ("4", (4, 6))])
 def test_limits_of_tiles(limits: str, expected: tuple[int, int], tmp_path: Path) -> None:
-    """As many at least as at most is every picture cut alike."""
+    """As many at least as at most is every image cut alike."""
     source = tiny_checkpoint(tmp_path / "source", "internvl")
     apply(source, tmp_path / "out", f"rope-dhr:min_tiles={limits}")
     settings = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
@@ -105,7 +105,7 @@ def test_the_written_recipe_reproduces_it(tmp_path: Path) -> None:
         ("internvl", ["mixin:head_dim=15"], "head_dim=15 is odd"),
         ("internvl", ["mixin:tiles=none"], "tiles"),
         ("qwen3_vl", ["mixin:head_dim=8"], "turns heads of 16 with several position axes"),
-        ("qwen3_vl", ["mixin:tiles=memory"], "does not cut pictures into tiles"),
+        ("qwen3_vl", ["mixin:tiles=memory"], "does not cut images into tiles"),
         ("qwen3_vl", ["rope-dhr"], "already have two dimensions"),
         ("internvl", ["rope-dhr", "rope-dhr"], "already applied"),
         ("internvl", ["rope-dhr:min_tiles=5,max_tiles=2"], "min_tiles=5 is more than max_tiles=2"),

@@ -1,4 +1,4 @@
-"""Prompts and pictures as model inputs, with the demo's tokenizer and image processor."""
+"""Prompts and images as model inputs, with the demo's tokenizer and image processor."""
 
 import inspect
 import json
@@ -49,7 +49,7 @@ def demo():
     return Inputs.from_directory(DEMO)
 
 
-def test_a_batch_with_two_pictures_one_and_none(checkpoint, inputs):
+def test_a_batch_with_two_images_one_and_none(checkpoint, inputs):
     prompts = [
         Prompt("What is it?", (noise(120, 90), noise(64, 200, seed=1))),
         Prompt("And this?", (noise(90, 90),), system="Be brief."),
@@ -58,7 +58,7 @@ def test_a_batch_with_two_pictures_one_and_none(checkpoint, inputs):
     batch = inputs.prepare(prompts)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
-    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert batch.input_ids.dtype == batch.attention_mask.dtype == batch.mm_token_type_ids.dtype == np.int64
     assert [len(row) for row in batch.grids] == [len(row) for row in batch.pixel_values] == [2, 1, 0]
     for i, prompt in enumerate(prompts):
@@ -68,14 +68,14 @@ def test_a_batch_with_two_pictures_one_and_none(checkpoint, inputs):
         if prompt.system:
             expected += f"<|im_start|>system\n{prompt.system}<|im_end|>\n"
         expected += "<|im_start|>user\n"
-        for picture, pixels, grid in zip(prompt.images, batch.pixel_values[i], batch.grids[i], strict=True):
-            alone = processor(images=picture, return_tensors="np")
+        for image, pixels, grid in zip(prompt.images, batch.pixel_values[i], batch.grids[i], strict=True):
+            alone = processor(images=image, return_tensors="np")
             np.testing.assert_array_equal(pixels, alone["pixel_values"])
             assert list(grid) == alone["image_grid_thw"][0].tolist()
             expected += "<|vision_start|>" + "<|image_pad|>" * (grid[1] * grid[2] // 4) + "<|vision_end|>"
         expected += f"{prompt.text}<|im_end|>\n<|im_start|>assistant\n"
         assert tokenizer.decode(tokens) == expected
-        np.testing.assert_array_equal(batch.mm_token_type_ids[i], batch.input_ids[i] == image)
+        np.testing.assert_array_equal(batch.mm_token_type_ids[i], batch.input_ids[i] == image_token_id)
     right = inputs.prepare(prompts, padding_side="right")
     for i, length in enumerate(batch.lengths):
         np.testing.assert_array_equal(right.input_ids[i, :length], batch.input_ids[i, -length:])
@@ -96,15 +96,15 @@ def test_model_kwargs_run_the_model(checkpoint, inputs):
     torch.testing.assert_close(together[0], logits, rtol=0, atol=1e-4)
 
 
-def test_model_kwargs_dtypes_and_absent_pictures(inputs):
-    with_picture = inputs.prepare([Prompt("a", (noise(80, 80),))]).model_kwargs(torch.bfloat16)
-    assert with_picture["pixel_values"].dtype == torch.bfloat16
-    assert with_picture["image_grid_thw"].dtype == with_picture["input_ids"].dtype == torch.int64
+def test_model_kwargs_dtypes_and_absent_images(inputs):
+    with_image = inputs.prepare([Prompt("a", (noise(80, 80),))]).model_kwargs(torch.bfloat16)
+    assert with_image["pixel_values"].dtype == torch.bfloat16
+    assert with_image["image_grid_thw"].dtype == with_image["input_ids"].dtype == torch.int64
     without = inputs.prepare([Prompt("a")]).model_kwargs(torch.bfloat16)
     assert set(without) == {"input_ids", "attention_mask", "mm_token_type_ids"}
 
 
-def test_conversations_with_pictures_in_several_turns(demo):
+def test_conversations_with_images_in_several_turns(demo):
     first, second = noise(80, 80), noise(100, 80, seed=1)
     conversation = [
         {"role": "user", "content": [{"type": "text", "text": "See"}, {"type": "image", "image": first}]},
@@ -153,13 +153,13 @@ def test_an_older_chat_template_file_goes_first(tmp_path):
     assert Inputs.from_directory(tmp_path).render(Prompt("Hi").messages()) == "Hi!"
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
-def bad_picture(kind, folder):
+def bad_image(kind, folder):
     path = folder / f"{kind}.png"
     if kind == "text":
-        path.write_text("not a picture")
+        path.write_text("not an image")
     elif kind == "truncated":
         noise(200, 200).save(path)
         path.write_bytes(path.read_bytes()[:2000])
@@ -181,7 +181,7 @@ def bad_picture(kind, folder):
     ("kind", "reason"),
     [
         ("missing", "does not exist"),
-        ("text", "is not a picture"),
+        ("text", "is not an image"),
         ("truncated", "cannot be read: .*truncated"),
         ("animated", "has 3 frames: video is not supported yet"),
         ("huge", "is too large"),
@@ -190,8 +190,8 @@ def bad_picture(kind, folder):
         ("folder", "cannot be read"),
     ],
 )
-def test_bad_pictures_are_told_by_name_and_reason(demo, tmp_path, monkeypatch, kind, reason):
-    path = bad_picture(kind, tmp_path)
+def test_bad_images_are_told_by_name_and_reason(demo, tmp_path, monkeypatch, kind, reason):
+    path = bad_image(kind, tmp_path)
     if kind == "huge":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     with pytest.raises(InputError, match=reason) as caught:
@@ -205,7 +205,7 @@ def test_bad_pictures_are_told_by_name_and_reason(demo, tmp_path, monkeypatch, k
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (Prompt("see <|image_pad|>"), "1 image placeholder.s. .* for 0 picture"),
+        (Prompt("see <|image_pad|>"), "1 image placeholder.s. .* for 0 image"),
         (Prompt("see <|video_pad|>"), "video is not supported yet"),
         ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], "video is not supported yet"),
         (
@@ -218,7 +218,7 @@ def test_bad_pictures_are_told_by_name_and_reason(demo, tmp_path, monkeypatch, k
         ([{"role": "user", "content": [{"words": "hello"}]}], "a part of type None"),
         ([{"role": "user", "content": ["hello"]}], "a part of the conversation is 'hello'"),
         ([{"role": "user", "content": [{"type": "image", "image": "https://a.b/c.png"}]}], "is not a file"),
-        ([{"role": "user", "content": [{"type": "image", "picture": 3}]}], "its keys: .'picture', 'type'"),
+        ([{"role": "user", "content": [{"type": "image", "image": 3}]}], "its keys: .'image', 'type'"),
     ],
 )
 def test_prompts_that_cannot_be_used(demo, prompt, message):
@@ -296,21 +296,21 @@ TILE_GRIDS = {
 
 
 @pytest.mark.parametrize("size", [(40, 40), (100, 50), (50, 100), (130, 90), (900, 4)])
-def test_a_tiled_pictures_grid_is_rows_and_columns(tiled, size):
+def test_a_tiled_images_grid_is_rows_and_columns(tiled, size):
     grid = TILE_GRIDS[tiled.family.model_type][size]
-    picture = noise(*size)
-    pixels, found = tiled.picture(picture)
+    image = noise(*size)
+    pixels, found = tiled.process_image(image)
     assert found == (1, *grid)
     layout = tiled.family.tile_layout(tiled.config)
     assert pixels.shape == (layout.tiles(found), 3, 42, 42) and pixels.dtype == np.float32
     rows, columns = grid
-    # the tiles, put together by the grid, are the picture as scaled onto the canvas
+    # the tiles, put together by the grid, are the image as scaled onto the canvas
     settings = {"crop_to_patches": False, "size": {"height": 42 * rows, "width": 42 * columns}}
-    canvas = tiled.image_processor(picture, return_tensors="np", **settings)["pixel_values"][0]
+    canvas = tiled.image_processor(image, return_tensors="np", **settings)["pixel_values"][0]
     tiles = pixels[-rows * columns :] if layout.thumbnail == "first" else pixels[: rows * columns]
     together = tiles.reshape(rows, columns, 3, 42, 42).transpose(2, 0, 3, 1, 4).reshape(canvas.shape)
     np.testing.assert_array_equal(together, canvas)
-    thumbnail = tiled.image_processor(picture, return_tensors="np", crop_to_patches=False)["pixel_values"][0]
+    thumbnail = tiled.image_processor(image, return_tensors="np", crop_to_patches=False)["pixel_values"][0]
     np.testing.assert_array_equal(pixels[0 if layout.thumbnail == "first" else -1], thumbnail)
 
 
@@ -319,7 +319,7 @@ def test_the_image_processors_own_limits_hold(tiled_checkpoint, tmp_path, settin
     shutil.copytree(tiled_checkpoint, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    pixels, found = Inputs.from_directory(tmp_path).picture(noise(90, 90))
+    pixels, found = Inputs.from_directory(tmp_path).process_image(noise(90, 90))
     assert found == grid and len(pixels) == (5 if grid[1] == 2 else 1)
 
 
@@ -335,7 +335,7 @@ def test_an_image_processor_that_does_not_fit(tiled_checkpoint, tmp_path, settin
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     with pytest.raises(error, match=message):
-        Inputs.from_directory(tmp_path).picture(noise(90, 90))
+        Inputs.from_directory(tmp_path).process_image(noise(90, 90))
 
 
 def test_model_kwargs_of_mixed_rows_run_the_model(plain_checkpoint):
@@ -367,10 +367,10 @@ def test_the_image_processor_is_the_same_on_every_machine(tmp_path, named):
     settings.pop("image_processor_type", None)
     path.write_text(json.dumps(settings | ({} if named is None else {"image_processor_type": named})))
     assert type(AutoImageProcessor.from_pretrained(tmp_path)).__name__ == "Qwen2VLImageProcessor"
-    inputs, picture = Inputs.from_directory(tmp_path), noise(300, 200)
+    inputs, image = Inputs.from_directory(tmp_path), noise(300, 200)
     assert type(inputs.image_processor).__name__ == "Qwen2VLImageProcessorPil"
-    expected = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")(picture, return_tensors="np")
-    np.testing.assert_array_equal(inputs.picture(picture)[0], expected["pixel_values"])
+    expected = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")(image, return_tensors="np")
+    np.testing.assert_array_equal(inputs.process_image(image)[0], expected["pixel_values"])
 
 
 class NoVideoProcessor:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from checkpoints import MODEL_TYPES, tiny_model
 from passes.mixin import Mixin
 from passes.pvm import PVM
-from patching import apply, batch, picture
+from patching import apply, batch, image
 from surgeon import models
 from surgeon.errors import OptionError
 from surgeon.live import graft, graft_parameters, unfreeze_grafts
@@ -28,7 +28,7 @@ def passes() -> tuple[object, object]:
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    return model(**batch(model, [[5, 6, *picture(GRID), 7, 8, 9]], [GRID])).logits
+    return model(**batch(model, [[5, 6, *image(GRID), 7, 8, 9]], [GRID])).logits
 
 
 def open_all(model: PreTrainedModel) -> None:
@@ -78,7 +78,7 @@ def test_grafts_alone_are_unfrozen_and_train(plain: PreTrainedModel) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(own.values(), lr=0.1)
     for _ in range(2):
-        inputs = batch(model, [[5, 6, *picture(GRID), 7, 8, 9]], [GRID])
+        inputs = batch(model, [[5, 6, *image(GRID), 7, 8, 9]], [GRID])
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         optimizer.step()
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == own.keys()

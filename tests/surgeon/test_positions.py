@@ -11,7 +11,7 @@ IMAGE = TOKEN_IDS["image_token_id"]
 ROWS: list[tuple[list[int], list[Grid]]] = [
     ([5, *[IMAGE] * 27, 6], [(1, 1, 2)]),  # two tiles and a thumbnail, 9 tokens each
     ([7, 8, 9], []),
-    ([*[IMAGE] * 9, 5, *[IMAGE] * 45], [(1, 1, 1), (1, 2, 2)]),  # which ends with a picture
+    ([*[IMAGE] * 9, 5, *[IMAGE] * 45], [(1, 1, 1), (1, 2, 2)]),  # which ends with an image
 ]
 
 

@@ -72,7 +72,7 @@ def test_auto_classes_give_what_they_give_for_the_source(model_type: str, tmp_pa
 @pytest.mark.parametrize("model_type", [*MODEL_TYPES, *PLAIN_TYPES])
 def test_processors_agree_with_torchvision(model_type: str, tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
-    from pairs import picture
+    from pairs import image
 
     source, patched = tiny_checkpoint(tmp_path / "source", model_type), tmp_path / "patched"
     if model_type == "llava_onevision":  # which cannot count its tokens without
@@ -82,8 +82,8 @@ def test_processors_agree_with_torchvision(model_type: str, tmp_path: Path) -> N
     assert type(processor).__name__ == PROCESSORS[model_type]
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     text = plain.apply_chat_template(messages, add_generation_prompt=True)
-    image = picture(90, 60)
-    expected, found = (each(images=[image], text=[text], return_tensors="pt") for each in (plain, processor))
+    photo = image(90, 60)
+    expected, found = (each(images=[photo], text=[text], return_tensors="pt") for each in (plain, processor))
     assert expected.keys() == found.keys()
     assert all(bool((expected[key] == found[key]).all()) for key in expected)
 

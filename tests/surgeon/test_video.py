@@ -1,4 +1,4 @@
-"""Which files are videos; pictures of the formats that Pillow writes are none."""
+"""Which files are videos; images of the formats that Pillow writes are none."""
 
 import io
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, features
 
 from surgeon.errors import InputError
-from surgeon.pictures import load_picture
+from surgeon.images import load_image
 from surgeon.video import is_video
 
 BEGINNINGS = {
@@ -30,8 +30,8 @@ def test_a_video_without_a_name_is_told_as_one(name: str, tmp_path: Path) -> Non
     path = tmp_path / "image-0"
     path.write_bytes(BEGINNINGS[name] + b"\0" * 64)
     assert is_video(path)
-    with pytest.raises(InputError, match="image-0 is a video: video is not supported yet, pass pictures"):
-        load_picture(path)
+    with pytest.raises(InputError, match="image-0 is a video: video is not supported yet, pass images"):
+        load_image(path)
 
 
 def test_a_name_is_enough(tmp_path: Path) -> None:
@@ -39,19 +39,19 @@ def test_a_name_is_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF"])
-def test_pictures_are_no_videos(kind: str, tmp_path: Path) -> None:
+def test_images_are_no_videos(kind: str, tmp_path: Path) -> None:
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
     file = io.BytesIO()
     Image.new("RGB", (20, 10), (200, 30, 30)).save(file, kind)
     path = tmp_path / "image-0"
     path.write_bytes(file.getvalue())
-    assert not is_video(path) and load_picture(path).size == (20, 10)
+    assert not is_video(path) and load_image(path).size == (20, 10)
 
 
-@pytest.mark.parametrize("content", [b"", b"G", b"no picture", b"G" * 100])
+@pytest.mark.parametrize("content", [b"", b"G", b"no image", b"G" * 100])
 def test_what_is_neither_is_no_video(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "image-0").write_bytes(content)
     assert not is_video(tmp_path / "image-0")
-    with pytest.raises(InputError, match="is not a picture"):
-        load_picture(tmp_path / "image-0")
+    with pytest.raises(InputError, match="is not an image"):
+        load_image(tmp_path / "image-0")

@@ -13,7 +13,7 @@ from surgeon.memory.graft import Graft
 _FORMS = Extensions("exporters.kernels.cuda", "FORM", group="surgeon.kernels")
 
 
-def form_of(kind: str) -> FusedForm | None:
+def fused_form_of(kind: str) -> FusedForm | None:
     """Of a kind of graft; None where there is none."""
     return _FORMS.get(kind)
 
@@ -22,5 +22,5 @@ def use_fused(model: nn.Module, on: bool) -> int:
     """Let the grafts of a model take their fused form, or no longer -> how many there are."""
     grafts = [module for module in model.modules() if isinstance(module, Graft)]
     for graft in grafts:
-        graft.fused = form_of(graft.kind) if on else None
+        graft.fused = fused_form_of(graft.kind) if on else None
     return len(grafts)

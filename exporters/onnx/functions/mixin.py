@@ -41,7 +41,7 @@ def Mixin(  # type: ignore[no-untyped-def]
     query = op.Transpose(op.Reshape(query, heads), perm=[0, 2, 1, 3])
     query = op.RotaryEmbedding(query, cos, sin, interleaved=0)
 
-    # A token without pictures attends to padding, and the result is dropped below: no NaN from an empty softmax.
+    # A token without images attends to padding, and the result is dropped below: no NaN from an empty softmax.
     slots = op.Concat(op.Constant(value_ints=[0, 1, -1]), op.Shape(keys, start=2, end=3), axis=0)
     mask = op.Reshape(memory_mask, slots)  # of a row's tokens alike, or of each
     count = op.ReduceSum(op.Cast(mask, to=INT32.dtype), op.Constant(value_ints=[3]), keepdims=1)

@@ -10,11 +10,11 @@ import onnxruntime as ort
 import torch
 
 from exporters.fusion.fused_kernels import FusedKernels
-from exporters.fusion.node import KernelNode, compile_nodes, reaches
+from exporters.fusion.node import KernelNode, compile_nodes, variant_specs
 from exporters.kernels import tuned
 from exporters.kernels.aot import capability_for
 from exporters.kernels.folder import compiled
-from exporters.kernels.plan import ChooseBlocks, by_rule
+from exporters.kernels.plan import ChooseTileConfig, heuristic
 from exporters.kernels.support import reason_against_device
 from exporters.onnxruntime.custom_ops import native
 from exporters.onnxruntime.custom_ops.tables import Table, table
@@ -37,7 +37,7 @@ class Device:
     driver: str = "libcuda.so.1"
     alignment: int = 16
     """Bytes of which every address is a multiple: those that ONNX Runtime and torch allocate on a GPU are."""
-    choose: ChooseBlocks = by_rule
+    choose: ChooseTileConfig = heuristic
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Fused:
 
 @cache
 def cuda_device() -> Device | None:
-    """The GPU that ONNX Runtime takes, with blocks as they were measured on it. None where kernels cannot run, which is
-    said once."""
+    """The GPU that ONNX Runtime takes, with tile configs as they were measured on it. None where kernels cannot run,
+    which is said once."""
     reason = reason_against_device(_GPU)
     if reason is None:
         try:
@@ -78,7 +78,7 @@ def fuse(model: ir.Model, device: Device) -> Fused | None:
     """Replace the functions of grafts in `model` by kernel nodes; None where it has none. What the kernels do not take
     stays, and is said. Raises CompileError, and leaves half a model then."""
     symbols = {str(size) for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
-    rewrite = FusedKernels(reaches(symbols, _TOKENS, _SLOTS), dict.fromkeys(symbols, 1) | _MOST, device.choose)
+    rewrite = FusedKernels(variant_specs(symbols, _TOKENS, _SLOTS), dict.fromkeys(symbols, 1) | _MOST, device.choose)
     rewrite(model)
     if not rewrite.replaced:
         return None

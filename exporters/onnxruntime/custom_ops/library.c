@@ -33,14 +33,14 @@ typedef struct {
     Formula grid[3];
     const char *entry, *ptx;
     uint32_t threads, shared;
-} Form;
+} Variant;
 
 typedef struct {
     const char *name;
     int32_t num_inputs, num_outputs, num_sizes;
     const int32_t *input_types, *output_types, *output_ranks;
     const Formula *sizes, *output_dims; /* the latter of all outputs, one after another */
-    const Form *forms; /* the last takes any number of tokens */
+    const Variant *variants; /* the last takes any number of tokens */
 } Operator;
 
 typedef struct {
@@ -144,7 +144,7 @@ static int open_driver(const char *path, Driver *driver) {
 
 /* ---- an operator, and its kernels ------------------------------------------------------------------------------ */
 typedef struct Loaded {
-    const Form *form;
+    const Variant *variant;
     void *context, *module, *function;
     struct Loaded *next;
 } Loaded;
@@ -186,21 +186,21 @@ static int64_t evaluate(Formula formula, int64_t dims[][MOST_RANK]) {
     return stack[0];
 }
 
-/* The kernel of a form in the current context, loaded where it is not yet. */
-static Status *find(Registered *self, const Form *form, void **function) {
+/* The kernel of a variant in the current context, loaded where it is not yet. */
+static Status *find(Registered *self, const Variant *variant, void **function) {
     void *context = NULL;
     int code = self->driver.context(&context);
     if (code) return fail(self, "cuCtxGetCurrent", code);
     pthread_mutex_lock(&self->lock);
     Loaded *found = self->loaded;
-    while (found && (found->form != form || found->context != context)) found = found->next;
+    while (found && (found->variant != variant || found->context != context)) found = found->next;
     const char *failed = NULL;
     if (found == NULL) {
-        Loaded made = {form, context, NULL, NULL, self->loaded};
-        if ((code = self->driver.load(&made.module, form->ptx))) failed = "cuModuleLoadData";
-        else if ((code = self->driver.function(&made.function, made.module, form->entry))) failed = "cuModuleGetFunction";
-        else if (form->shared > UNASKED_SHARED &&
-                 (code = self->driver.set(made.function, MAX_DYNAMIC_SHARED, (int)form->shared)))
+        Loaded made = {variant, context, NULL, NULL, self->loaded};
+        if ((code = self->driver.load(&made.module, variant->ptx))) failed = "cuModuleLoadData";
+        else if ((code = self->driver.function(&made.function, made.module, variant->entry))) failed = "cuModuleGetFunction";
+        else if (variant->shared > UNASKED_SHARED &&
+                 (code = self->driver.set(made.function, MAX_DYNAMIC_SHARED, (int)variant->shared)))
             failed = "cuFuncSetAttribute";
         else if ((found = malloc(sizeof *found)) == NULL) failed = "out of memory";
         if (found) *found = made, self->loaded = found;
@@ -245,8 +245,8 @@ static Status *compute(void *kernel, Context *context) {
         *next++ = &sizes[n];
     }
 
-    const Form *form = what->forms;
-    while (form->tokens >= 0 && form->tokens < sizes[0]) form++;
+    const Variant *variant = what->variants;
+    while (variant->tokens >= 0 && variant->tokens < sizes[0]) variant++;
     const Formula *dim = what->output_dims;
     for (int n = 0; n < what->num_outputs; n++) {
         int64_t shape[MOST_RANK];
@@ -264,11 +264,11 @@ static Status *compute(void *kernel, Context *context) {
 
     unsigned grid[3];
     for (int axis = 0; axis < 3; axis++)
-        if ((grid[axis] = (unsigned)evaluate(form->grid[axis], dims)) == 0) return NULL;
+        if ((grid[axis] = (unsigned)evaluate(variant->grid[axis], dims)) == 0) return NULL;
     void *function = NULL, *stream = NULL;
     if ((status = ((ContextStream)self->api[CONTEXT_STREAM])(context, &stream))) return status;
-    if ((status = find(self, form, &function))) return status;
-    int code = self->driver.launch(function, grid[0], grid[1], grid[2], form->threads, 1, 1, form->shared, stream,
+    if ((status = find(self, variant, &function))) return status;
+    int code = self->driver.launch(function, grid[0], grid[1], grid[2], variant->threads, 1, 1, variant->shared, stream,
                                    arguments, NULL);
     return code ? fail(self, "cuLaunchKernel", code) : NULL;
 }

@@ -18,7 +18,7 @@ class _Formula(ctypes.Structure):
     _fields_ = (("words", ctypes.POINTER(ctypes.c_int64)), ("count", ctypes.c_int32))
 
 
-class _Form(ctypes.Structure):
+class _Variant(ctypes.Structure):
     _fields_ = (
         ("tokens", ctypes.c_int64),
         ("grid", _Formula * 3),
@@ -35,7 +35,7 @@ class _Operator(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("num_inputs", "num_outputs", "num_sizes")),
         *((name, ctypes.POINTER(ctypes.c_int32)) for name in ("input_types", "output_types", "output_ranks")),
         *((name, ctypes.POINTER(_Formula)) for name in ("sizes", "output_dims")),
-        ("forms", ctypes.POINTER(_Form)),
+        ("variants", ctypes.POINTER(_Variant)),
     )
 
 
@@ -81,15 +81,15 @@ def _operator(name: str, described: dict[str, Any]) -> _Operator:
         _array(ctypes.c_int32, [len(output["shape"]) for output in outputs]),
         _array(_Formula, map(_formula, sizes)),
         _array(_Formula, [_formula(size) for output in outputs for size in output["shape"]]),
-        _array(_Form, map(_form, described["forms"])),
+        _array(_Variant, map(_variant, described["variants"])),
     )
 
 
-def _form(form: dict[str, Any]) -> _Form:
-    (kernel,) = form["kernels"]
-    return _Form(
-        -1 if form["tokens"] is None else form["tokens"],
-        (_Formula * 3)(*map(_formula, form["grid"])),
+def _variant(variant: dict[str, Any]) -> _Variant:
+    (kernel,) = variant["kernels"]
+    return _Variant(
+        -1 if variant["tokens"] is None else variant["tokens"],
+        (_Formula * 3)(*map(_formula, variant["grid"])),
         kernel["entry"].encode(),
         kernel["ptx"].encode(),
         32 * kernel["num_warps"],

@@ -1,5 +1,5 @@
 """Plugins as enterprise TensorRT takes them: `tensorrt.plugin` definitions whose kernels are compiled already, so that
-an engine holds their PTX and runs without Python. A form is a tactic.
+an engine holds their PTX and runs without Python. A variant is a tactic.
 
 `trt` is the library, which whoever calls has imported.
 """
@@ -44,14 +44,14 @@ def _define(trt: Any, plugin: Any, name: str, described: dict[str, Any]) -> None
     def tune(*arguments: Any) -> Any:
         dtypes = [*described["inputs"], *(output["dtype"] for output in outputs)]
         combination = ", ".join(_COMBINATION[dtype] for dtype in dtypes)
-        return [plugin.AutoTuneCombination(combination, "LINEAR", list(range(1, len(described["forms"]) + 1)))]
+        return [plugin.AutoTuneCombination(combination, "LINEAR", list(range(1, len(described["variants"]) + 1)))]
 
     def implement(*arguments: Any) -> Any:
         inputs, tactic = arguments[:count], arguments[-1]
-        form = described["forms"][tactic - 1]
-        (kernel,) = form["kernels"]
+        variant = described["variants"][tactic - 1]
+        (kernel,) = variant["kernels"]
         launch = plugin.KernelLaunchParams()
-        launch.grid_x, launch.grid_y, launch.grid_z = (_value(size, inputs) for size in form["grid"])
+        launch.grid_x, launch.grid_y, launch.grid_z = (_value(size, inputs) for size in variant["grid"])
         launch.block_x, launch.shared_mem = 32 * kernel["num_warps"], kernel["shared"]
         sizes = plugin.SymIntExprs(len(described["sizes"]))
         for place, size in enumerate(described["sizes"]):

@@ -25,26 +25,28 @@ class LaunchError(RuntimeError):
 class Call:
     """What a launch is for given shapes."""
 
-    form: dict[str, Any]
+    variant: dict[str, Any]
     sizes: list[int]
     grid: tuple[int, int, int]
 
 
 def prepare(described: dict[str, Any], dims: Dims) -> Call:
-    """The form for these shapes: the first that goes as far as the first of the kernel's sizes, its tokens."""
+    """The variant for these shapes: the first that goes as far as the first of the kernel's sizes, its tokens."""
 
     def value(formula: Any) -> int:
         return int(evaluate(formula, lambda place, axis: dims[place][axis]))
 
     sizes = [value(formula) for formula in described["sizes"]]
-    form = next(form for form in described["forms"] if form["tokens"] is None or sizes[0] <= form["tokens"])
-    x, y, z = (value(formula) for formula in form["grid"])
-    return Call(form, sizes, (x, y, z))
+    variant = next(
+        variant for variant in described["variants"] if variant["tokens"] is None or sizes[0] <= variant["tokens"]
+    )
+    x, y, z = (value(formula) for formula in variant["grid"])
+    return Call(variant, sizes, (x, y, z))
 
 
-def choose(form: dict[str, Any], capability: int) -> dict[str, Any]:
+def choose(variant: dict[str, Any], capability: int) -> dict[str, Any]:
     """The kernel for a GPU: its own, else the latest that runs on all later ones. Raises LaunchError."""
-    kernels = {kernel["capability"]: kernel for kernel in form["kernels"]}
+    kernels = {kernel["capability"]: kernel for kernel in variant["kernels"]}
     if capability in kernels:
         found: dict[str, Any] = kernels[capability]
         return found
@@ -86,7 +88,7 @@ class Driver:
         call = prepare(described, dims)
         if 0 in call.grid:
             return
-        kernel = choose(call.form, self.capability())
+        kernel = choose(call.variant, self.capability())
         function = self._function(kernel)
         arguments = Arguments(inputs, call.sizes, outputs)
         self._check(

@@ -11,7 +11,7 @@ from PIL import Image
 from checkpoints import has_tokenizer, tiny_checkpoint
 from command import run
 from exporters.bench import Workload, draw, measure
-from exporters.bench.runners import open_runner
+from exporters.bench.timed import open_timed
 from exporters.export import export_bundle
 from surgeon.errors import OptionError, SurgeonError
 from surgeon.inputs import Prompt
@@ -44,8 +44,8 @@ def test_side_by_side(forms: list[Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_run_ends_when_it_should(forms: list[Path], index: int) -> None:
-    runner = open_runner(forms[index], [Prompt("Hello.")] * 2, threads=1)
-    ends = runner.run(7)
+    timed = open_timed(forms[index], [Prompt("Hello.")] * 2, threads=1)
+    ends = timed.run(7)
     assert len(ends) == 7 and ends == sorted(ends)
 
 

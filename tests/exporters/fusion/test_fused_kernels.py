@@ -1,4 +1,5 @@
-"""Grafts as chains of nodes compute what their functions do; every node through its kernel's plain definition."""
+"""Grafts as chains of nodes compute what their functions do; every node through its kernel's reference
+implementation."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from onnx.reference.op_run import OpRun
 
 from exporters.fusion.fused_kernels import FusedKernels
 from exporters.fusion.node import KernelNode
-from exporters.tensorrt.plugins.reach import largest, reaches_of
+from exporters.tensorrt.plugins.variants import largest, variant_specs_for
 from exporters.tensorrt.profiles import Profile, Range
 from exporters.tensorrt.rewrites import InlineFunctions, rewrite
 from graft_graphs import inputs_of, model_of
@@ -25,7 +26,7 @@ PROFILE = Profile(name="any", sizes={"B": Range.of(1, 4), "S": Range.of(1, 5), "
 
 def fused(model: ir.Model) -> FusedKernels:
     attributes = {"plugin_version": "1", "plugin_namespace": "surgeon"}
-    found = FusedKernels(reaches_of([PROFILE]), largest([PROFILE]), attributes=attributes)
+    found = FusedKernels(variant_specs_for([PROFILE]), largest([PROFILE]), attributes=attributes)
     found(model)
     return found
 
@@ -33,7 +34,7 @@ def fused(model: ir.Model) -> FusedKernels:
 def operator_of(name: str, plugin: KernelNode) -> type[OpRun]:
     """A plugin's node for onnx.reference."""
     kernel, step = plugin.step.kernel, plugin.step
-    there = [each for each in kernel.inputs if each in plugin.forms[0].launch.inputs]
+    there = [each for each in kernel.inputs if each in plugin.variants[0].launch.inputs]
 
     class Operator(OpRun):
         op_domain = "surgeon"
@@ -99,13 +100,13 @@ def test_what_the_kernels_do_not_take_stays_and_is_told(head_dim: int) -> None:
     assert len(told) == 1
     assert rewritten.replaced == 0 and not rewritten.nodes and len(model.functions) == 1
     with warnings.catch_warnings(action="ignore"):
-        counts = rewrite(model, [FusedKernels(reaches_of([PROFILE]), largest([PROFILE]))])
+        counts = rewrite(model, [FusedKernels(variant_specs_for([PROFILE]), largest([PROFILE]))])
     assert counts["FusedKernels"] == 0 and counts["InlineFunctions"] == 1
 
 
 def test_what_is_fused_is_left_by_the_other_rewrites() -> None:
     model = model_of("pvm")
-    counts = rewrite(model, [FusedKernels(reaches_of([PROFILE]), largest([PROFILE]))])
+    counts = rewrite(model, [FusedKernels(variant_specs_for([PROFILE]), largest([PROFILE]))])
     assert list(counts)[0] == "FusedKernels" and counts["FusedKernels"] == 1 and counts["InlineFunctions"] == 0
     assert {node.domain for node in model.graph} == {"surgeon"} and model.graph.opset_imports["surgeon"] == 1
 

@@ -16,9 +16,9 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from exporters.kernels import aot, mixin, pvm
 from exporters.kernels.aot import SHARED_KIB, CompiledKernel, CompileError, Job, compile_launches, strip_scratch
-from exporters.kernels.kernel import Blocks
+from exporters.kernels.kernel import TileConfig
 from exporters.kernels.plan import Launch, TensorType, plan, plan_step
-from exporters.kernels.support import say_once
+from exporters.kernels.support import warn_once
 
 CAPABILITIES = list(SHARED_KIB)
 
@@ -113,7 +113,7 @@ def test_real_sizes_compile_for_every_target(launches: Callable[..., list[Launch
         names = [name for name in launch.step.kernel.inputs if name in launch.inputs]
         assert [p.name for p in kernel.parameters] == [*names, *launch.sizes, *launch.outputs]
         assert parameters(kernel) == ["u32" if p.kind == "size" else "u64" for p in kernel.parameters]
-        assert kernel.capability == job.capability and kernel.num_warps == launch.blocks.num_warps
+        assert kernel.capability == job.capability and kernel.num_warps == launch.tile_config.num_warps
         assert kernel.shared <= SHARED_KIB[job.capability] * 1024
         assert f".entry {kernel.entry}(" in kernel.ptx and "/exporters/" not in kernel.ptx
         # no later than the drivers that a GPU of this capability may have
@@ -147,7 +147,7 @@ def test_aligned_pointers_make_accesses_wider() -> None:
 def large() -> Launch:
     """More than any rule asks for."""
     found = next(each for each in pvm_launches("bfloat16", 512, head_dim=256) if each.step.name == "pvm_retrieve")
-    return plan_step(found.step, found.inputs, lambda step, inputs: Blocks(tokens=64, outputs=64, num_stages=3))
+    return plan_step(found.step, found.inputs, lambda step, inputs: TileConfig(tokens=64, outputs=64, num_stages=3))
 
 
 @pytest.mark.parametrize("launches", [pvm_launches, mixin_launches])
@@ -170,11 +170,11 @@ def test_what_no_number_of_stages_makes_fit_is_told(monkeypatch: pytest.MonkeyPa
     asked = []
 
     def compile_large(jobs: list[Job], cache: Path | None) -> list[dict[str, Any]]:
-        asked.extend(job.launch.blocks.num_stages for job in jobs)
+        asked.extend(job.launch.tile_config.num_stages for job in jobs)
         return [{"entry": "k", "ptx": HEAD, "shared": 100 << 10, "num_warps": 4, "scratch": 0} for _ in jobs]
 
     monkeypatch.setattr(aot, "_compile", compile_large)
-    expected = "100 KiB of shared memory, which has 99: take smaller blocks.*num_stages': 1"
+    expected = "100 KiB of shared memory, which has 99: take smaller tile configs.*num_stages': 1"
     with pytest.raises(CompileError, match=expected):
         compile_launches([Job(large(), 89)], fit=True)
     assert asked == [3, 2, 1]
@@ -301,7 +301,7 @@ def test_an_entry_with_keys_missing_is_compiled_again(
 
 def test_a_folder_that_cannot_be_written_to_is_said_once(tmp_path: Path, compiled_count: list[int]) -> None:
     (tmp_path / "file").touch()
-    say_once.cache_clear()
+    warn_once.cache_clear()
     launches = small_pvm("float16", 1)[:2]
     with pytest.warns(UserWarning, match="compiled kernels are not kept: .*SURGEON_KERNELS_DIR says where") as said:
         found = compile_launches([Job(launch, 80) for launch in launches], tmp_path / "file" / "kernels")
@@ -315,7 +315,7 @@ def test_whatever_changes_a_kernel_is_another_entry(tmp_path: Path, compiled_cou
         Job(launch, 86),
         Job(launch, 80, aligned=True),
         Job(dataclasses.replace(launch, constants=launch.constants | {"EPS": 0.5}), 80),
-        Job(dataclasses.replace(launch, blocks=dataclasses.replace(launch.blocks, num_warps=2)), 80),
+        Job(dataclasses.replace(launch, tile_config=dataclasses.replace(launch.tile_config, num_warps=2)), 80),
         Job(small_pvm("float32", 1)[0], 80),
     ]
     compile_launches(changed, tmp_path)

@@ -6,10 +6,10 @@ import torch
 
 from checkpoints import tiny_model
 from exporters.kernels import autotune, launch, tuned, workload
-from exporters.kernels.blocks import default_blocks
 from exporters.kernels.candidates import candidates
-from exporters.kernels.kernel import Blocks
+from exporters.kernels.kernel import TileConfig
 from exporters.kernels.plan import plan
+from exporters.kernels.tile_config import heuristic_tile_config
 from exporters.kernels.workload import Size, draw, filling, reading
 from patching import apply
 from surgeon.errors import SurgeonError
@@ -31,8 +31,8 @@ def mixin_graft() -> Mixin:
 GRAFTS = {"pvm": pvm_graft, "mixin": mixin_graft}
 
 
-def measured(blocks: Blocks) -> tuned.Measured:
-    return tuned.Measured(blocks, 1e-6, 2e-6, 3)
+def measured(tile_config: TileConfig) -> tuned.Measured:
+    return tuned.Measured(tile_config, 1e-6, 2e-6, 3)
 
 
 @pytest.mark.parametrize("kind", GRAFTS)
@@ -43,12 +43,15 @@ def test_candidates_are_sound(kind: str, size: Size) -> None:
         for each in plan(chain, types):
             shapes = {name: tensor.shape for name, tensor in each.inputs.items()}
             found = candidates(each.step, shapes, 4)
-            assert found[0] == default_blocks(each.step.kernel, shapes, 4)
+            assert found[0] == heuristic_tile_config(each.step.kernel, shapes, 4)
             assert len(found) > 1, each.step.name
             assert len(set(found)) == len(found)
-            for blocks in found:
-                tuned._sound(dataclasses.asdict(blocks))
-                assert blocks.tokens == 1 or 16 * blocks.num_warps * 64 >= blocks.tokens * blocks.outputs / 2
+            for tile_config in found:
+                tuned._sound(dataclasses.asdict(tile_config))
+                assert (
+                    tile_config.tokens == 1
+                    or 16 * tile_config.num_warps * 64 >= tile_config.tokens * tile_config.outputs / 2
+                )
 
 
 @pytest.mark.parametrize("kind", GRAFTS)
@@ -84,7 +87,7 @@ def test_the_fastest_is_kept_and_computes_the_same(kind: str, folder: Path) -> N
     assert [name.split()[0] for name in found] == [step.name for step in chain.steps]
     for each in found.values():
         assert each.tried > 1 and each.seconds < each.rule_seconds
-    assert found[next(name for name in found if "attend" in name)].blocks.splits > 1  # the last that is tried
+    assert found[next(name for name in found if "attend" in name)].tile_config.splits > 1  # the last that is tried
     tuned.keep(GPU, "3.6.0", found)
 
     chosen: list[bool] = []
@@ -113,7 +116,7 @@ def test_a_candidate_that_does_not_fit_is_left_out() -> None:
 
     found = autotune.tune(chain, draw(types, "cpu"), first_alone)
     text = found[next(name for name in found if name.startswith("pvm_text"))]
-    assert text.tried == 1 and text.blocks == plan(chain, types)[0].blocks
+    assert text.tried == 1 and text.tile_config == plan(chain, types)[0].tile_config
 
 
 def test_runs_rotate_among_copies_that_no_cache_holds() -> None:
@@ -157,7 +160,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     def tune_on_gpu(chain, given):  # type: ignore[no-untyped-def]
         asked.append(tuple(given["keys"].shape))
-        return {f"{chain.name}_text {given['keys'].shape[2]}": measured(Blocks(outputs=32))}
+        return {f"{chain.name}_text {given['keys'].shape[2]}": measured(TileConfig(outputs=32))}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)

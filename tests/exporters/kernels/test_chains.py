@@ -1,4 +1,5 @@
-"""Each graft in fused launches, interpreted, against its plain definition and against what its authors computed."""
+"""Each graft in fused launches, interpreted, against its reference implementation and against what its authors
+computed."""
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("rows", "length"), [(3, 1), (3, 21), (1, 70)])
 def test_pvm(dtype: torch.dtype, rows: int, length: int) -> None:
-    """Grouped queries; pictures of another number in each row, and none in the last of several."""
+    """Grouped queries; images of another number in each row, and none in the last of several."""
     graft = randomised(PersistentVisualMemory(96, 64, 40, head_dim=32, num_key_value_heads=1, eps=1e-6), dtype)
     assert isinstance(graft, PersistentVisualMemory)
     slots = 45
@@ -113,7 +114,7 @@ def test_tokens_see_what_stands_before_them(
         graft = randomised(PersistentVisualMemory(96, 64, 40, head_dim=32, num_key_value_heads=1, eps=1e-6), dtype)
     else:
         graft = randomised(Mixin(96, num_heads=3, intermediate_size=72, rope=rope, eps=1e-5), dtype)
-    places = (torch.arange(slots) // 3 * 7).expand(rows, -1)  # pictures with text between them
+    places = (torch.arange(slots) // 3 * 7).expand(rows, -1)  # images with text between them
     mask = causally(torch.rand(rows, slots) < 0.9, places, torch.tensor(begins)[:, None] + torch.arange(length))
     hidden_states = torch.randn(rows, length, 96).to(dtype)
     keys, values = (torch.randn(rows, 1 if kind == "pvm" else 3, slots, 32).to(dtype) for _ in range(2))

@@ -46,8 +46,8 @@ def test_greedy_tokens_are_the_same(tmp_path: Path) -> None:
             for name, parameter in graft.named_parameters():
                 parameter.fill_(0.6) if name in graft.gates else parameter.add_(0.05 * torch.randn_like(parameter))
     inputs = Inputs.from_directory(checkpoint)
-    picture = DEMO / "images" / "red-triangle-green-circle.png"
-    prompt = inputs.prepare([Prompt("Describe the picture.", [picture]), Prompt("Hello")])
+    image = DEMO / "images" / "red-triangle-green-circle.png"
+    prompt = inputs.prepare([Prompt("Describe the picture.", [image]), Prompt("Hello")])
 
     def answer() -> Any:
         return model.generate(

@@ -1,5 +1,5 @@
-"""Every kernel in Triton's interpreter against its plain definition in fp32: sizes that divide nothing, masks, rows
-without memory, every optional input given and left out, for one token and for tiles of several."""
+"""Every kernel in Triton's interpreter against its reference implementation in fp32: sizes that divide nothing, masks,
+rows without memory, every optional input given and left out, for one token and for tiles of several."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from exporters.kernels import attend, inject, linear, remember, retrieve, swiglu
-from exporters.kernels.kernel import Blocks, Kernel, Step
+from exporters.kernels import attend, inject, linear, retrieve, swiglu, write_memory
+from exporters.kernels.kernel import Kernel, Step, TileConfig
 from exporters.kernels.launch import launch
 from surgeon.memory.visibility import causally
 
@@ -20,8 +20,8 @@ inputs, and results are of that dtype."""
 
 sizes = st.integers(1, 70)
 dtypes = st.sampled_from(list(TOLERANCE))
-blocks = st.builds(
-    Blocks,
+tile_configs = st.builds(
+    TileConfig,
     tokens=st.sampled_from([1, 16]),
     outputs=st.sampled_from([16, 32]),
     inner=st.sampled_from([16, 64]),
@@ -55,9 +55,11 @@ class Draw:
         return ml
 
 
-def compare(kernel: Kernel, blocks: Blocks, dtype: torch.dtype, options: dict[str, Any], **inputs: Tensor) -> None:
+def compare(
+    kernel: Kernel, tile_config: TileConfig, dtype: torch.dtype, options: dict[str, Any], **inputs: Tensor
+) -> None:
     """The kernel against its definition of the same inputs as fp32."""
-    got = launch(Step("test", kernel, {}, {}, options), inputs, lambda step, types: blocks)
+    got = launch(Step("test", kernel, {}, {}, options), inputs, lambda step, types: tile_config)
     plain = {name: t.float() if t.dtype == dtype else t for name, t in inputs.items()}
     want = kernel.definition(*(plain.get(name) for name in kernel.inputs), **options)
     for (name, found), expected in zip(got.items(), want, strict=True):
@@ -67,29 +69,35 @@ def compare(kernel: Kernel, blocks: Blocks, dtype: torch.dtype, options: dict[st
 
 
 @settings(max_examples=15)
-@given(batches, sizes, sizes, blocks, dtypes, st.sets(st.sampled_from(["norm", "residual", "gate", "ml"])))
+@given(batches, sizes, sizes, tile_configs, dtypes, st.sets(st.sampled_from(["norm", "residual", "gate", "ml"])))
 def test_linear(
-    batch: tuple[int, int], size: int, width: int, blocks: Blocks, dtype: torch.dtype, optional: set[str]
+    batch: tuple[int, int], size: int, width: int, tile_config: TileConfig, dtype: torch.dtype, optional: set[str]
 ) -> None:
     draw = Draw(dtype)
     offered = {
         "norm": draw(size),
         "residual": draw(*batch, width),
         "gate": draw(1),
-        "ml": draw.ml(*batch, 3, blocks.splits),
+        "ml": draw.ml(*batch, 3, tile_config.splits),
     }
     given = {name: offered[name] for name in optional}
     compare(
-        linear.KERNEL, blocks, dtype, {"eps": 1e-6}, x=draw(*batch, size), weight=draw(width, size, scale=0.2), **given
+        linear.KERNEL,
+        tile_config,
+        dtype,
+        {"eps": 1e-6},
+        x=draw(*batch, size),
+        weight=draw(width, size, scale=0.2),
+        **given,
     )
 
 
 @settings(max_examples=10)
-@given(batches, sizes, sizes, blocks, dtypes)
-def test_swiglu(batch: tuple[int, int], size: int, width: int, blocks: Blocks, dtype: torch.dtype) -> None:
+@given(batches, sizes, sizes, tile_configs, dtypes)
+def test_swiglu(batch: tuple[int, int], size: int, width: int, tile_config: TileConfig, dtype: torch.dtype) -> None:
     draw = Draw(dtype)
     weights = {name: draw(width, size, scale=0.2) for name in ("gate_weight", "up_weight")}
-    compare(swiglu.KERNEL, blocks, dtype, {"eps": 1e-6}, x=draw(*batch, size), norm=draw(size), **weights)
+    compare(swiglu.KERNEL, tile_config, dtype, {"eps": 1e-6}, x=draw(*batch, size), norm=draw(size), **weights)
 
 
 @settings(max_examples=20)
@@ -100,7 +108,7 @@ def test_swiglu(batch: tuple[int, int], size: int, width: int, blocks: Blocks, d
     st.sampled_from([32, 64]),
     st.sampled_from(["queries", "latent", "rotated"]),
     st.sampled_from(["rows", "tokens", "causal"]),
-    blocks,
+    tile_configs,
     dtypes,
 )
 def test_attend_and_retrieve(
@@ -110,7 +118,7 @@ def test_attend_and_retrieve(
     head_dim: int,
     form: str,
     masked: str,
-    blocks: Blocks,
+    tile_config: TileConfig,
     dtype: torch.dtype,
 ) -> None:
     """Together: how the sums are split is theirs, and what comes out of both is not. The mask is of rows, of tokens,
@@ -122,7 +130,7 @@ def test_attend_and_retrieve(
     mask = draw.mask(rows, length, slots) if masked == "tokens" else draw.mask(rows, slots)
     if masked == "causal":
         mask = causally(mask, draw.places(rows, slots, end=length), torch.arange(length))
-    mask[-1] = False  # a row without pictures
+    mask[-1] = False  # a row without images
     inputs = {"keys": draw(rows, kv_count, slots, head_dim), "values": draw(rows, kv_count, slots, head_dim)}
     inputs |= {"mask": mask, "x": draw(rows, length, 40 if form == "latent" else width)}
     if form == "latent":
@@ -130,12 +138,12 @@ def test_attend_and_retrieve(
     if form == "rotated":
         angles = 3 * torch.rand(rows, length, head_dim // 2)
         inputs |= {"cos": angles.cos(), "sin": angles.sin()}
-    read = launch(Step("attend", attend.KERNEL, {}, {}, {"eps": 1e-6}), inputs, lambda step, types: blocks)
+    read = launch(Step("attend", attend.KERNEL, {}, {}, {"eps": 1e-6}), inputs, lambda step, types: tile_config)
     assert not read["arrived"].any()
 
     given = {"weight": draw(24, width, scale=0.1), "residual": draw(rows, length, 24), "gate": draw(1)}
     step = Step("retrieve", retrieve.KERNEL, {}, {})
-    got = launch(step, {"acc": read["acc"], "ml": read["ml"], **given}, lambda step, types: blocks)["y"]
+    got = launch(step, {"acc": read["acc"], "ml": read["ml"], **given}, lambda step, types: tile_config)["y"]
 
     plain = {name: t.float() if t.dtype == dtype else t for name, t in inputs.items()}
     acc, ml, _ = attend.attend(*(plain.get(name) for name in attend.KERNEL.inputs), eps=1e-6)  # type: ignore[arg-type]
@@ -154,26 +162,26 @@ def test_splits_whose_scores_are_far_apart(largest: int, tokens: int) -> None:
     ml = draw.ml(2, 5, heads=2, splits=3)
     ml[..., largest, 0] += 200.0
     acc, weight = draw(2, 5, 2, 3, 32), draw(24, 64, scale=0.1)
-    compare(retrieve.KERNEL, Blocks(tokens=tokens, outputs=16), torch.float32, {}, acc=acc, ml=ml, weight=weight)
+    compare(retrieve.KERNEL, TileConfig(tokens=tokens, outputs=16), torch.float32, {}, acc=acc, ml=ml, weight=weight)
 
 
 @settings(max_examples=15)
-@given(batches, sizes, sizes, blocks, dtypes, st.sets(st.sampled_from(["visual_mask", "onto"])))
+@given(batches, sizes, sizes, tile_configs, dtypes, st.sets(st.sampled_from(["visual_mask", "onto"])))
 def test_inject(
-    batch: tuple[int, int], size: int, width: int, blocks: Blocks, dtype: torch.dtype, optional: set[str]
+    batch: tuple[int, int], size: int, width: int, tile_config: TileConfig, dtype: torch.dtype, optional: set[str]
 ) -> None:
     draw = Draw(dtype)
     offered = {"visual_mask": draw.mask(*batch), "onto": draw(*batch, width)}
     arrived = torch.zeros(batch, dtype=torch.int32)
     compare(
         inject.KERNEL,
-        blocks,
+        tile_config,
         dtype,
         {"eps": 1e-6, "rounded": True},
         x=torch.randn(*batch, size),
         weight=draw(width, size, scale=0.2),
         alpha=draw(1),
-        ml=draw.ml(*batch, 2, blocks.splits),
+        ml=draw.ml(*batch, 2, tile_config.splits),
         arrived=arrived,
         **{name: offered[name] for name in optional},
     )
@@ -197,8 +205,8 @@ def test_remember(
     angles = 3 * torch.rand(rows, slots, 16)
     offered = {"norm": draw(size), "head_norm": draw(32), "cos": angles.cos(), "sin": angles.sin()}
     compare(
-        remember.KERNEL,
-        Blocks(tokens=tokens, inner=32),
+        write_memory.KERNEL,
+        TileConfig(tokens=tokens, inner=32),
         dtype,
         {"eps": 1e-6, "head_dim": 32, "rounded": True},
         x=draw(rows, slots, size),
@@ -207,7 +215,7 @@ def test_remember(
     )
 
 
-@pytest.mark.parametrize("kernel", [linear, swiglu, attend, retrieve, inject, remember])
+@pytest.mark.parametrize("kernel", [linear, swiglu, attend, retrieve, inject, write_memory])
 def test_the_parameters_are_in_the_order_that_is_promised(kernel: Any) -> None:
     """Pointers to inputs, sizes, pointers to outputs, constants: plugins and ahead-of-time builds count on it."""
     names = kernel.KERNEL.function.arg_names

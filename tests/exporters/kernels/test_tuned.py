@@ -1,4 +1,4 @@
-"""Blocks as measured: kept in a file per GPU, chosen where they are known."""
+"""Tile configs as measured: kept in a file per GPU, chosen where they are known."""
 
 import dataclasses
 import json
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from exporters.kernels import tuned
-from exporters.kernels.kernel import Blocks
-from exporters.kernels.plan import by_rule, plan
+from exporters.kernels.kernel import TileConfig
+from exporters.kernels.plan import heuristic, plan
 from exporters.kernels.workload import Size, reading
 from surgeon.memory.graft import Graft
 from surgeon.memory.pvm import PersistentVisualMemory
@@ -21,26 +21,26 @@ def pvm_graft(width: int = 96) -> PersistentVisualMemory:
     return PersistentVisualMemory(width, 64, 80, head_dim=32, num_key_value_heads=1, eps=1e-6)
 
 
-def measured(blocks: Blocks) -> tuned.Measured:
-    return tuned.Measured(blocks, 1e-6, 2e-6, 3)
+def measured(tile_config: TileConfig) -> tuned.Measured:
+    return tuned.Measured(tile_config, 1e-6, 2e-6, 3)
 
 
 def test_what_is_kept_is_chosen_and_the_rule_for_the_rest(folder: Path) -> None:
     chain, types = reading(pvm_graft(), Size(slots=50, dtype="float32"))
     first = plan(chain, types)[0]
-    other = dataclasses.replace(first.blocks, outputs=2 * first.blocks.outputs)
+    other = dataclasses.replace(first.tile_config, outputs=2 * first.tile_config.outputs)
     name = tuned.key(first.step, first.inputs)
     assert tuned.keep(GPU, "3.6.0", {name: measured(other)}) == folder / "nvidia-test-9000.json"
 
     launches = plan(chain, types, tuned.chooser(tuned.read(GPU)))
-    assert launches[0].blocks == other
-    assert [each.blocks for each in launches[1:]] == [each.blocks for each in plan(chain, types)[1:]]
+    assert launches[0].tile_config == other
+    assert [each.tile_config for each in launches[1:]] == [each.tile_config for each in plan(chain, types)[1:]]
 
 
 def test_measurements_are_added_to_those_of_before(folder: Path) -> None:
-    tuned.keep(GPU, "3.6.0", {"a": measured(Blocks(outputs=16)), "b": measured(Blocks())})
-    tuned.keep(GPU, "3.6.0", {"a": measured(Blocks(outputs=32))})
-    assert tuned.read(GPU) == {"a": Blocks(outputs=32), "b": Blocks()}
+    tuned.keep(GPU, "3.6.0", {"a": measured(TileConfig(outputs=16)), "b": measured(TileConfig())})
+    tuned.keep(GPU, "3.6.0", {"a": measured(TileConfig(outputs=32))})
+    assert tuned.read(GPU) == {"a": TileConfig(outputs=32), "b": TileConfig()}
     assert [path.name for path in folder.iterdir()] == ["nvidia-test-9000.json"]
 
 
@@ -63,13 +63,13 @@ def test_a_key_joins_near_requests_and_parts_weights() -> None:
         "[]",
         json.dumps({"format": 1, "gpu": "NVIDIA Other", "launches": {}}),
         json.dumps({"format": 2, "gpu": GPU, "launches": {}}),
-        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"tokens": 3}}}}),
-        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"tokens": 8}}}}),
-        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"inner": "64"}}}}),
-        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"block_size": 64}}}}),
+        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"tile_config": {"tokens": 3}}}}),
+        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"tile_config": {"tokens": 8}}}}),
+        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"tile_config": {"inner": "64"}}}}),
+        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"tile_config": {"block_size": 64}}}}),
         json.dumps({"format": 1, "gpu": GPU, "launches": []}),
-        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"num_warps": 1 << 40}}}}),
-        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"inner": 1 << 40}}}}),
+        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"tile_config": {"num_warps": 1 << 40}}}}),
+        json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"tile_config": {"inner": 1 << 40}}}}),
         "[" * 100_000,
     ],
 )
@@ -83,16 +83,16 @@ def test_a_damaged_or_foreign_file_is_said_once_and_ignored(folder: Path, conten
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"format": 1}', '{"format": 1, "gpu": "a", "launches": {"a": 1}}'])
 def test_a_file_that_was_named_must_be_one(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "blocks.json"
+    path = tmp_path / "tile_configs.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="it is no file of measured blocks"):
+    with pytest.raises(ValueError, match="it is no file of measured tile configs"):
         tuned.load(path)
 
 
 def test_what_was_taken_is_told() -> None:
     chain, types = reading(pvm_graft(), Size(slots=50, dtype="float32"))
     names = [tuned.key(each.step, each.inputs) for each in plan(chain, types)]
-    kept = {name: Blocks() for name in (names[0], "another")}
+    kept = {name: TileConfig() for name in (names[0], "another")}
     used: set[str] = set()
     plan(chain, types, tuned.chooser(kept, used))
     assert used == {names[0]}
@@ -102,20 +102,27 @@ def test_without_a_gpu_blocks_follow_the_rule() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     chain, types = reading(pvm_graft(), Size(slots=20))
-    assert plan(chain, types, tuned.choose) == plan(chain, types, by_rule)
+    assert plan(chain, types, tuned.choose) == plan(chain, types, heuristic)
 
 
 def test_of_several_gpus_the_current_one_says_which_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain, types = reading(pvm_graft(), Size(slots=50, dtype="float32"))
     first = plan(chain, types)[0]
-    blocks = {
-        "NVIDIA Other": dataclasses.replace(first.blocks, num_warps=2),
-        GPU: dataclasses.replace(first.blocks, num_warps=8),
+    tile_config = {
+        "NVIDIA Other": dataclasses.replace(first.tile_config, num_warps=2),
+        GPU: dataclasses.replace(first.tile_config, num_warps=8),
     }
-    for gpu, best in blocks.items():
+    for gpu, best in tile_config.items():
         tuned.keep(gpu, "3.6.0", {tuned.key(first.step, first.inputs): measured(best)})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tuned, "_gpu_name", lambda index: list(blocks)[index])
-    for index, best in enumerate(blocks.values()):
+    monkeypatch.setattr(tuned, "_gpu_name", lambda index: list(tile_config)[index])
+    for index, best in enumerate(tile_config.values()):
         monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
         assert tuned.choose(first.step, first.inputs) == best
+
+
+def test_a_file_of_an_earlier_version_is_read_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"outputs": 32}}}}))
+    with pytest.warns(UserWarning, match="of an earlier version"):
+        assert tuned.load(path).tile_configs == {"a": TileConfig(outputs=32)}

@@ -94,7 +94,7 @@ def test_prefill_and_decoding_give_the_logits_of_transformers(
         feeds["position_ids"][:, b, :n] = positions[b][:, :n].numpy()
         if "visual_token_mask" in feeds:
             feeds["visual_token_mask"][b, :n] = where.numpy()
-    memory = remember(exported, rows, visual, positions) if recipe else {}
+    memory = write_memory(exported, rows, visual, positions) if recipe else {}
     assert np.abs(run.step(**feeds, **memory) - np.stack(expected)).max() < 1e-4
 
     for step in range(steps):
@@ -107,12 +107,12 @@ def test_prefill_and_decoding_give_the_logits_of_transformers(
             **memory,
         )
         for b, i in enumerate(at):
-            text = {"has_pictures": False} if recipe else {}
+            text = {"has_image": False} if recipe else {}
             want = references[b].step(rows[b][i : i + 1], positions[b][:, i : i + 1], **text)
             assert np.abs(got[b] - want).max() < 1e-4
 
 
-def remember(
+def write_memory(
     exported: Pair, rows: list[torch.Tensor], visual: list[torch.Tensor], positions: list[torch.Tensor]
 ) -> dict[str, np.ndarray]:
     """memory.onnx over the rows' visual embeddings, padded to the longest, at their positions [A, S]; the mask of the
@@ -135,13 +135,13 @@ def remember(
 
 
 @pytest.mark.parametrize("recipe", [PVM, MIXIN], ids=["pvm", "mixin"])
-def test_a_row_without_pictures_is_the_plain_model(export: Export, recipe: tuple[str, ...]) -> None:
-    """Also beside a row with pictures, and in a batch where there is none at all."""
+def test_a_row_without_images_is_the_plain_model(export: Export, recipe: tuple[str, ...]) -> None:
+    """Also beside a row with images, and in a batch where there is none at all."""
     exported = export("qwen3_vl", recipe)
     model = models.load(exported.checkpoint)
     embeds = torch.randn(2, 6, exported.manifest.sizes.hidden_size, generator=torch.Generator().manual_seed(2))
     positions = torch.arange(6).expand(3, 6)
-    want = Reference(model).step(embeds[1], positions, has_pictures=False)
+    want = Reference(model).step(embeds[1], positions, has_images=False)
     feeds = {
         "inputs_embeds": embeds.numpy(),
         "position_ids": np.repeat(positions.numpy()[:, None], 2, 1),
@@ -150,7 +150,7 @@ def test_a_row_without_pictures_is_the_plain_model(export: Export, recipe: tuple
     alone = DecoderRun(exported, 2).step(**feeds)
     assert np.abs(alone[1] - want).max() < 1e-4
     where = [torch.tensor([True, True, False, False, False, False]), torch.zeros(6, dtype=torch.bool)]
-    memory = remember(exported, list(embeds), where, [positions, positions])
+    memory = write_memory(exported, list(embeds), where, [positions, positions])
     if recipe == PVM:
         feeds["visual_token_mask"] = np.stack([w.numpy() for w in where])
     beside = DecoderRun(exported, 2).step(**feeds, **memory)

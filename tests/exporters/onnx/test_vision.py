@@ -1,4 +1,4 @@
-"""vision.onnx and embed.onnx against transformers, on pictures of several sizes."""
+"""vision.onnx and embed.onnx against transformers, on images of several sizes."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from surgeon.families import family
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen2_5_vl"])
-def test_one_graph_takes_pictures_of_any_size(export: Callable[..., Pair], model_type: str) -> None:
+def test_one_graph_takes_images_of_any_size(export: Callable[..., Pair], model_type: str) -> None:
     exported = export(model_type)
     model = models.load(exported.checkpoint)
     described = family(model_type)

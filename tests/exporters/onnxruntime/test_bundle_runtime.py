@@ -13,7 +13,7 @@ import torch
 
 from checkpoints import MODEL_TYPES
 from exporters.onnxruntime import BundleRuntime
-from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, Pair, Row, picture
+from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, Pair, Row, image
 from surgeon.errors import BundleError, InputError
 from surgeon.inputs import ModelInputs, Prompt
 from surgeon.memory.visibility import Visibility
@@ -22,14 +22,14 @@ Export = Callable[..., Pair]
 STEPS = 64
 
 PROMPTS = [
-    Prompt("What is it?", (picture(64, 96),)),
+    Prompt("What is it?", (image(64, 96),)),
     Prompt("A star is a"),
-    Prompt("Compare them.", (picture(64, 64, 1), picture(160, 96, 2), picture(96, 128, 3))),
+    Prompt("Compare them.", (image(64, 64, 1), image(160, 96, 2), image(96, 128, 3))),
 ]
 FIRST_AND_LAST: list[Row] = [
-    [picture(96, 64, 4), " is a picture of"],
-    ["This is a picture:", picture(64, 128, 5)],
-    [picture(64, 64, 6)],
+    [image(96, 64, 4), " is an image of"],
+    ["This is an image:", image(64, 128, 5)],
+    [image(64, 64, 6)],
 ]
 
 
@@ -48,8 +48,8 @@ def decode(runtime: BundleRuntime, inputs: ModelInputs, steps: int) -> tuple[np.
     return stacked.argmax(-1), stacked
 
 
-FIRST_TURN: list[Row] = [["one", picture(64, 96, 1), "two three"], ["nothing to see"], ["see", picture(64, 64, 2)]]
-SECOND_TURN: list[Row] = [["and", picture(96, 96, 3)], ["still nothing here, now longer"], [picture(64, 64, 4), "so"]]
+FIRST_TURN: list[Row] = [["one", image(64, 96, 1), "two three"], ["nothing to see"], ["see", image(64, 64, 2)]]
+SECOND_TURN: list[Row] = [["and", image(96, 96, 3)], ["still nothing here, now longer"], [image(64, 64, 4), "so"]]
 
 
 @pytest.fixture
@@ -89,11 +89,11 @@ def test_logits_and_greedy_tokens_are_those_of_torch(
     assert runtime.vision.rewrites["PackedMultiHeadAttention"] == {"qwen3_vl": 3, "qwen2_5_vl": 1}[model_type]
 
 
-def test_pictures_whose_tokens_are_not_square(export: Export) -> None:
+def test_images_whose_tokens_are_not_square(export: Export) -> None:
     """LLaVA-OneVision: plain positions, rows of features with a newline behind each."""
     pair = export("llava_onevision", MIXIN + PVM)
     runtime = BundleRuntime(pair.bundle, threads=1)
-    prompts = [Prompt("Compare.", (picture(60, 60, 1), picture(160, 40, 2))), Prompt("A star is a")]
+    prompts = [Prompt("Compare.", (image(60, 60, 1), image(160, 40, 2))), Prompt("A star is a")]
     tokens, logits = decode(runtime, runtime.prepare(prompts), STEPS)
     expected_tokens, expected = pair.greedy(pair.inputs.prepare(prompts), STEPS)
     close(logits, expected)
@@ -101,8 +101,8 @@ def test_pictures_whose_tokens_are_not_square(export: Export) -> None:
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_a_picture_as_the_first_and_the_last_thing(export: Export, model_type: str) -> None:
-    """Compared with one pass over prompt and answer: behind a prompt whose last token is a picture's, transformers'
+def test_an_image_as_the_first_and_the_last_thing(export: Export, model_type: str) -> None:
+    """Compared with one pass over prompt and answer: behind a prompt whose last token is an image's, transformers'
     `generate` continues each position axis from that token, and not as its own positions of the whole sequence do."""
     pair = export(model_type)
     runtime = BundleRuntime(pair.bundle, threads=1)
@@ -241,7 +241,7 @@ def count_calls(runtime: BundleRuntime, monkeypatch: pytest.MonkeyPatch) -> dict
     return calls
 
 
-def test_memory_is_computed_once_when_pictures_enter(
+def test_memory_is_computed_once_when_images_enter(
     pair: Pair, runtime: BundleRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = count_calls(runtime, monkeypatch)
@@ -250,7 +250,7 @@ def test_memory_is_computed_once_when_pictures_enter(
     state, _ = runtime.start(pair.raw(FIRST_TURN))
     runtime.append(state, pair.raw(SECOND_TURN))
     assert calls == {"vision": 8, "memory": 3}
-    runtime.append(state, pair.raw([["no"], ["new"], ["picture"]]))
+    runtime.append(state, pair.raw([["no"], ["new"], ["image"]]))
     decode(runtime, runtime.prepare(PROMPTS[1:2]), 3)
     assert calls == {"vision": 8, "memory": 3}
 
@@ -278,7 +278,7 @@ def test_requests_do_not_disturb_each_other(pair: Pair, runtime: BundleRuntime) 
         ("qwen2_5_vl", MIXIN, "all"),
     ],
 )
-def test_a_later_turn_with_new_pictures(
+def test_a_later_turn_with_new_images(
     export: Export, model_type: str, recipe: tuple[str, ...], visibility: Visibility
 ) -> None:
     """Turn by turn through transformers' own cache, row by row: positions continue, the memory grows."""

@@ -80,7 +80,7 @@ def test_published_internvl2_and_comemo(
         grids=[grids],
         positions=positions,
     )
-    features = np.concatenate([picture.features for picture in runtime.encode_images(inputs)[0]])
+    features = np.concatenate([image.features for image in runtime.encode_images(inputs)[0]])
     np.testing.assert_allclose(features, expected["visual_embeds"][0].numpy(), atol=1e-5, rtol=0)
     known = (runtime.family, runtime.config, ids, inputs.attention_mask, inputs.grids, positions)
     token_positions, following = position_ids(*known)

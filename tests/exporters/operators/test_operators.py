@@ -1,5 +1,5 @@
-"""The operators of torch: registered soundly, the same as the plain definitions, with their gradients, and what the
-kernels do not take."""
+"""The operators of torch: registered soundly, the same as the reference implementations, with their gradients, and
+what the kernels do not take."""
 
 from typing import Any
 
@@ -50,13 +50,13 @@ class Case:
 
     def compute(self) -> Tensor:
         """Through the memory, as a decoder layer does."""
-        keys, values = self.graft.remember(self.embeds, self.media)
+        keys, values = self.graft.write_memory(self.embeds, self.media)
         onto = self.onto if self.visual is not None else None
         return self.graft.recall(self.hidden_states, keys, values, self.mask, self.visual, self.text, onto)
 
 
 class OnCpu:
-    """The form of a kind, taken on the CPU too: the operators compute the plain definition there."""
+    """The form of a kind, taken on the CPU too: the operators compute the reference implementation there."""
 
     devices: tuple[str, ...] = ("cpu",)
 
@@ -71,7 +71,7 @@ def test_operators_and_gradients_equal_the_definition(kind: str, visibility: Vis
     want = case.compute()
     direction = torch.randn_like(want)
     want_grads = torch.autograd.grad(want, case.leaves(), direction)
-    case.graft.fused = OnCpu(cuda.form_of(kind))
+    case.graft.fused = OnCpu(cuda.fused_form_of(kind))
     got = case.compute()
     assert "CustomOp" in type(got.grad_fn).__name__ or "surgeon" in str(got.grad_fn).lower()
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
@@ -87,7 +87,7 @@ def test_the_operators_are_registered_soundly(kind: str) -> None:
     module: Any = pvm if kind == "pvm" else mixin
     angles = () if case.text is None else case.text
     media = () if case.media is None else case.media
-    keys, values = (t.detach() for t in case.graft.remember(case.embeds, case.media))
+    keys, values = (t.detach() for t in case.graft.write_memory(case.embeds, case.media))
     masks = (case.mask, case.visual) if kind == "pvm" else (case.mask,)
     weights = case.graft.weights()  # type: ignore[operator]
     operator = module.persistent_visual_memory if kind == "pvm" else module.mixin
@@ -103,7 +103,7 @@ def test_the_operators_are_registered_soundly(kind: str) -> None:
 def test_compiles_without_a_graph_break(kind: str, backend: str) -> None:
     case = Case(kind)
     want = case.compute()
-    case.graft.fused = OnCpu(cuda.form_of(kind))
+    case.graft.fused = OnCpu(cuda.fused_form_of(kind))
     compiled = torch.compile(case.compute, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(), want, atol=1e-6, rtol=1e-5)
 
@@ -114,7 +114,7 @@ def test_what_runs_on_a_gpu_equals_the_definition(kind: str, visibility: Visibil
     """The CUDA implementations themselves, kernels interpreted."""
     case = Case(kind, visibility=visibility)
     module: Any = pvm if kind == "pvm" else mixin
-    keys, values = case.graft.remember(case.embeds, case.media)
+    keys, values = case.graft.write_memory(case.embeds, case.media)
     arguments = (case.embeds, *(case.media or ()), *case.graft.memory_weights(), case.graft.eps)  # type: ignore[operator]
     with torch.no_grad():
         got_keys, got_values = module.fused_memory(*arguments)
@@ -149,8 +149,8 @@ def test_the_plain_definition_is_used_and_said_once() -> None:
     keys, values = graft.project(torch.randn(1, 4, 48))
     arguments = (torch.randn(1, 2, 48), keys, values, torch.ones(1, 4, dtype=torch.bool), None)
     want = graft.read(*arguments)
-    support.say_once.cache_clear()
-    with pytest.warns(UserWarning, match="head_dim 24.*plain definition"):
+    support.warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="head_dim 24.*reference implementation"):
         got = pvm.fused(*arguments, *graft.weights(), graft.eps, None)
     torch.testing.assert_close(got, want)
     with pytest.warns(UserWarning) as record:
@@ -179,7 +179,7 @@ def test_grafts_stay_plain_where_that_is_asked(monkeypatch: pytest.MonkeyPatch) 
 def test_use_fused_finds_every_graft() -> None:
     model = torch.nn.ModuleList([Case("pvm").graft, torch.nn.Linear(2, 2), Case("mixin").graft])
     assert cuda.use_fused(model, True) == 2
-    assert model[0].fused is cuda.form_of("pvm") and model[2].fused is cuda.form_of("mixin")
-    assert cuda.form_of("nothing") is None
+    assert model[0].fused is cuda.fused_form_of("pvm") and model[2].fused is cuda.fused_form_of("mixin")
+    assert cuda.fused_form_of("nothing") is None
     cuda.use_fused(model, False)
     assert model[0].fused is None

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from exporters.onnxruntime import BundleRuntime
-from pairs import MAX_LENGTH, Pair, picture
+from pairs import MAX_LENGTH, Pair, image
 from surgeon.errors import BundleError, InputError
 from surgeon.generation import Sampling
 from surgeon.inputs import Prompt
 
 PROMPTS = [
-    Prompt("What is it?", (picture(64, 96),)),
+    Prompt("What is it?", (image(64, 96),)),
     Prompt("A star is a"),
-    Prompt("Compare them.", (picture(64, 64, 1), picture(96, 128, 3))),
+    Prompt("Compare them.", (image(64, 64, 1), image(96, 128, 3))),
 ]
 
 

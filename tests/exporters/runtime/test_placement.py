@@ -1,4 +1,4 @@
-"""Pictures in tiles: a bundle places them in the sequence and in the memory as torch does, with both kinds of ids."""
+"""Images in tiles: a bundle places them in the sequence and in the memory as torch does, with both kinds of ids."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from exporters.onnxruntime import BundleRuntime
-from exporters.runtime import Picture
-from pairs import MIXIN, PLAIN, PVM, Pair, Row, picture
+from exporters.runtime import ImageFeatures
+from pairs import MIXIN, PLAIN, PVM, Pair, Row, image
 from surgeon.errors import InputError
 from surgeon.inputs import ModelInputs, Prompt
 from surgeon.memory.rope_dhr import tile_position_ids
@@ -22,8 +22,8 @@ STEPS = 64
 
 
 def tiles(rows: int, columns: int, seed: int = 0) -> Image.Image:
-    """A picture that is cut into so many tiles of 42 x 42 pixels."""
-    return picture(42 * columns, 42 * rows, seed)
+    """An image that is cut into so many tiles of 42 x 42 pixels."""
+    return image(42 * columns, 42 * rows, seed)
 
 
 PROMPTS = [
@@ -132,12 +132,12 @@ def test_what_enters_the_memory_alone_is_where_its_thumbnail_is(export: Export) 
     features = np.arange(7 * count * 2, dtype=np.float32).reshape(7 * count, 2)
     for start in (4, 40):
         shown = np.arange(start, start + count)[None]
-        entering = runtime.placement.entering([Picture(features)], [(1, 2, 3)], shown, shown[0] + 7)
+        entering = runtime.placement.entering([ImageFeatures(features)], [(1, 2, 3)], shown, shown[0] + 7)
         tiles_at = tile_position_ids(2, 3, side, "column").flatten().numpy() + start
         assert entering is not None and entering.position_ids.tolist() == [[*tiles_at, *shown[0]]]
         assert np.array_equal(entering.embeds, features)
         assert np.array_equal(entering.places, entering.position_ids[0] + 7)
-    assert np.array_equal(runtime.placement.in_sequence(Picture(features)).features, features[-count:])
+    assert np.array_equal(runtime.placement.in_sequence(ImageFeatures(features)).features, features[-count:])
 
 
 def test_positions_that_a_bundle_does_not_offer(export: Export) -> None:
@@ -147,11 +147,11 @@ def test_positions_that_a_bundle_does_not_offer(export: Export) -> None:
     assert runtime.prepare(PROMPTS, "plain").positions is None
 
 
-def test_pictures_that_are_not_those_of_the_prompt(export: Export) -> None:
+def test_images_that_are_not_those_of_the_prompt(export: Export) -> None:
     runtime = BundleRuntime(export("internvl", (*MIXIN, *PVM, "rope-dhr:tile_order=column")).bundle, threads=1)
     inputs = runtime.prepare(PROMPTS[:1])
     missing = dataclasses.replace(inputs, pixel_values=[[inputs.pixel_values[0][0][:-1]]])
     with pytest.raises(InputError, match="the thumbnail is missing"):
         runtime.start(missing)
-    with pytest.raises(InputError, match=r"visual tokens left for a picture|more than the prompts have"):
+    with pytest.raises(InputError, match=r"visual tokens left for an image|more than the prompts have"):
         runtime.start(dataclasses.replace(inputs, grids=[[(1, 3, 3)]]))

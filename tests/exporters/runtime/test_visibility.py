@@ -1,4 +1,4 @@
-"""Who sees a picture in a bundle's memory: with `causal` a conversation has one answer, however it is fed."""
+"""Who sees an image in a bundle's memory: with `causal` a conversation has one answer, however it is fed."""
 
 from collections.abc import Callable
 
@@ -7,20 +7,20 @@ import pytest
 from transformers import PretrainedConfig
 
 from exporters.onnxruntime import BundleRuntime
-from exporters.runtime import Picture
+from exporters.runtime import ImageFeatures
 from exporters.runtime.placement import Placement
-from pairs import MIXIN, PVM, Pair, Row, picture
+from pairs import MIXIN, PVM, Pair, Row, image
 from surgeon.memory.patched import RECORD
 from surgeon.memory.rope_dhr import TileOrder, offsets_from_thumbnail
 from surgeon.memory.visibility import Visibility
 
 Export = Callable[..., Pair]
 FIRST: list[Row] = [
-    ["one", picture(64, 96, 1), "two three"],
+    ["one", image(64, 96, 1), "two three"],
     ["nothing to see, not yet"],
-    ["see", picture(64, 64, 2), "and", picture(96, 64, 5), "so"],
+    ["see", image(64, 64, 2), "and", image(96, 64, 5), "so"],
 ]
-SECOND: list[Row] = [["and", picture(96, 96, 3), "four"], [picture(64, 64, 4), "so"], ["no picture here"]]
+SECOND: list[Row] = [["and", image(96, 96, 3), "four"], [image(64, 64, 4), "so"], ["no image here"]]
 BUNDLES = [("qwen3_vl", PVM), ("qwen3_vl", MIXIN), ("internvl", (f"{MIXIN[0]},tiles=memory",))]
 IDS = ["pvm", "mixin", "tiles in the memory"]
 
@@ -64,7 +64,7 @@ def apart(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
 def test_turn_by_turn_and_in_one_pass(
     export: Export, model_type: str, recipe: tuple[str, ...], visibility: Visibility
 ) -> None:
-    """A picture of the second turn is seen by the tokens of the first where all see it, in one pass alone."""
+    """An image of the second turn is seen by the tokens of the first where all see it, in one pass alone."""
     pair, runtime = opened(export, model_type, recipe, visibility)
     rows = [both(*turns) for turns in zip(FIRST, SECOND, strict=True)]
     found = apart(turn_by_turn(pair, runtime, FIRST, SECOND), at_once(pair, runtime, rows))
@@ -76,9 +76,9 @@ def test_turn_by_turn_and_in_one_pass(
 def test_what_comes_later_changes_nothing_before_it(
     export: Export, model_type: str, recipe: tuple[str, ...], visibility: Visibility
 ) -> None:
-    """So a prompt's prefix may be shared: its tokens are the same without the picture behind them."""
+    """So a prompt's prefix may be shared: its tokens are the same without the image behind them."""
     pair, runtime = opened(export, model_type, recipe, visibility)
-    row: Row = ["some words", picture(64, 96, 1), "between them", picture(96, 64, 2), "end"]
+    row: Row = ["some words", image(64, 96, 1), "between them", image(96, 64, 2), "end"]
     (whole,) = at_once(pair, runtime, [row])
     moved = []
     for count in (1, 3):
@@ -89,7 +89,7 @@ def test_what_comes_later_changes_nothing_before_it(
 
 @pytest.mark.parametrize(("model_type", "recipe"), BUNDLES, ids=IDS)
 def test_a_row_is_the_same_alone_and_in_a_batch(export: Export, model_type: str, recipe: tuple[str, ...]) -> None:
-    """Rows with two pictures, with one, and none at all, whose batch passes one slot that nobody sees."""
+    """Rows with two images, with one, and none at all, whose batch passes one slot that nobody sees."""
     pair, runtime = opened(export, model_type, recipe, "causal")
     alone = [at_once(pair, runtime, [row])[0] for row in FIRST]
     assert apart(at_once(pair, runtime, FIRST), alone) < 1e-5
@@ -103,7 +103,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(export: Export, model_type: str,
 
 
 def test_a_step_is_the_next_token_of_a_prompt(export: Export) -> None:
-    """It sees all of its row's pictures, and nothing of how it does is made anew from step to step."""
+    """It sees all of its row's images, and nothing of how it does is made anew from step to step."""
     pair, runtime = opened(export, "qwen3_vl", PVM, "causal")
     inputs = pair.raw([FIRST[0]])
     state, _ = runtime.start(inputs)
@@ -155,7 +155,7 @@ def test_tiles_in_the_memory_alone_stand_at_the_patches_they_cover(tile_order: T
     features = np.zeros((7 * 9, 2), dtype=np.float32)
     places, positions = np.arange(4, 13), np.arange(40, 49)[None]
     found = placement_of("memory", tile_order).entering(
-        [Picture(features), Picture(features[:9])],
+        [ImageFeatures(features), ImageFeatures(features[:9])],
         [(1, 2, 3), (1, 1, 1)],
         np.concatenate((positions, positions + 20), 1),
         np.concatenate((places, places + 20)),
@@ -169,5 +169,5 @@ def test_tiles_in_the_memory_alone_stand_at_the_patches_they_cover(tile_order: T
 
 def test_a_thumbnail_alone_in_the_memory_stands_at_its_own_places() -> None:
     features, places = np.zeros((3 * 9, 2), dtype=np.float32), np.arange(27) + 6
-    found = placement_of("context").entering([Picture(features)], [(1, 1, 2)], places[None] + 1, places)
+    found = placement_of("context").entering([ImageFeatures(features)], [(1, 1, 2)], places[None] + 1, places)
     assert found is not None and found.places.tolist() == list(range(24, 33))

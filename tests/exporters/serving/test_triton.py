@@ -23,14 +23,14 @@ from exporters.serving import triton
 from exporters.tensorrt import runtime as runtimes
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.profiles import Limits, Range
-from pairs import MIXIN, PVM, Pair, picture
+from pairs import MIXIN, PVM, Pair, image
 from rehearsal import CpuDevice, make_engines
 from surgeon.errors import TargetError
 from surgeon.generation import Sampling
 from surgeon.inputs import Prompt
 
 pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint is not there")
-LIMITS = Limits(prefill=Range.of(1, 48), batch=Range.of(1, 1), picture_tokens=Range.of(1, 100))
+LIMITS = Limits(prefill=Range.of(1, 48), batch=Range.of(1, 1), image_tokens=Range.of(1, 100))
 FINAL = 1
 
 
@@ -181,12 +181,12 @@ def model(export: Callable[..., Pair], bundle: BundleRuntime, tmp_path: Path, mo
     return loaded
 
 
-PICTURE = picture(84, 84)
+IMAGE = image(84, 84)
 
 
 def png() -> bytes:
     file = io.BytesIO()
-    PICTURE.save(file, "PNG")
+    IMAGE.save(file, "PNG")
     return file.getvalue()
 
 
@@ -204,7 +204,7 @@ def test_it_streams_what_the_runtime_answers(model: Any, bundle: BundleRuntime) 
         Request(**asked, max_tokens=np.array([30], np.int32), positions=text("plain")),
     ]
     model.execute(requests)
-    prompt = Prompt("What is it?", (PICTURE,))
+    prompt = Prompt("What is it?", (IMAGE,))
     (greedy,) = bundle.generate([prompt], 30)
     (sampled,) = bundle.generate([Prompt("A star is a")], 30, Sampling(float(np.float32(0.7))))
     (plain,) = bundle.generate([prompt], 30, positions="plain")
@@ -219,7 +219,7 @@ def test_it_streams_what_the_runtime_answers(model: Any, bundle: BundleRuntime) 
 @pytest.mark.parametrize(
     ("inputs", "expected"),
     [
-        ({"images": np.array([b"no picture"], dtype=object)}, "image-0 is not a picture"),
+        ({"images": np.array([b"no image"], dtype=object)}, "image-0 is not an image"),
         ({"images": np.array([b"\0\0\0 ftypisom" + b"\0" * 99], dtype=object)}, "video is not supported yet"),
         ({"positions": text("dhl")}, "positions is 'dhl'; there are dhr and plain"),
         ({"max_tokens": np.array([0], np.int32)}, "max_tokens is 0"),

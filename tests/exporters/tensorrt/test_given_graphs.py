@@ -48,7 +48,7 @@ def test_a_given_graph_equals_the_validated_one(bundle_of: Callable[[Case], Pair
 
 
 def example(port: Port) -> np.ndarray:
-    """Inputs that mean something: masks with a hole, a row without pictures, indices within range."""
+    """Inputs that mean something: masks with a hole, a row without images, indices within range."""
     rng = np.random.default_rng(zlib.crc32(port.name.encode()))
     shape = [size if isinstance(size, int) else size_of(size) for size in port.shape]
     if port.dtype == "bool":

@@ -58,7 +58,7 @@ def test_shapes_of_multiples() -> None:
 
 def profiles(bundle_of: BundleOf, case: Case, **limits: str) -> dict[str, list[Profile]]:
     bundle = bundle_of(case).bundle
-    given = [limits.get(name) for name in ("prefill", "batch", "picture_tokens", "visual_tokens")]
+    given = [limits.get(name) for name in ("prefill", "batch", "image_tokens", "visual_tokens")]
     return make_profiles(bundle, Manifest.load(bundle), Limits.parse(given[0], given[1] or "1", given[2], given[3]))
 
 
@@ -87,13 +87,13 @@ def test_a_mask_of_each_token_is_as_long_as_they_are(bundle_of: BundleOf) -> Non
     assert prefill == ([1, 1, 1], [1, 128, 200], [8, 128, 200])
 
 
-def test_pictures_of_patches_windows_and_tiles(bundle_of: BundleOf) -> None:
-    (qwen3,) = profiles(bundle_of, QWEN3, picture_tokens="4..100")["vision"]
+def test_images_of_patches_windows_and_tiles(bundle_of: BundleOf) -> None:
+    (qwen3,) = profiles(bundle_of, QWEN3, image_tokens="4..100")["vision"]
     assert qwen3.sizes == {"M": Range(min=4, opt=100, max=100)}
-    (qwen25,) = profiles(bundle_of, QWEN25, picture_tokens="4..100")["vision"]
-    # windows of 4 x 4 tokens: one for 4 tokens, 25 for a picture of 1 x 100
+    (qwen25,) = profiles(bundle_of, QWEN25, image_tokens="4..100")["vision"]
+    # windows of 4 x 4 tokens: one for 4 tokens, 25 for an image of 1 x 100
     assert (qwen25.sizes["W"].min, qwen25.sizes["W"].max) == (1, 25)
-    (tiles,) = profiles(bundle_of, INTERNVL, picture_tokens="9..63")["vision"]
+    (tiles,) = profiles(bundle_of, INTERNVL, image_tokens="9..63")["vision"]
     assert tiles.sizes == {"T": Range(min=1, opt=7, max=7)}, "9 tokens a tile"
     (both,) = profiles(bundle_of, LLAVA)["vision"]
     assert set(both.sizes) == {"T", "M"} and both.sizes["T"].max == 10, "3 x 3 tiles and the whole"
@@ -104,14 +104,14 @@ def test_pictures_of_patches_windows_and_tiles(bundle_of: BundleOf) -> None:
     [
         ({}, "1..256"),
         ({"prefill": "1..64"}, "1..64"),
-        ({"prefill": "1..64", "picture_tokens": "4..100"}, "1..100"),
-        ({"prefill": "1..64", "picture_tokens": "4..100", "visual_tokens": "1..300"}, "1..300"),
+        ({"prefill": "1..64", "image_tokens": "4..100"}, "1..100"),
+        ({"prefill": "1..64", "image_tokens": "4..100", "visual_tokens": "1..300"}, "1..300"),
     ],
 )
-def test_by_default_the_memory_holds_a_prefill_and_any_one_picture(
+def test_by_default_the_memory_holds_a_prefill_and_any_one_image(
     bundle_of: BundleOf, limits: dict[str, str], visual: str
 ) -> None:
-    """A picture may come in several prefills, so it may have more tokens than one of them."""
+    """An image may come in several prefills, so it may have more tokens than one of them."""
     found = profiles(bundle_of, QWEN3, **limits)
     expected = Range.parse(visual, "--visual-tokens")
     assert {profile.sizes["M"] for profile in (*found["memory"], *found["decoder"])} == {expected}
@@ -127,9 +127,9 @@ def test_by_default_tiles_are_those_that_the_processor_cuts(bundle_of: BundleOf)
     ("limits", "expected"),
     [
         ({"prefill": "1..257"}, r"--prefill 1..257: the bundle's caches hold 256 tokens.* --max-length 257"),
-        ({"picture_tokens": "4..300"}, r"--picture-tokens 4..300: .* hold 256 tokens.* --max-length 300"),
-        ({"visual_tokens": "1..32"}, r"--visual-tokens 1..32: one picture has up to 256 visual tokens"),
-        ({"visual_tokens": "2..256"}, r"--visual-tokens 2..256: a row without pictures has one slot"),
+        ({"image_tokens": "4..300"}, r"--image-tokens 4..300: .* hold 256 tokens.* --max-length 300"),
+        ({"visual_tokens": "1..32"}, r"--visual-tokens 1..32: one image has up to 256 visual tokens"),
+        ({"visual_tokens": "2..256"}, r"--visual-tokens 2..256: a row without images has one slot"),
         ({"batch": "1..1000000"}, r"embed: .* elements, TensorRT takes 2,147,483,647; lower --batch or --prefill, or"),
         ({"batch": "1..40000"}, r"decoder: memory_mask would have up to \[40000, 256, 256\] .*, --visual-tokens, or"),
     ],
@@ -142,8 +142,8 @@ def test_limits_that_do_not_fit(bundle_of: BundleOf, limits: dict[str, str], exp
 
 def test_tiles_that_go_to_the_memory_alone_need_no_room_in_the_caches(bundle_of: BundleOf) -> None:
     bundle = bundle_of(INTERNVL).bundle
-    manifest, limits = Manifest.load(bundle), Limits(picture_tokens=Range.of(9, 270))
-    with pytest.raises(EngineError, match=r"--picture-tokens 9..270: .* hold 256 tokens"):
+    manifest, limits = Manifest.load(bundle), Limits(image_tokens=Range.of(9, 270))
+    with pytest.raises(EngineError, match=r"--image-tokens 9..270: .* hold 256 tokens"):
         make_profiles(bundle, manifest, limits)
     of_memory = make_profiles(bundle, manifest.model_copy(update={"allocation": "memory"}), limits)
     assert of_memory["vision"][0].sizes["T"].max == 30 and of_memory["memory"][0].sizes["M"].max == 270
@@ -151,13 +151,13 @@ def test_tiles_that_go_to_the_memory_alone_need_no_room_in_the_caches(bundle_of:
 
 def test_a_tile_is_the_least(bundle_of: BundleOf) -> None:
     with pytest.raises(EngineError, match="one tile of this model has 9 tokens already"):
-        profiles(bundle_of, INTERNVL, picture_tokens="1..8")
+        profiles(bundle_of, INTERNVL, image_tokens="1..8")
 
 
 @pytest.mark.parametrize(("tokens", "tile_count"), [(1, 1), (9, 1), (10, 2), (18, 2)])
 def test_the_fewest_tiles_have_the_fewest_tokens(bundle_of: BundleOf, tokens: int, tile_count: int) -> None:
-    """No picture is without a tile, and a tile has 9 tokens."""
-    (vision,) = profiles(bundle_of, INTERNVL, picture_tokens=f"{tokens}..63")["vision"]
+    """No image is without a tile, and a tile has 9 tokens."""
+    (vision,) = profiles(bundle_of, INTERNVL, image_tokens=f"{tokens}..63")["vision"]
     assert vision.sizes["T"].min == tile_count
 
 

@@ -20,7 +20,7 @@ from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.library import gpu, installed_version
 from exporters.tensorrt.profiles import Limits, Range
 from exporters.tensorrt.runtime import EngineRuntime
-from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, Pair, picture
+from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, Pair, image
 from rehearsal import CpuDevice, make_engines
 from surgeon.inputs import ModelInputs, Prompt
 from surgeon.memory.visibility import Visibility
@@ -30,12 +30,12 @@ pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint
 Export = Callable[..., Pair]
 Make = Callable[..., EngineRuntime]
 LIMITS = Limits(
-    prefill=Range.of(4, 16), batch=Range.of(1, 3), picture_tokens=Range.of(1, 250), visual_tokens=Range.of(1, 400)
+    prefill=Range.of(4, 16), batch=Range.of(1, 3), image_tokens=Range.of(1, 250), visual_tokens=Range.of(1, 400)
 )
 PROMPTS = [
-    Prompt("What is it?", (picture(84, 126),)),
+    Prompt("What is it?", (image(84, 126),)),
     Prompt("A star is a"),
-    Prompt("Compare them.", (picture(64, 64, 1), picture(84, 84, 2))),
+    Prompt("Compare them.", (image(64, 64, 1), image(84, 84, 2))),
 ]
 
 
@@ -54,7 +54,7 @@ def device(runtime: EngineRuntime) -> CpuDevice:
 
 
 def conversation(runtime: Runtime, inputs: ModelInputs, later: ModelInputs) -> list[np.ndarray]:
-    """Logits of a prompt, of steps, of a later turn with pictures and of steps after it; greedy tokens are fed."""
+    """Logits of a prompt, of steps, of a later turn with images and of steps after it; greedy tokens are fed."""
     state, logits = runtime.start(inputs)
     found = [logits]
     for _ in range(4):
@@ -70,8 +70,8 @@ def compare(
     runtime: Runtime, reference: Runtime, positions: Positions | None = None, prompts: list[Prompt] = PROMPTS
 ) -> None:
     inputs = reference.prepare(prompts, positions)
-    pictures = (picture(60, 60, 5),) if prompts is PROMPTS else ()
-    later = reference.prepare([Prompt("And it?", pictures), Prompt("Why?"), Prompt("So?")], positions)
+    images = (image(60, 60, 5),) if prompts is PROMPTS else ()
+    later = reference.prepare([Prompt("And it?", images), Prompt("Why?"), Prompt("So?")], positions)
     found, expected = conversation(runtime, inputs, later), conversation(reference, inputs, later)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == np.float32
@@ -89,18 +89,18 @@ def test_logits_and_greedy_tokens_are_those_of_the_bundle(
 ) -> None:
     pair = export(model_type, recipe, visibility=visibility)
     runtime = make(pair)
-    many = model_type == "llava_onevision"  # one picture has most of the cache's tokens there
-    prompts = [Prompt("What is it?", (picture(60, 60),)), *PROMPTS[1:2] * 2] if many else PROMPTS
+    many = model_type == "llava_onevision"  # one image has most of the cache's tokens there
+    prompts = [Prompt("What is it?", (image(60, 60),)), *PROMPTS[1:2] * 2] if many else PROMPTS
     compare(runtime, BundleRuntime(pair.bundle, threads=1), prompts=prompts)
     lengths = device(runtime).lengths()
     assert max(lengths) == 16 and 1 in lengths and lengths.count(16) > 2  # prompts went in pieces
 
 
 def test_pieces_of_a_prompt_see_what_stands_before_them(export: Export, make: Make) -> None:
-    """A prompt in pieces, in one pass, and cut in front of its second picture: each token sees the same."""
+    """A prompt in pieces, in one pass, and cut in front of its second image: each token sees the same."""
     pair = export("qwen3_vl", MIXIN + PVM, visibility="causal")
     runtime = make(pair)
-    row: list[Any] = ["some words", picture(64, 96, 1), "between the pictures", picture(96, 64, 2), "end"]
+    row: list[Any] = ["some words", image(64, 96, 1), "between the images", image(96, 64, 2), "end"]
     whole, prefix = pair.raw([row]), pair.raw([row[:3]])
     _, found = runtime.start(whole, logits="all")
     assert max(device(runtime).lengths()) == 16 < whole.lengths[0]
@@ -163,7 +163,7 @@ def test_steps_are_captured_once_for_each_memory(export: Export, make: Make) -> 
     assert (rehearsed.captured, rehearsed.replayed) == (1, 4)  # the first step is run, then recorded
     runtime.append(state, runtime.prepare([Prompt("Why?"), Prompt("So?"), Prompt("Ah.")]))
     runtime.step(state, logits.argmax(-1))
-    assert (rehearsed.captured, rehearsed.replayed) == (1, 5)  # no new picture: the same buffers
+    assert (rehearsed.captured, rehearsed.replayed) == (1, 5)  # no new image: the same buffers
     runtime.append(state, runtime.prepare([PROMPTS[0], Prompt("So?"), Prompt("Ah.")]))
     for _ in range(2):
         runtime.step(state, logits.argmax(-1))
@@ -211,23 +211,23 @@ def test_more_than_the_engines_take(export: Export, make: Make) -> None:
     runtime = make(export("qwen3_vl"))
     with pytest.raises(EngineError, match=r"embed.engine: the request needs B 4, .* built for B 1..3.*--batch"):
         runtime.start(runtime.prepare([Prompt("a")] * 4))
-    small = make(export("qwen3_vl"), Limits(prefill=LIMITS.prefill, picture_tokens=Range.of(1, 4)))
-    with pytest.raises(EngineError, match=r"vision.engine: the request needs M \d+, .* M 1..4.*--picture-tokens"):
+    small = make(export("qwen3_vl"), Limits(prefill=LIMITS.prefill, image_tokens=Range.of(1, 4)))
+    with pytest.raises(EngineError, match=r"vision.engine: the request needs M \d+, .* M 1..4.*--image-tokens"):
         small.start(small.prepare(PROMPTS[:1]))
-    two = runtime.prepare([Prompt("b", (picture(84, 84), picture(84, 84)))])
-    room = Limits(prefill=LIMITS.prefill, picture_tokens=Range.of(1, 12), visual_tokens=Range.of(1, 12))
+    two = runtime.prepare([Prompt("b", (image(84, 84), image(84, 84)))])
+    room = Limits(prefill=LIMITS.prefill, image_tokens=Range.of(1, 12), visual_tokens=Range.of(1, 12))
     with pytest.raises(EngineError, match=r"\d+ visual tokens in a row, the engines' memory holds 12.*--visual-tokens"):
         make(export("qwen3_vl"), room).start(two)
 
 
-def test_more_pictures_over_several_turns_than_the_engines_memory_holds(export: Export, make: Make) -> None:
-    room = Limits(prefill=LIMITS.prefill, picture_tokens=Range.of(1, 12), visual_tokens=Range.of(1, 12))
+def test_more_images_over_several_turns_than_the_engines_memory_holds(export: Export, make: Make) -> None:
+    room = Limits(prefill=LIMITS.prefill, image_tokens=Range.of(1, 12), visual_tokens=Range.of(1, 12))
     runtime = make(export("qwen3_vl"), room)
-    state, _ = runtime.start(runtime.prepare([Prompt("a", (picture(84, 84),))]))
+    state, _ = runtime.start(runtime.prepare([Prompt("a", (image(84, 84),))]))
     slots = state.memory_mask.shape[1]
     assert slots <= 12 < 2 * slots
     with pytest.raises(EngineError, match=rf"{2 * slots} visual tokens in a row, the engines' memory holds 12"):
-        runtime.append(state, runtime.prepare([Prompt("b", (picture(84, 84),))]))
+        runtime.append(state, runtime.prepare([Prompt("b", (image(84, 84),))]))
 
 
 def test_an_engine_that_was_left_out(export: Export, make: Make) -> None:

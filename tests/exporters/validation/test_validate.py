@@ -1,4 +1,4 @@
-"""`surgeon validate`: the rung between two forms of a model, what holds on it, and where a broken form goes wrong."""
+"""`surgeon validate`: the level between two forms of a model, what holds on it, and where a broken form goes wrong."""
 
 import json
 import shutil
@@ -16,18 +16,18 @@ from checkpoints import MODEL_TYPES, tiny_checkpoint
 from command import assert_refused, run
 from exporters.export import export_bundle
 from exporters.onnx import functions
-from exporters.validation.subject import BundleSubject
+from exporters.validation.runners import BundleRunner
 from exporters.validation.validate import validate_pair
 from pairs import MIXIN, PVM, Pair
 from passes.pvm import PVM as PVM_PASS
 from patching import apply
 from surgeon.checkpoint import Checkpoint
-from surgeon.console import show_report
+from surgeon.console import report_validation
 from surgeon.errors import SurgeonError, TooLongError
 from surgeon.live import graft
 from surgeon.models import load
 from surgeon.parity.cases import own_case
-from surgeon.parity.torch_subject import TorchSubject
+from surgeon.parity.torch_runner import TorchRunner
 
 Export = Callable[..., Pair]
 STEPS = 6
@@ -82,7 +82,7 @@ def test_a_fresh_patch_is_its_source_whichever_is_named_first(model_type: str, t
         report = validate_pair(*pair, steps=STEPS)
         assert report.passed and report.reference == str(source)
         (identity,) = report.comparisons
-        assert identity.rung.name == "identity" and identity.state == "as they are"
+        assert identity.level.name == "identity" and identity.state == "as they are"
         assert all(case.prefill.equal and case.decode.equal for case in identity.cases)
         assert [case.tokens_equal for case in identity.cases] == [STEPS, STEPS, STEPS, 3 * STEPS]
 
@@ -91,20 +91,20 @@ def test_cases_that_a_bundle_is_too_short_for_are_left_out_and_named(tmp_path: P
     source = tiny_checkpoint(tmp_path / "source", "qwen3_vl")
     export_bundle(source, tmp_path / "bundle", dtype=torch.float32, max_length=40)
     report = validate_pair(source, tmp_path / "bundle", steps=STEPS)
-    assert report.passed and [case.name for case in report.comparisons[0].cases] == ["one picture", "text only"]
+    assert report.passed and [case.name for case in report.comparisons[0].cases] == ["one image", "text only"]
     left_out = [note for note in report.all_notes() if note.startswith("left out")]
     assert len(left_out) == 2 and all("40" in note for note in left_out)
-    assert "left out 'three pictures'" in left_out[0]
+    assert "left out 'three images'" in left_out[0]
     with pytest.raises(TooLongError, match="40"):
         validate_pair(source, tmp_path / "bundle", images=[CHART] * 4, steps=STEPS)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-@pytest.mark.parametrize(("dtype", "rung"), [(torch.float32, "fp32"), (torch.float16, "fp16")])
-def test_a_bundle_is_its_checkpoint(model_type: str, dtype: torch.dtype, rung: str, export: Export) -> None:
+@pytest.mark.parametrize(("dtype", "level"), [(torch.float32, "fp32"), (torch.float16, "fp16")])
+def test_a_bundle_is_its_checkpoint(model_type: str, dtype: torch.dtype, level: str, export: Export) -> None:
     pair = export(model_type, dtype=dtype)
     report = validate_pair(pair.bundle, pair.checkpoint, steps=STEPS)
-    assert [each.rung.name for each in report.comparisons] == [rung] and report.reference == str(pair.checkpoint)
+    assert [each.level.name for each in report.comparisons] == [level] and report.reference == str(pair.checkpoint)
     assert report.passed, report.to_json()
 
 
@@ -112,12 +112,12 @@ def test_a_trained_patch_is_its_source_once_its_gates_are_closed(export: Export)
     pair = export("qwen3_vl")
     before = {file: file.read_bytes() for file in pair.checkpoint.glob("*.safetensors")}
     report = validate_pair(pair.checkpoint.parent / "source", pair.checkpoint, steps=STEPS)
-    assert report.passed and [each.rung.name for each in report.comparisons] == ["identity", "tuned"]
+    assert report.passed and [each.level.name for each in report.comparisons] == ["identity", "tuned"]
     judged, reported = report.comparisons
     assert judged.state == "gates closed in memory"
     assert all(case.prefill.equal and case.decode.equal for case in judged.cases)
     assert reported.verdict == "not judged" and max(case.prefill.max_abs for case in reported.cases) > 0.1
-    text_only = next(case for case in reported.cases if not case.pictures)
+    text_only = next(case for case in reported.cases if not case.images)
     assert text_only.prefill.equal and text_only.decode.equal
     assert any("layers.1.pvm 0.8" in note for note in report.notes)
     assert [check.name for check in report.checks if not check.failures][-1] == "weights"
@@ -151,7 +151,7 @@ def test_another_backbone_fails_whatever_the_gates_are(gate: float, tmp_path: Pa
     assert done.exit_code == 0, done.output
     accepted = json.loads(done.stdout)
     judged, reported = accepted["comparisons"]
-    assert judged["verdict"] == "passed" and "the reference with the subject's backbone" in judged["state"]
+    assert judged["verdict"] == "passed" and "the reference with the candidate's backbone" in judged["state"]
     assert reported["verdict"] == "not judged" and min(c["prefill"]["cosine"] for c in reported["cases"]) < 0.5
 
 
@@ -164,7 +164,7 @@ def test_where_tensors_lie_in_their_file_changes_no_verdict(tmp_path: Path) -> N
         size = int.from_bytes(data[:8], "little")
         file.unlink()
         file.write_bytes((size + 4).to_bytes(8, "little") + data[8 : 8 + size] + b"    " + data[8 + size :])
-    model = TorchSubject(moved).model
+    model = TorchRunner(moved).model
     assert all(tensor.data_ptr() % 64 == 0 for tensor in model.state_dict().values())
     report = validate_pair(source, moved, prompt="Hello!", steps=4)
     assert report.passed, report.to_json()
@@ -252,7 +252,7 @@ def test_grafts_of_another_size_of_gate_are_not_blamed_on_rounding(export: Expor
     assert any("differ without them" in note for note in report.all_notes())
 
 
-def test_without_a_picture_nothing_is_proved_of_grafts(tmp_path: Path) -> None:
+def test_without_an_image_nothing_is_proved_of_grafts(tmp_path: Path) -> None:
     """All prompts with one are longer than the bundle takes."""
     source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", num_hidden_layers=2)
     apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
@@ -294,17 +294,17 @@ def test_tiles_at_other_ids_are_reported_and_with_plain_ones_judged(tmp_path: Pa
     report = validate_pair(source, tmp_path / "patched", steps=2)
     assert report.passed and report.reference == str(source)
     judged, moved = report.comparisons
-    assert (judged.rung.name, judged.state, moved.rung.name) == ("identity", "plain positions in memory", "positions")
+    assert (judged.level.name, judged.state, moved.level.name) == ("identity", "plain positions in memory", "positions")
     assert all(case.prefill.equal and case.decode.equal for case in judged.cases)
     assert moved.verdict == "not judged" and max(case.prefill.max_abs for case in moved.cases) > 0.1
-    text_only = next(case for case in moved.cases if not case.pictures)
+    text_only = next(case for case in moved.cases if not case.images)
     assert text_only.prefill.equal and text_only.decode.equal
     shown = run("validate", source, tmp_path / "patched", "--steps", 2).stdout.splitlines()
-    start = next(i for i, line in enumerate(shown) if line.startswith("rung       positions"))
+    start = next(i for i, line in enumerate(shown) if line.startswith("level       positions"))
     assert [line.split()[-1] for line in shown[start + 2 : start + 6]] == ["reported"] * 4
 
     plain = validate_pair(source, tmp_path / "patched", steps=2, positions="plain")
-    assert plain.passed and [each.rung.name for each in plain.comparisons] == ["identity"]
+    assert plain.passed and [each.level.name for each in plain.comparisons] == ["identity"]
     with pytest.raises(SurgeonError, match="has no RoPE-DHR"):
         validate_pair(source, tmp_path / "patched", steps=2, positions="dhr")
 
@@ -322,7 +322,7 @@ def test_the_command_takes_positions(export: Export, positions: str) -> None:
     own = ("--image", CHART, "--prompt", "What is this?")
     held = run("validate", pair.checkpoint, pair.bundle, *own, "--steps", 3, "--positions", positions, "--json")
     assert held.exit_code == 0, held.output
-    assert [each["rung"]["name"] for each in json.loads(held.stdout)["comparisons"]] == ["fp32"]
+    assert [each["level"]["name"] for each in json.loads(held.stdout)["comparisons"]] == ["fp32"]
     texts = []
     for path in (pair.checkpoint, pair.bundle):
         said = run("generate", path, *own, "--max-new-tokens", 6, "--positions", positions, "--json")
@@ -336,7 +336,7 @@ def test_the_command_takes_positions(export: Export, positions: str) -> None:
 def test_a_trained_bundle_beside_its_source(export: Export) -> None:
     pair = export("qwen3_vl")
     report = validate_pair(pair.checkpoint.parent / "source", pair.bundle, steps=2)
-    assert report.passed and [each.rung.name for each in report.comparisons] == ["fp32", "tuned"]
+    assert report.passed and [each.level.name for each in report.comparisons] == ["fp32", "tuned"]
     assert report.comparisons[0].state == "gates closed in memory"
     assert any("layers.1.pvm 0.8" in note for note in report.notes)
     assert any("the grafts were not judged" in note for note in report.notes)
@@ -355,7 +355,7 @@ def test_a_changed_backbone_under_closed_gates_is_no_identity(tmp_path: Path) ->
     apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
     broken = damaged(tmp_path / "patched", tmp_path / "broken", "layers.2.self_attn.o_proj.weight")
     report = validate_pair(source, broken, steps=STEPS)
-    assert report.comparisons[0].rung.name == "identity" and not report.passed
+    assert report.comparisons[0].level.name == "identity" and not report.passed
     assert (report.comparisons[0].cases[0].first_wrong or "").startswith("hidden_states.2,")
 
 
@@ -373,7 +373,7 @@ ASKED: dict[str, Any] = {"images": [CHART], "prompt": "What is this?", "steps": 
 
 @pytest.mark.parametrize(
     ("recipe", "dtype"),
-    # in fp16 the rung itself would not notice how little a fresh mixin does
+    # in fp16 the level itself would not notice how little a fresh mixin does
     [("pvm:layers=1,latent=32", torch.float32), ("mixin:layers=1", torch.float16)],
     ids=["pvm, fp32", "mixin, fp16"],
 )
@@ -396,7 +396,7 @@ def test_a_fresh_grafts_keys_and_values_are_judged(
     closed, opened = wrong.comparisons
     assert closed.passed and opened.verdict == wrong.verdict == "failed"
     assert any("what the grafts change is off by" in failure for failure in opened.failures)
-    show_report(wrong)
+    report_validation(wrong)
     assert "FAILED: what the grafts change is off by" in capsys.readouterr().out
 
 
@@ -419,15 +419,15 @@ def test_opened_gates_reach_no_file_and_do_not_stay_open(fresh_pvm: tuple[Path, 
     before = [file.read_bytes() for file in files]
     gate = "model.language_model.layers.1.pvm.alpha"
     prompts = own_case([CHART], "What is this?")[0].prompts
-    for subject in (TorchSubject(patched), BundleSubject(bundle)):
-        assert subject.gates() == {gate: 0.0}
-        closed = subject.trace(prompts, 1).step_logits
-        with subject.with_gates({gate: 2.0}):
-            opened = subject.trace(prompts, 1).step_logits
-            layers = subject.tensors(prompts)
+    for candidate in (TorchRunner(patched), BundleRunner(bundle)):
+        assert candidate.gates() == {gate: 0.0}
+        closed = candidate.trace(prompts, 1).step_logits
+        with candidate.with_gates({gate: 2.0}):
+            opened = candidate.trace(prompts, 1).step_logits
+            layers = candidate.tensors(prompts)
         assert np.abs(opened - closed).max() > 0.1
-        assert np.abs(layers["hidden_states.1"][0] - subject.tensors(prompts)["hidden_states.1"][0]).max() > 0.1
-        np.testing.assert_array_equal(subject.trace(prompts, 1).step_logits, closed)
+        assert np.abs(layers["hidden_states.1"][0] - candidate.tensors(prompts)["hidden_states.1"][0]).max() > 0.1
+        np.testing.assert_array_equal(candidate.trace(prompts, 1).step_logits, closed)
     assert before == [file.read_bytes() for file in files]
 
 
@@ -435,14 +435,14 @@ def test_a_gate_below_zero_is_as_open_as_one_above(fresh_pvm: tuple[Path, Path],
     patched = Path(shutil.copytree(fresh_pvm[0], tmp_path / "patched"))
     set_gates(patched, -0.8)
     export_bundle(patched, tmp_path / "bundle", dtype=torch.float32, max_length=16, graphs=["decoder"])
-    for subject in (TorchSubject(patched), BundleSubject(tmp_path / "bundle")):
-        assert subject.gates() == {"model.language_model.layers.1.pvm.alpha": pytest.approx(0.8)}
+    for candidate in (TorchRunner(patched), BundleRunner(tmp_path / "bundle")):
+        assert candidate.gates() == {"model.language_model.layers.1.pvm.alpha": pytest.approx(0.8)}
 
 
-def test_a_prompt_without_pictures_does_not_judge_grafts(fresh_pvm: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_prompt_without_images_does_not_judge_grafts(fresh_pvm: tuple[Path, Path], tmp_path: Path) -> None:
     bundle, patched = fresh_pvm[1], Path(shutil.copytree(fresh_pvm[0], tmp_path / "patched"))
     report = validate_pair(patched, bundle, prompt="Hello!", steps=1)
-    assert report.passed and "the grafts were not judged: no prompt has a picture" in report.notes
+    assert report.passed and "the grafts were not judged: no prompt has an image" in report.notes
     set_gates(patched, 0.8)  # the bundle's are closed: no prompt of text shows that
     report = validate_pair(patched, bundle, prompt="Hello!", steps=1)
     assert (

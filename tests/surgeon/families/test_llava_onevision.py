@@ -1,4 +1,4 @@
-"""LLaVA-OneVision against transformers: visual tokens of pictures of any size, the exported vision tower, patching."""
+"""LLaVA-OneVision against transformers: visual tokens of images of any size, the exported vision tower, patching."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def model():
     return tiny_model("llava_onevision")
 
 
-def picture(grid, seed=0):
+def image(grid, seed=0):
     return np.random.default_rng(seed).standard_normal((grid[0], 3, 42, 42), dtype=np.float32)
 
 
@@ -56,7 +56,7 @@ def test_what_the_family_says_of_a_config(model):
 
 @settings(max_examples=200)
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000))
-def test_tokens_of_a_lone_picture_are_as_many_as_the_processor_writes(height, width):
+def test_tokens_of_a_lone_image_are_as_many_as_the_processor_writes(height, width):
     config = tiny_config("llava_onevision")
 
     class Processor(LlavaOnevisionProcessor):
@@ -79,7 +79,7 @@ def test_visual_tokens_are_packed_as_in_transformers(height, width):
     config = tiny_config("llava_onevision")
     rows, columns = FAMILY.tiles(config, (2, height, width))
     grid = (1 + rows * columns, height, width)
-    found = FAMILY.vision_inputs(config, picture(grid), grid)
+    found = FAMILY.vision_inputs(config, image(grid), grid)
     features = torch.rand(grid[0], 36, 2, generator=torch.Generator().manual_seed(0))
     line_break = torch.tensor([5.0, 7.0])
     packed, _ = LlavaOnevisionModel.pack_image_features(
@@ -97,7 +97,7 @@ def test_visual_tokens_are_packed_as_in_transformers(height, width):
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_export_module_computes_the_vision_tower(model, grid):
-    pixels = picture(grid)
+    pixels = image(grid)
     inputs = FAMILY.vision_inputs(model.config, pixels, grid)
     assert inputs["feature_index"].dtype == np.int64 and inputs["feature_weight"].dtype == np.float32
     found = run_export(FAMILY.vision_export(model, torch.float32), inputs)
@@ -109,14 +109,14 @@ def test_export_module_computes_the_vision_tower(model, grid):
 @pytest.mark.parametrize("layer", [-2, 1])
 def test_features_of_an_earlier_layer(layer):
     model = tiny_model("llava_onevision", top={"vision_feature_layer": layer})
-    pixels = picture(GRIDS[0])
+    pixels = image(GRIDS[0])
     export = FAMILY.vision_export(model, torch.float32)
     assert not any("post_layernorm" in name or "layers.2." in name for name in export.parameters.values())
     found = run_export(export, FAMILY.vision_inputs(model.config, pixels, GRIDS[0]))
     torch.testing.assert_close(found, features_of(model, GRIDS[0], pixels), rtol=1e-5, atol=1e-5)
 
 
-def test_torch_export_from_meta_takes_any_picture(model):
+def test_torch_export_from_meta_takes_any_image(model):
     with torch.device("meta"):
         empty = type(model)._from_config(model.config, dtype=torch.float32)
     export = FAMILY.vision_export(empty, torch.float32)
@@ -126,7 +126,7 @@ def test_torch_export_from_meta_takes_any_picture(model):
     real = FAMILY.vision_export(model, torch.float32)
     program = torch.export.export(real.module, (), real.example, dynamic_shapes=real.dynamic_shapes, strict=False)
     for grid in GRIDS:
-        inputs = FAMILY.vision_inputs(model.config, picture(grid), grid)
+        inputs = FAMILY.vision_inputs(model.config, image(grid), grid)
         with torch.no_grad():
             (found,) = program.module()(**{name: torch.from_numpy(value) for name, value in inputs.items()})
         torch.testing.assert_close(found, run_export(real, inputs), rtol=0, atol=1e-6)
@@ -134,7 +134,7 @@ def test_torch_export_from_meta_takes_any_picture(model):
 
 def test_export_module_in_bf16_is_as_near_to_fp32_as_transformers(model):
     low, grid = tiny_model("llava_onevision", torch.bfloat16), (10, 410, 400)
-    pixels = torch.from_numpy(picture(grid)).bfloat16().float().numpy()
+    pixels = torch.from_numpy(image(grid)).bfloat16().float().numpy()
     exact = features_of(model, grid, pixels)
     inputs = {k: torch.from_numpy(v) for k, v in FAMILY.vision_inputs(model.config, pixels, grid).items()}
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
@@ -168,10 +168,10 @@ def test_features_of_several_layers_cannot_be_exported():
     [
         ((3, 3, 42, 42), (3, 40, 130), r"40 x 130 pixels was given as 3 image.s., expected 4, or 1 among others"),
         ((3, 3, 42, 42), (4, 40, 130), "was given as 3 image"),
-        ((4, 3, 28, 42), (4, 40, 130), "images are 28 x 42 pixels, the vision tower takes 42 x 42"),
+        ((4, 3, 28, 42), (4, 40, 130), "crops are 28 x 42 pixels, the vision tower takes 42 x 42"),
     ],
 )
-def test_images_that_are_no_picture(model, shape, grid, message):
+def test_images_that_are_no_image(model, shape, grid, message):
     with pytest.raises(InputError, match=message):
         FAMILY.vision_inputs(model.config, np.zeros(shape, dtype=np.float32), grid)
 
@@ -189,7 +189,7 @@ def test_a_new_graft_changes_nothing_and_both_key_layouts_load(text_type, layout
     grids = [[(4, 40, 130)], [(1, 90, 60), (1, 50, 50)]]
     ids = [[5, *[IMAGE] * sum(FAMILY.image_tokens(source.config, grid) for grid in row), 6, 7] for row in grids]
     length = max(map(len, ids))
-    kwargs = FAMILY.model_kwargs([[picture(grid) for grid in row] for row in grids], grids)
+    kwargs = FAMILY.model_kwargs([[image(grid) for grid in row] for row in grids], grids)
     kwargs |= {
         "input_ids": np.array([[0] * (length - len(row)) + row for row in ids]),
         "attention_mask": np.array([[0] * (length - len(row)) + [1] * len(row) for row in ids]),

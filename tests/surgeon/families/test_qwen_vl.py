@@ -18,7 +18,7 @@ IMAGE, VIDEO = TOKEN_IDS["image_token_id"], TOKEN_IDS["video_token_id"]
 # merged sizes; the windows of Qwen2.5-VL span 4 x 4 of them
 GRIDS = [(1, 2, 2), (1, 8, 8), (1, 4, 6), (1, 10, 14), (1, 16, 8), (1, 18, 20), (1, 2, 30)]
 
-grids_of_pictures = st.builds(lambda h, w: (1, 2 * h, 2 * w), st.integers(1, 40), st.integers(1, 40))
+grids_of_images = st.builds(lambda h, w: (1, 2 * h, 2 * w), st.integers(1, 40), st.integers(1, 40))
 
 
 @pytest.fixture(scope="module", params=MODEL_TYPES)
@@ -30,7 +30,7 @@ def family_of(model):
     return family(model.config.model_type)
 
 
-def picture(config, grid, seed=0):
+def image(config, grid, seed=0):
     vision = config.vision_config
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     generator = np.random.default_rng(seed)
@@ -38,7 +38,7 @@ def picture(config, grid, seed=0):
 
 
 def prompt_rows(rng, grids):
-    """A row's ids: text around its pictures, which may come first or last."""
+    """A row's ids: text around its images, which may come first or last."""
     row = []
     for i, (t, h, w) in enumerate(grids):
         row += rng.integers(0, 1900, rng.integers(1 if i else 0, 6)).tolist() + [IMAGE] * (t * h * w // 4)
@@ -71,7 +71,7 @@ def test_position_ids_are_those_of_transformers(model, side, seed):
     np.testing.assert_array_equal(following, deltas[:, 0].numpy() + mask.sum(1))
 
 
-def test_pictures_side_by_side_follow_each_other(model):
+def test_images_side_by_side_follow_each_other(model):
     ids = np.array([[IMAGE] * 4 + [IMAGE] * 6])
     positions, following = family_of(model).position_ids(model.config, ids, np.ones_like(ids), [[(1, 4, 4), (1, 4, 6)]])
     assert positions[:, 0, 3].tolist() == [0, 1, 1]
@@ -82,9 +82,9 @@ def test_pictures_side_by_side_follow_each_other(model):
 @pytest.mark.parametrize(
     ("ids", "grids", "message"),
     [
-        ([5, IMAGE, IMAGE, 6], [(1, 4, 4)], "row 0 has 2 image token.s. too few for picture 1"),
-        ([5] + [IMAGE] * 4, [], "more than its 0 picture"),
-        ([5, 6], [(1, 4, 4)], "image tokens for 0 picture.s., but 1 were given"),
+        ([5, IMAGE, IMAGE, 6], [(1, 4, 4)], "row 0 has 2 image token.s. too few for image 1"),
+        ([5] + [IMAGE] * 4, [], "more than its 0 image"),
+        ([5, 6], [(1, 4, 4)], "image tokens for 0 image.s., but 1 were given"),
         ([5, VIDEO], [], "video is not supported yet"),
     ],
 )
@@ -151,7 +151,7 @@ def test_deepstack_and_token_ids(model):
 
 
 @settings(deadline=None, max_examples=100)
-@given(grid=grids_of_pictures, side=st.sampled_from([8, 48]))
+@given(grid=grids_of_images, side=st.sampled_from([8, 48]))
 def test_qwen3_vision_inputs_are_those_of_transformers(grid, side):
     config = tiny_config("qwen3_vl", vision={"num_position_embeddings": side**2})
     found = family("qwen3_vl").vision_inputs(config, np.empty((grid[1] * grid[2], 0)), grid)
@@ -166,7 +166,7 @@ def test_qwen3_vision_inputs_are_those_of_transformers(grid, side):
 
 
 @settings(deadline=None, max_examples=100)
-@given(grid=grids_of_pictures)
+@given(grid=grids_of_images)
 def test_qwen2_5_vision_inputs_are_those_of_transformers(grid):
     config = tiny_config("qwen2_5_vl")
     patches = grid[1] * grid[2]
@@ -187,7 +187,7 @@ def test_qwen2_5_vision_inputs_are_those_of_transformers(grid):
 @pytest.mark.parametrize(
     ("grid", "message"), [((2, 4, 4), "video"), ((1, 3, 4), "not divisible"), ((1, 4, 8), "32 patches")]
 )
-def test_grids_that_are_no_picture(model, grid, message):
+def test_grids_that_are_no_image(model, grid, message):
     with pytest.raises(InputError, match=message):
         family_of(model).vision_inputs(model.config, np.zeros((16, 4)), grid)
 
@@ -205,7 +205,7 @@ def run_export(export, inputs):
 def test_export_module_computes_the_vision_tower(model, grid):
     found = family_of(model)
     export = found.vision_export(model, torch.float32)
-    pixels = picture(model.config, grid)
+    pixels = image(model.config, grid)
     outputs = run_export(export, found.vision_inputs(model.config, pixels, grid))
     with torch.no_grad():
         expected = model.model.visual(torch.from_numpy(pixels), grid_thw=torch.tensor([grid]))
@@ -220,7 +220,7 @@ def test_export_module_computes_the_vision_tower(model, grid):
 def test_export_module_in_bf16_is_as_near_to_fp32_as_transformers(model):
     low = tiny_model(model.config.model_type, torch.bfloat16)
     found, grid = family_of(model), (1, 10, 14)
-    inputs = found.vision_inputs(model.config, picture(model.config, grid), grid)
+    inputs = found.vision_inputs(model.config, image(model.config, grid), grid)
     exact = run_export(found.vision_export(model, torch.float32), inputs)["features"]
     export = found.vision_export(low, torch.bfloat16)
     pixels = torch.from_numpy(inputs["pixel_values"]).bfloat16()
@@ -242,7 +242,7 @@ def test_export_names_every_parameter_of_the_tower(model):
     assert torch.equal(export.constants["inv_freq"], model.model.visual.rotary_pos_emb.inv_freq)
 
 
-def test_torch_export_from_meta_takes_any_picture(model):
+def test_torch_export_from_meta_takes_any_image(model):
     found = family_of(model)
     with torch.device("meta"):
         empty = type(model)._from_config(model.config, dtype=torch.float32)
@@ -254,7 +254,7 @@ def test_torch_export_from_meta_takes_any_picture(model):
     real = found.vision_export(model, torch.float32)
     program = torch.export.export(real.module, (), real.example, dynamic_shapes=real.dynamic_shapes, strict=False)
     grid = (1, 10, 18)
-    inputs = found.vision_inputs(model.config, picture(model.config, grid), grid)
+    inputs = found.vision_inputs(model.config, image(model.config, grid), grid)
     with torch.no_grad():
         outputs = program.module()(**{k: torch.from_numpy(v) for k, v in inputs.items()})
     torch.testing.assert_close(outputs[0], run_export(real, inputs)["features"], rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The families that cut a picture into tiles, against transformers: positions, tokens, the exported vision tower."""
+"""The families that cut an image into tiles, against transformers: positions, tokens, the exported vision tower."""
 
 import numpy as np
 import pytest
@@ -30,12 +30,12 @@ def tiles(grid):
     return grid[1] * grid[2] + (grid != (1, 1, 1))
 
 
-def picture(grid, seed=0, size=42):
+def image(grid, seed=0, size=42):
     return np.random.default_rng(seed).standard_normal((tiles(grid), 3, size, size), dtype=np.float32)
 
 
 def prompt_rows(rng, grids):
-    """A row's ids: text around its pictures, which may come first or last."""
+    """A row's ids: text around its images, which may come first or last."""
     row = []
     for i, grid in enumerate(grids):
         row += rng.integers(0, 1900, rng.integers(1 if i else 0, 6)).tolist() + [IMAGE] * (tiles(grid) * SIDE**2)
@@ -101,9 +101,9 @@ def test_position_ids_are_those_of_transformers(model, side):
 @pytest.mark.parametrize(
     ("ids", "grids", "message"),
     [
-        ([5, *[IMAGE] * 8, 6], [[(1, 1, 1)]], "row 0 has 8 image token.s., its 1 picture.s. become 9"),
-        ([5, *[IMAGE] * 9], [[]], "row 0 has 9 image token.s., its 0 picture.s. become 0"),
-        ([5, *[IMAGE] * 18], [[(1, 1, 2)]], "has 18 image token.s., its 1 picture.s. become 27"),
+        ([5, *[IMAGE] * 8, 6], [[(1, 1, 1)]], "row 0 has 8 image token.s., its 1 image.s. become 9"),
+        ([5, *[IMAGE] * 9], [[]], "row 0 has 9 image token.s., its 0 image.s. become 0"),
+        ([5, *[IMAGE] * 18], [[(1, 1, 2)]], "has 18 image token.s., its 1 image.s. become 27"),
         ([5], [], "for 0 row.s. were given, the batch has 1"),
     ],
 )
@@ -140,7 +140,7 @@ def test_rope_axes_turn_each_frequency_as_the_model_does(model):
         ((2, 3, 42, 42), (2, 1, 1), "2 frames: video is not supported yet"),
     ],
 )
-def test_tiles_that_are_no_picture(model, shape, grid, message):
+def test_tiles_that_are_no_image(model, shape, grid, message):
     with pytest.raises(InputError, match=message):
         family_of(model).vision_inputs(model.config, np.zeros(shape, dtype=np.float32), grid)
 
@@ -162,7 +162,7 @@ def features_of(model, pixels):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_export_module_computes_the_vision_tower(model, grid):
     found = family_of(model)
-    pixels = picture(grid)
+    pixels = image(grid)
     assert found.vision_inputs(model.config, pixels, grid).keys() == {"pixel_values"}
     export = found.vision_export(model, torch.float32)
     expected = features_of(model, pixels)
@@ -184,7 +184,7 @@ def test_export_module_computes_the_vision_tower(model, grid):
 )
 def test_internvl_towers_of_every_kind(vision, options):
     model = tiny_model("internvl", vision=vision, top=options)
-    found, pixels = family("internvl"), picture((1, 1, 2), size=vision.get("image_size", 42))
+    found, pixels = family("internvl"), image((1, 1, 2), size=vision.get("image_size", 42))
     features = run_export(found.vision_export(model, torch.float32), pixels)
     torch.testing.assert_close(features, features_of(model, pixels), rtol=1e-5, atol=1e-5)
     assert len(features) == found.image_tokens(model.config, (1, 1, 2))
@@ -213,7 +213,7 @@ def test_torch_export_from_meta_takes_any_number_of_tiles(model):
     real = found.vision_export(model, torch.float32)
     program = torch.export.export(real.module, (), real.example, dynamic_shapes=real.dynamic_shapes, strict=False)
     for grid in GRIDS:
-        pixels = picture(grid)
+        pixels = image(grid)
         with torch.no_grad():
             features = program.module()(pixel_values=torch.from_numpy(pixels))[0]
         torch.testing.assert_close(features, run_export(real, pixels), rtol=0, atol=1e-6)
@@ -221,7 +221,7 @@ def test_torch_export_from_meta_takes_any_number_of_tiles(model):
 
 def test_export_module_in_bf16_is_as_near_to_fp32_as_transformers(model):
     low = tiny_model(model.config.model_type, torch.bfloat16)
-    pixels = torch.from_numpy(picture((1, 3, 2))).bfloat16()
+    pixels = torch.from_numpy(image((1, 3, 2))).bfloat16()
     exact = features_of(model, pixels.float().numpy())
     with torch.no_grad():
         ours = family_of(model).vision_export(low, torch.bfloat16).module(pixels)[0]
@@ -246,7 +246,7 @@ def test_internvl_features_that_cannot_be_exported(options, message):
 @pytest.mark.parametrize("options", [{"qkv_bias": False, "mlp_bias": True}, {"tokenize_function": "st_argmax"}])
 def test_ovis2_towers_of_every_kind(options):
     model = tiny_model("ovis2", vision=options)
-    pixels = picture((1, 1, 2))
+    pixels = image((1, 1, 2))
     features = run_export(family("ovis2").vision_export(model, torch.float32), pixels)
     torch.testing.assert_close(features, features_of(model, pixels), rtol=1e-5, atol=1e-5)
 
@@ -262,7 +262,7 @@ def test_indicators_are_embedded_as_transformers_does():
     found = family("ovis2")
     indicators = found.indicator_token_ids(model.config)
     ids = torch.tensor([[*indicators, *[IMAGE] * 9, 5]])
-    pixels = torch.from_numpy(picture((1, 1, 1)))
+    pixels = torch.from_numpy(image((1, 1, 1)))
     export = found.vision_export(model, torch.float32)
     assert export.output_names == ("features", "indicators") and len(indicators) == 5
     with torch.no_grad():
@@ -282,11 +282,11 @@ def test_model_of_another_dtype_is_refused(model):
 
 
 def batch_of(model, seed=0):
-    """Two rows, the first with two pictures of different grids."""
+    """Two rows, the first with two images of different grids."""
     rng = np.random.default_rng(seed)
     grids = [[(1, 1, 2), (1, 1, 1)], []]
     ids, mask = padded([prompt_rows(rng, row) for row in grids], "left")
-    pixels = np.concatenate([picture(grid, seed) for grid in grids[0]])
+    pixels = np.concatenate([image(grid, seed) for grid in grids[0]])
     kwargs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
     return {name: torch.from_numpy(array) for name, array in kwargs.items()}
 
@@ -315,6 +315,6 @@ def test_a_new_graft_changes_nothing_and_both_key_layouts_load(model_type, text_
             patched.model.language_model.layers[layer].pvm.alpha.fill_(0.8)
         changed = patched(**kwargs).logits
     visual = kwargs["input_ids"] == IMAGE
-    # text behind a picture sees the memory; a row without pictures has none
+    # text behind an image sees the memory; a row without images has none
     assert (changed - before)[0, ~visual[0] & (kwargs["attention_mask"][0] == 1)].abs().max() > 0.1
     assert torch.equal(changed[1], before[1])

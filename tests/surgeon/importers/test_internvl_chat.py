@@ -122,7 +122,7 @@ def test_what_a_config_leaves_out_is_what_the_authors_code_takes(tmp_path: Path)
     assert load(tmp_path / "out").model.language_model.norm.variance_epsilon == 1e-6
 
 
-def test_pictures_are_scaled_as_the_authors_scale_them(tmp_path: Path) -> None:
+def test_images_are_scaled_as_the_authors_scale_them(tmp_path: Path) -> None:
     """Bicubic, then ImageNet's mean and deviation."""
     import_checkpoint(golden_checkpoint(tmp_path / "source"), tmp_path / "out", image_token_id=500)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil")

@@ -42,7 +42,7 @@ def published(
 
 
 def inputs(model: Any) -> dict[str, torch.Tensor]:
-    """The golden prompt, its picture as the vision tower takes it."""
+    """The golden prompt, its image as the vision tower takes it."""
     expected = expected_tensors()
     kwargs = {k: expected[k] for k in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")}
     return {**kwargs, "mm_token_type_ids": (expected["input_ids"] == model.config.image_token_id).long()}

@@ -27,7 +27,7 @@ from surgeon.importing import import_checkpoint
 from surgeon.inputs import Inputs, Prompt
 
 IMAGE, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
-SYSTEM = "You see pictures."
+SYSTEM = "You see images."
 # InternLM2's way: chat tokens in the places of unused pieces, InternVL's image tokens behind the last piece.
 ADDED = {3: "<|im_start|>", 4: "<|im_end|>", 500: IMAGE, 501: START, 502: END}
 INTERNLM2 = {
@@ -76,7 +76,7 @@ def write_internlm2(directory: Path, **settings: Any) -> Path:
     config = {
         "tokenizer_class": "InternLM2Tokenizer",
         "auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]},
-        "chat_template": "not for pictures",
+        "chat_template": "not for images",
         "bos_token": "<s>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
@@ -184,9 +184,9 @@ def test_a_prompt_is_what_the_published_chat_makes_of_it(imported: Path) -> None
     assert batch.grids == [[(1, 1, 2), (1, 1, 1)]]
 
     tokenizer = AutoTokenizer.from_pretrained(imported)
-    pictures = "".join(f"{START}{IMAGE * 256 * tiles}{END}\n" for tiles in (3, 1))
+    images = "".join(f"{START}{IMAGE * 256 * tiles}{END}\n" for tiles in (3, 1))
     text = (
-        f"<|im_start|>system\n{SYSTEM}<|im_end|><|im_start|>user\n{pictures}What is this?<|im_end|>"
+        f"<|im_start|>system\n{SYSTEM}<|im_end|><|im_start|>user\n{images}What is this?<|im_end|>"
         "<|im_start|>assistant\n"
     )
     assert batch.input_ids[0].tolist() == tokenizer(text)["input_ids"]

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from checkpoints import MODEL_TYPES, tiny_model
-from patching import apply, batch, open_gates, patched_pair, picture, randomise_grafts
+from patching import apply, batch, image, open_gates, patched_pair, randomise_grafts
 from surgeon import models
 
 GRID = (1, 4, 6)
@@ -24,7 +24,7 @@ def patched(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel | PeftModel) -> torch.Tensor:
-    return model(**batch(model, [[5, *picture(GRID), 7, 8]], [GRID])).logits
+    return model(**batch(model, [[5, *image(GRID), 7, 8]], [GRID])).logits
 
 
 def adapter(seed: int) -> LoraConfig:
@@ -64,7 +64,7 @@ def test_whole_grafts_trained_beside_an_adapter_are_called(patched: PreTrainedMo
     before = logits_of(patched)
     tuned = get_peft_model(patched, LoraConfig(r=4, target_modules=r".*self_attn\.q_proj", modules_to_save=["pvm"]))
     assert torch.equal(logits_of(tuned), before)
-    tuned(**batch(patched, [[5, *picture(GRID), 7, 8]], [GRID])).logits.square().mean().backward()
+    tuned(**batch(patched, [[5, *image(GRID), 7, 8]], [GRID])).logits.square().mean().backward()
     graft = {name: p for name, p in tuned.named_parameters() if ".pvm." in name and p.requires_grad}
     assert graft
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in graft.values())

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from checkpoints import tiny_model
-from patching import apply, batch, picture, randomise_grafts
+from patching import apply, batch, image, randomise_grafts
 from surgeon import models
 from surgeon.memory.visual_memory import VisualMemory
 
 FIRST, SECOND = (1, 4, 6), (1, 8, 4)
-TURN = [5, 6, *picture(FIRST), 7, 8]
-ROW = [*TURN, 9, 10, *picture(SECOND), 11]
+TURN = [5, 6, *image(FIRST), 7, 8]
+ROW = [*TURN, 9, 10, *image(SECOND), 11]
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def filled(model: PreTrainedModel, row: list[int], grids: list[Any], cache: Any 
 
 
 @pytest.mark.parametrize("kept", [2, 1])
-def test_a_cropped_picture_is_forgotten(model: PreTrainedModel, kept: int) -> None:
-    """The cache as if it had never been fed: words, and both pictures or the first behind them."""
+def test_a_cropped_image_is_forgotten(model: PreTrainedModel, kept: int) -> None:
+    """The cache as if it had never been fed: words, and both images or the first behind them."""
     cropped, _ = filled(model, ROW, [FIRST, SECOND])
     length = len(TURN) if kept == 1 else len(ROW) - 1
     cropped.crop(length - len(ROW))
@@ -70,7 +70,7 @@ def test_a_cropped_picture_is_forgotten(model: PreTrainedModel, kept: int) -> No
     )
 
 
-def test_cropped_before_every_picture_it_is_the_words(model: PreTrainedModel) -> None:
+def test_cropped_before_every_image_it_is_the_words(model: PreTrainedModel) -> None:
     cropped, _ = filled(model, TURN, [FIRST])
     cropped.crop(2 - len(TURN))
     memory = VisualMemory.of(cropped, 4)
@@ -79,7 +79,7 @@ def test_cropped_before_every_picture_it_is_the_words(model: PreTrainedModel) ->
     assert torch.allclose(continued(model, cropped, following), continued(model, words, following), atol=1e-5)
 
 
-def test_cropped_in_the_middle_of_a_picture(model: PreTrainedModel) -> None:
+def test_cropped_in_the_middle_of_an_image(model: PreTrainedModel) -> None:
     cache, _ = filled(model, TURN, [FIRST])
     cache.crop(6 - len(TURN))  # two words, a marker, three of its six tokens
     mask = VisualMemory.of(cache, 4).mask
@@ -95,10 +95,10 @@ def test_cropped_again_without_a_call_between(model: PreTrainedModel) -> None:
     assert cache.get_seq_length() == 6 and mask is not None and mask.sum() == 3
 
 
-def test_a_picture_that_comes_after_a_crop_stands_where_the_old_one_did(model: PreTrainedModel) -> None:
+def test_an_image_that_comes_after_a_crop_stands_where_the_old_one_did(model: PreTrainedModel) -> None:
     cropped, _ = filled(model, TURN, [FIRST])
     cropped.crop(2 - len(TURN))
-    row = [*picture(SECOND), 7, 8]
+    row = [*image(SECOND), 7, 8]
     whole = batch(model, [[*TURN[:2], *row]], [SECOND])
     positions = positions_of(model, whole)
     later = {name: whole[name][:, 2:] for name in ("input_ids", "mm_token_type_ids")}
@@ -110,7 +110,7 @@ def test_a_picture_that_comes_after_a_crop_stands_where_the_old_one_did(model: P
 
 
 def test_a_crop_of_a_batch_is_each_rows(model: PreTrainedModel) -> None:
-    """Padded on the left, a picture stands at another column in each row."""
+    """Padded on the left, an image stands at another column in each row."""
     rows, grids = [TURN, [*TURN[2:10], 9]], [FIRST, FIRST]
     kwargs = batch(model, rows, grids)
     with torch.no_grad():
@@ -144,7 +144,7 @@ class TestCompressedPositions:
 
     @pytest.fixture
     def memory(self) -> VisualMemory:
-        """Two rows, the second padded on the left by two: a prompt with a picture whose ids jump back, two words one by
+        """Two rows, the second padded on the left by two: a prompt with an image whose ids jump back, two words one by
         one, a later turn of three, a word."""
         memory = VisualMemory()
         prompt = torch.tensor([[0, 1, 2, 3, 4, 3, 5], [0, 0, 0, 1, 2, 1, 3]])
@@ -186,7 +186,7 @@ class TestCompressedPositions:
         following = memory.following_positions(2)
         assert following is not None and following.tolist() == [[10, 11], [10, 11], [12, 13]]
 
-    def test_a_call_may_end_in_a_picture_whose_last_id_is_not_the_largest(self) -> None:
+    def test_a_call_may_end_in_an_image_whose_last_id_is_not_the_largest(self) -> None:
         memory = VisualMemory()
         memory.continue_positions(torch.tensor([[0, 1, 2, 5, 3]]), 0)
         assert memory.next_position is not None and memory.next_position.tolist() == [6]
@@ -202,7 +202,7 @@ class TestCompressedPositions:
 
 @pytest.mark.parametrize("what", ["rebuilt", "cut"])
 def test_a_cache_that_lost_its_memory_is_refused(model: PreTrainedModel, what: str) -> None:
-    """Whoever copies or cuts keys and values layer by layer leaves the pictures behind, or some that are gone."""
+    """Whoever copies or cuts keys and values layer by layer leaves the images behind, or some that are gone."""
     cache, position = filled(model, TURN, [FIRST])
     if what == "rebuilt":
         cache = DynamicCache([(layer.keys, layer.values) for layer in cache.layers[:-1]])

@@ -22,7 +22,7 @@ from transformers import (
 
 from checkpoints import MODEL_TYPES, tiny_model
 from command import ROOT
-from patching import apply, batch, picture, randomise_grafts
+from patching import apply, batch, image, randomise_grafts
 from surgeon import models
 from surgeon.memory.graft import Graft
 from surgeon.memory.patched import patched_config_class
@@ -48,7 +48,7 @@ def model(checkpoint: Path) -> PreTrainedModel:
 
 
 def kwargs_for(model: PreTrainedModel) -> dict[str, Tensor]:
-    return batch(model, [[5, 6, *picture(GRID), 7, 8], [9, 10]], [GRID])
+    return batch(model, [[5, 6, *image(GRID), 7, 8], [9, 10]], [GRID])
 
 
 @torch.no_grad()

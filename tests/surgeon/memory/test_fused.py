@@ -51,15 +51,15 @@ def test_it_is_taken_on_its_devices_alone_and_never_under_autocast() -> None:
     graft = PersistentVisualMemory(16, 8, 8, head_dim=8, num_key_value_heads=1, eps=1e-6).requires_grad_(False)
     graft.alpha.fill_(0.5)
     embeds = torch.randn(1, 3, 16)
-    keys, values = graft.remember(embeds)
+    keys, values = graft.write_memory(embeds)
     rest = (keys, values, torch.ones(1, 3, dtype=torch.bool), None, None)
     plain = graft.recall(embeds, *rest)
     graft.fused = Marked("cuda")
     assert torch.equal(graft.recall(embeds, *rest), plain)
-    assert torch.equal(graft.remember(embeds)[0], keys)
+    assert torch.equal(graft.write_memory(embeds)[0], keys)
     graft.fused = Marked("cuda", "cpu")
     assert bool((graft.recall(embeds, *rest) == 7).all())
-    assert float(graft.remember(embeds)[1]) == 8
+    assert float(graft.write_memory(embeds)[1]) == 8
     with torch.autocast("cpu", torch.bfloat16):
         assert not bool((graft.recall(embeds, *rest) == 7).any())
 

@@ -85,7 +85,7 @@ def test_every_projection_is_called() -> None:
                 module.register_forward_hook(lambda *_, name=name, called=called: called.add(name))
         embeds, hidden_states = torch.randn(1, 3, 16), torch.randn(1, 2, 16)
         angles = [graft.rope(torch.arange(n)[None, None]) if rotary and graft.rope else None for n in (3, 2)]
-        keys, values = graft.remember(embeds, angles[0])
+        keys, values = graft.write_memory(embeds, angles[0])
         graft.recall(hidden_states, keys, values, torch.ones(1, 3, dtype=torch.bool), None, angles[1])
         assert called == {name for name, _ in graft.named_children()}
 

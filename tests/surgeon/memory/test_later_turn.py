@@ -1,11 +1,11 @@
-"""A later turn of `generate`: of the conversation's pictures, those that the cache does not hold enter."""
+"""A later turn of `generate`: of the conversation's images, those that the cache does not hold enter."""
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from checkpoints import MODEL_TYPES
-from patching import batch, open_gates, patched_pair, picture
+from patching import batch, image, open_gates, patched_pair
 from surgeon.memory.visual_memory import VisualMemory
 
 GRID = (1, 4, 6)
@@ -21,9 +21,9 @@ def patched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("cached", [len(TEXT), len(TEXT) + 1], ids=["before its start token", "at its first token"])
 @torch.no_grad()
-def test_a_picture_right_behind_the_cache_is_new(patched: PreTrainedModel, cached: int) -> None:
-    """A cache that ends with the text before a picture, or with the token that starts it."""
-    conversation = batch(patched, [[*TEXT, *picture(GRID), 8, 9]], [GRID])
+def test_an_image_right_behind_the_cache_is_new(patched: PreTrainedModel, cached: int) -> None:
+    """A cache that ends with the text before an image, or with the token that starts it."""
+    conversation = batch(patched, [[*TEXT, *image(GRID), 8, 9]], [GRID])
     ids = conversation["input_ids"]
     options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     cache = patched(input_ids=ids[:, :cached], use_cache=True).past_key_values
@@ -31,7 +31,7 @@ def test_a_picture_right_behind_the_cache_is_new(patched: PreTrainedModel, cache
     memory = VisualMemory.of(later.past_key_values, 4)
     assert memory.mask is not None and memory.mask.sum().item() == 6
 
-    # by hand: the picture and what follows it, behind the cached text
+    # by hand: the image and what follows it, behind the cached text
     positions = patched._prepare_position_ids_for_generation(ids, dict(conversation))
     new = {name: conversation[name][:, cached:] for name in ("input_ids", "mm_token_type_ids")}
     pixels = {name: conversation[name] for name in ("pixel_values", "image_grid_thw")}

@@ -1,4 +1,4 @@
-"""Embeddings that pictures were already put into: nothing in them tells a picture's token from a text's."""
+"""Embeddings that images were already put into: nothing in them tells an image's token from a text's."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def merged(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"inputs_embeds": embeds, "attention_mask": kwargs["attention_mask"], "visual_token_mask": visual}
 
 
-def test_told_where_pictures_are_they_enter_the_memory(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+def test_told_where_images_are_they_enter_the_memory(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     own, options = merged(model, kwargs), {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     with torch.no_grad():
         torch.testing.assert_close(model(**own).logits, model(**kwargs).logits, atol=0, rtol=0)

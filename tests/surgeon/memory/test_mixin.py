@@ -51,7 +51,7 @@ def run(block: Mixin, hidden_states: Tensor, visual: Tensor, mask: Tensor, first
     return found
 
 
-def test_rows_without_pictures_are_left_exactly_as_they_are(block: Mixin) -> None:
+def test_rows_without_images_are_left_exactly_as_they_are(block: Mixin) -> None:
     hidden_states, visual = torch.randn(2, 5, 24), torch.randn(2, 7, 24)
     mask = torch.tensor([[True] * 7, [False] * 7])
     found = run(block, hidden_states, visual, mask)
@@ -68,7 +68,7 @@ def test_padding_of_the_memory_does_not_matter(block: Mixin) -> None:
     torch.testing.assert_close(run(block, hidden_states, visual, mask), alone, atol=1e-6, rtol=0)
 
 
-def test_tokens_of_one_row_may_see_different_pictures(block: Mixin) -> None:
+def test_tokens_of_one_row_may_see_different_images(block: Mixin) -> None:
     """Packed samples: the mask has a row for each token. The second sample sees nothing. In fp64, as above."""
     block.double()
     hidden_states, visual = (torch.randn(1, length, 24, dtype=torch.float64) for length in (5, 7))

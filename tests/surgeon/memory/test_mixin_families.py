@@ -17,14 +17,14 @@ from surgeon.memory.rotary import position_axes
 pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint is not there")
 
 
-def picture(width: int, height: int, seed: int) -> Image.Image:
+def image(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 PROMPTS = (
-    Prompt("What is it?", (picture(96, 64, 0),)),
+    Prompt("What is it?", (image(96, 64, 0),)),
     Prompt("hello there"),
-    Prompt("Compare.", (picture(64, 64, 1), picture(90, 130, 2))),
+    Prompt("Compare.", (image(64, 64, 1), image(90, 130, 2))),
 )
 
 

@@ -26,15 +26,15 @@ pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint
 NEXT_TOKENS = torch.tensor([[11], [12], [13]])
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
-TILED = Prompt("What is it?", (picture(90, 42),))
+TILED = Prompt("What is it?", (image(90, 42),))
 WORDS = Prompt("hello there")
-MIXED = Prompt("Compare them.", (picture(42, 42, 1), picture(90, 130, 2)))
+MIXED = Prompt("Compare them.", (image(42, 42, 1), image(90, 130, 2)))
 PROMPTS = (TILED, WORDS, MIXED)
-"""Pictures of 1 x 2 tiles; none; of one tile, and of 3 x 2."""
+"""Images of 1 x 2 tiles; none; of one tile, and of 3 x 2."""
 
 
 def patched_tiny(directory: Path, *passes: str, model_type: str = "internvl") -> tuple[PreTrainedModel, Inputs]:
@@ -84,7 +84,7 @@ def test_rows_of_a_cache_go_on_as_each_alone(
 
 @torch.no_grad()
 def test_a_cache_that_was_reset_is_a_new_one(dhr: tuple[PreTrainedModel, Inputs]) -> None:
-    """No picture and no position of the batch before it is left, for as many rows or for fewer."""
+    """No image and no position of the batch before it is left, for as many rows or for fewer."""
     model, inputs = dhr
     for prompts in (PROMPTS[::-1], (WORDS,), (MIXED,)):
         cache = model(**inputs.prepare(PROMPTS).model_kwargs(), use_cache=True).past_key_values
@@ -150,7 +150,7 @@ def test_flash_attention_tells_packed_samples_apart_by_their_positions(
 
 @torch.no_grad()
 def test_a_later_turn_whose_thumbnails_alone_enter(tmp_path: Path) -> None:
-    """tiles=context: of a picture in a later turn, the thumbnail's tokens and no others enter the memory."""
+    """tiles=context: of an image in a later turn, the thumbnail's tokens and no others enter the memory."""
     model, inputs = patched_tiny(tmp_path, "mixin:every=2,tiles=context", "rope-dhr")
     conversation = [*WORDS.messages(), {"role": "assistant", "content": "Yes."}, *TILED.messages()]
     whole = inputs.prepare([conversation]).model_kwargs()
@@ -188,7 +188,7 @@ def test_tiles_in_the_memory_alone_leave_the_thumbnail_in_the_sequence(model_typ
     alone = {name: kwargs[name] for name in ("input_ids", "attention_mask")}
     expected = plain(**alone, pixel_values=torch.stack(thumbnails)).logits
     assert torch.equal(patched(**kwargs).logits, expected)
-    # and tiles are what the memory adds: each picture's change its own row, and no row without pictures
+    # and tiles are what the memory adds: each image's change its own row, and no row without images
     randomise_grafts(patched)
     changed = (patched(**kwargs).logits - expected).abs().amax((1, 2))
     assert changed[0] > 0.1 and changed[1] == 0 and changed[2] > 0.1

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from checkpoints import MODEL_TYPES
-from patching import LAYERS, batch, open_gates, patched_pair, picture
+from patching import LAYERS, batch, image, open_gates, patched_pair
 from surgeon.memory.visual_memory import VisualMemory
 
 SMALL, WIDE, TALL = (1, 4, 6), (1, 4, 10), (1, 8, 4)
@@ -29,11 +29,11 @@ def patched(pair: PAIR) -> PreTrainedModel:
 
 
 def rows() -> tuple[list[list[int]], list[tuple[int, int, int]]]:
-    """Three rows: two pictures, none, one as the very first and last thing."""
+    """Three rows: two images, none, one as the very first and last thing."""
     return [
-        [5, 6, *picture(SMALL), 7, *picture(WIDE), 8, 9],
+        [5, 6, *image(SMALL), 7, *image(WIDE), 8, 9],
         [10, 11, 12, 13],
-        [*picture(TALL)],
+        [*image(TALL)],
     ], [SMALL, WIDE, TALL]
 
 
@@ -62,7 +62,7 @@ def test_open_gates_change_the_answer(pair: PAIR) -> None:
     with torch.no_grad():
         difference = (source(**kwargs).logits - patched(**kwargs).logits).abs().amax((1, 2))
     assert difference[0] > 0.1 and difference[2] > 0.1
-    assert difference[1] == 0  # a row without pictures, beside rows with some
+    assert difference[1] == 0  # a row without images, beside rows with some
 
 
 def test_text_only_is_the_source(pair: PAIR) -> None:
@@ -101,7 +101,7 @@ def test_rows_of_a_batch_equal_each_alone(patched: PreTrainedModel) -> None:
             assert greedy(patched, alone)[0].tolist() == together[row].tolist()
 
 
-def test_memory_is_computed_once_per_picture(patched: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_computed_once_per_image(patched: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = patched.model.language_model.layers
     calls: list[int] = []
     for index in LAYERS:
@@ -145,8 +145,8 @@ def test_memory_rows_follow_the_cache(patched: PreTrainedModel) -> None:
 
 
 def test_interleaved_requests_do_not_meet(patched: PreTrainedModel) -> None:
-    first = batch(patched, [[5, *picture(SMALL), 7]], [SMALL], seed=1)
-    second = batch(patched, [[5, *picture(WIDE), 7]], [WIDE], seed=2)
+    first = batch(patched, [[5, *image(SMALL), 7]], [SMALL], seed=1)
+    second = batch(patched, [[5, *image(WIDE), 7]], [WIDE], seed=2)
     with torch.no_grad():
         expected = patched(**first, use_cache=True)
         step = {"input_ids": torch.tensor([[9]])}
@@ -157,11 +157,11 @@ def test_interleaved_requests_do_not_meet(patched: PreTrainedModel) -> None:
     assert torch.equal(alone, after)
 
 
-@pytest.mark.parametrize("second_picture", [True, False])
-def test_later_turn_with_the_same_cache(pair: PAIR, second_picture: bool) -> None:
+@pytest.mark.parametrize("second_image", [True, False])
+def test_later_turn_with_the_same_cache(pair: PAIR, second_image: bool) -> None:
     source, patched = pair
-    first = [5, 6, *picture(SMALL), 7]
-    both = batch(patched, [[*first, *picture(WIDE)]], [SMALL, WIDE])["pixel_values"]
+    first = [5, 6, *image(SMALL), 7]
+    both = batch(patched, [[*first, *image(WIDE)]], [SMALL, WIDE])["pixel_values"]
 
     def conversation(ids: list[int], grids: list[tuple[int, int, int]]) -> dict[str, torch.Tensor]:
         kwargs = batch(patched, [ids], grids)
@@ -172,22 +172,22 @@ def test_later_turn_with_the_same_cache(pair: PAIR, second_picture: bool) -> Non
             turn = model.generate(
                 **conversation(first, [SMALL]), max_new_tokens=4, do_sample=False, return_dict_in_generate=True
             )
-            ids = [*turn.sequences[0].tolist(), 8, *(picture(WIDE) if second_picture else []), 9]
-            kwargs = conversation(ids, [SMALL, WIDE] if second_picture else [SMALL])
+            ids = [*turn.sequences[0].tolist(), 8, *(image(WIDE) if second_image else []), 9]
+            kwargs = conversation(ids, [SMALL, WIDE] if second_image else [SMALL])
             return greedy(model, kwargs, past_key_values=turn.past_key_values), kwargs
 
     # With the gates closed both ways through the conversation are the backbone's: they agree token for token.
     open_gates(patched, 0.0)
     tokens, kwargs = two_turns(patched)
     assert torch.equal(tokens, greedy(source, kwargs))
-    # Open, the second turn reads both pictures. Turn one's tokens read the first only, which one pass cannot imitate:
+    # Open, the second turn reads both images. Turn one's tokens read the first only, which one pass cannot imitate:
     # compare with the forward called by hand, turn by turn.
     open_gates(patched, 0.8)
     tokens, kwargs = two_turns(patched)
     seen = len(first) + 3  # the last generated token is not in the cache yet
     positions = patched._prepare_position_ids_for_generation(kwargs["input_ids"], dict(kwargs))
     ids = kwargs["input_ids"]
-    pixels = {"pixel_values": both[24:], "image_grid_thw": torch.tensor([WIDE])} if second_picture else {}
+    pixels = {"pixel_values": both[24:], "image_grid_thw": torch.tensor([WIDE])} if second_image else {}
     with torch.no_grad():
         one = patched(
             input_ids=ids[:, :seen],
@@ -205,7 +205,7 @@ def test_later_turn_with_the_same_cache(pair: PAIR, second_picture: bool) -> Non
             **pixels,
         )
     memory = VisualMemory.of(two.past_key_values, 4)
-    assert memory.mask is not None and memory.mask.shape[1] == (16 if second_picture else 6)
+    assert memory.mask is not None and memory.mask.shape[1] == (16 if second_image else 6)
     assert int(two.logits[0, -1].argmax()) == int(tokens[0, 0])
 
 
@@ -213,7 +213,7 @@ def test_a_later_turn_after_another_conversation(pair: PAIR) -> None:
     """transformers keeps the last conversation's position offset on the model; each must go on with its own."""
     source, patched = pair
     open_gates(patched, 0.0)
-    first, other = batch(patched, [[5, *picture(SMALL), 7]], [SMALL]), batch(patched, [[5, *picture(WIDE), 7]], [WIDE])
+    first, other = batch(patched, [[5, *image(SMALL), 7]], [SMALL]), batch(patched, [[5, *image(WIDE), 7]], [WIDE])
     with torch.no_grad():
         turn = patched.generate(**first, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
         greedy(patched, other)
@@ -223,12 +223,12 @@ def test_a_later_turn_after_another_conversation(pair: PAIR) -> None:
     open_gates(patched)
 
 
-def test_later_turn_without_the_earlier_pictures_is_refused(patched: PreTrainedModel) -> None:
-    first = batch(patched, [[5, *picture(SMALL), 7]], [SMALL])
+def test_later_turn_without_the_earlier_images_is_refused(patched: PreTrainedModel) -> None:
+    first = batch(patched, [[5, *image(SMALL), 7]], [SMALL])
     with torch.no_grad():
         cache = patched(**first, use_cache=True).past_key_values
-        ids = [5, *picture(SMALL), 7, *picture(WIDE)]
-        with pytest.raises(ValueError, match="2 pictures and 1 grids"):
+        ids = [5, *image(SMALL), 7, *image(WIDE)]
+        with pytest.raises(ValueError, match="2 images and 1 grids"):
             patched.generate(**batch(patched, [ids], [WIDE]), past_key_values=cache, max_new_tokens=2)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from checkpoints import MODEL_TYPES, tiny_checkpoint
-from patching import apply, batch, picture, randomise_grafts
+from patching import apply, batch, image, randomise_grafts
 from surgeon import models
 
 GRID = (1, 4, 6)
@@ -19,10 +19,10 @@ def test_the_texts_own_positions_in_front_are_no_axis(model_type: str, tmp_path:
     apply(tiny_checkpoint(tmp_path / "source", model_type), tmp_path / "patched", "mixin:every=2")
     model = models.load(tmp_path / "patched")
     randomise_grafts(model)
-    image = model.config.image_token_id
-    row = [5, 6, *picture(GRID), 7, 8]
-    kwargs = batch(model, [[image if token == row[3] else token for token in row]], [GRID])
-    kwargs["mm_token_type_ids"] = (kwargs["input_ids"] == image).long()
+    image_token_id = model.config.image_token_id
+    row = [5, 6, *image(GRID), 7, 8]
+    kwargs = batch(model, [[image_token_id if token == row[3] else token for token in row]], [GRID])
+    kwargs["mm_token_type_ids"] = (kwargs["input_ids"] == image_token_id).long()
     axes, _ = model.model.get_rope_index(
         kwargs["input_ids"],
         image_grid_thw=kwargs["image_grid_thw"],

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from golden import DATA
-from surgeon.memory.rope_dhr import position_ids, thumbnail_mask, tile_position_ids, tokens_per_picture
+from surgeon.memory.rope_dhr import position_ids, thumbnail_mask, tile_position_ids, tokens_per_image
 
 GRIDS = [(rows, columns) for rows in range(1, 13) for columns in range(1, 13) if rows * columns <= 12]
 
@@ -45,11 +45,11 @@ def test_published_arithmetic_for_every_grid(rows_columns: tuple[int, int]) -> N
 def test_a_tiles_token_has_the_id_of_the_patch_under_its_centre(
     grid: tuple[int, int], side: int, data: st.DataObject
 ) -> None:
-    """By exact fractions of the picture, one token at a time."""
+    """By exact fractions of the image, one token at a time."""
     rows, columns = grid
     row, column = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
     y, x = data.draw(st.integers(0, side - 1)), data.draw(st.integers(0, side - 1))
-    down = (row + Fraction(2 * y + 1, 2 * side)) / rows  # of the picture's height
+    down = (row + Fraction(2 * y + 1, 2 * side)) / rows  # of the image's height
     right = (column + Fraction(2 * x + 1, 2 * side)) / columns
     expected = int(down * side) * side + int(right * side)
     assert int(tile_position_ids(rows, columns, side)[row * columns + column, y * side + x]) == expected
@@ -69,19 +69,19 @@ def test_orders_agree_but_for_the_borders() -> None:
 
 
 def prompt(side: int, thumbnail: Literal["first", "last"]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two words, a picture of 1 x 2 tiles, a word, a picture of one tile, two words; and the grids."""
-    parts = [(2, False), (tokens_per_picture((1, 2), side), True), (1, False), (side * side, True), (2, False)]
+    """Two words, an image of 1 x 2 tiles, a word, an image of one tile, two words; and the grids."""
+    parts = [(2, False), (tokens_per_image((1, 2), side), True), (1, False), (side * side, True), (2, False)]
     visual = torch.cat([torch.full((count,), flag) for count, flag in parts])[None]
     return visual, torch.tensor([[1, 2], [1, 1]])
 
 
 @pytest.mark.parametrize("thumbnail", ["first", "last"])
-def test_a_picture_costs_its_thumbnails_ids(thumbnail: Literal["first", "last"]) -> None:
+def test_an_image_costs_its_thumbnails_ids(thumbnail: Literal["first", "last"]) -> None:
     visual, grids = prompt(2, thumbnail)
     ids = position_ids(visual, None, grids, 2, thumbnail)[0].tolist()
     tiles = [2, 2, 4, 4, 3, 3, 5, 5]  # each patch of a 2 x 2 thumbnail under two tokens side by side
-    picture = [2, 3, 4, 5, *tiles] if thumbnail == "first" else [*tiles, 2, 3, 4, 5]
-    assert ids == [0, 1, *picture, 6, 7, 8, 9, 10, 11, 12]
+    image = [2, 3, 4, 5, *tiles] if thumbnail == "first" else [*tiles, 2, 3, 4, 5]
+    assert ids == [0, 1, *image, 6, 7, 8, 9, 10, 11, 12]
     assert thumbnail_mask(visual, grids, 2, thumbnail).sum() == 8
 
 
@@ -107,7 +107,7 @@ def test_padding_moves_nothing(left: bool) -> None:
 @pytest.mark.parametrize(
     ("grids", "said"),
     [
-        ([[1, 2]], "more pictures than there are tile grids"),
+        ([[1, 2]], "more images than there are tile grids"),
         ([[1, 2], [2, 2]], "2 x 2 tiles, which takes 20"),
         ([[1, 2], [1, 1], [1, 1]], "1 more than the prompts have"),
     ],

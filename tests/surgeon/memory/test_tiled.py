@@ -1,4 +1,4 @@
-"""Models whose pictures are tiles, with mixin layers and RoPE-DHR: positions and memory of whole requests.
+"""Models whose images are tiles, with mixin layers and RoPE-DHR: positions and memory of whole requests.
 
 The reference everywhere is the model itself without a cache, run anew for every token.
 """
@@ -23,15 +23,15 @@ from surgeon.positions import Positions
 pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint is not there")
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
-TILED = Prompt("What is it?", (picture(90, 42),))
+TILED = Prompt("What is it?", (image(90, 42),))
 WORDS = Prompt("hello there")
-MIXED = Prompt("Compare them.", (picture(42, 42, 1), picture(90, 130, 2)))
+MIXED = Prompt("Compare them.", (image(42, 42, 1), image(90, 130, 2)))
 PROMPTS = (TILED, WORDS, MIXED)
-"""Pictures of 1 x 2 tiles; none; of one tile, and of 3 x 2."""
+"""Images of 1 x 2 tiles; none; of one tile, and of 3 x 2."""
 
 
 class Tiny:
@@ -72,7 +72,7 @@ def dhr(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.mark.parametrize("passes", [("mixin:every=2",), ("mixin:layers=1", "pvm:layers=1,3,latent=32"), ("rope-dhr",)])
 @pytest.mark.parametrize("text_type", ["llama", "qwen3"])
 def test_identity_at_insertion(passes: Sequence[str], text_type: str, tmp_path: Path) -> None:
-    """Mixed grids; with RoPE-DHR plain positions, and for pictures of one tile its own."""
+    """Mixed grids; with RoPE-DHR plain positions, and for images of one tile its own."""
     source = tiny_checkpoint(tmp_path / "source", "internvl", text_type=text_type)
     apply(source, tmp_path / "patched", *passes)
     plain, patched = models.load(source), models.load(tmp_path / "patched")
@@ -82,7 +82,7 @@ def test_identity_at_insertion(passes: Sequence[str], text_type: str, tmp_path: 
         offered = "rope-dhr" in passes
         kwargs = after.prepare(PROMPTS, positions="plain" if offered else None).model_kwargs()
         assert torch.equal(patched(**kwargs).logits, same)
-        one_tile = (WORDS, Prompt("One.", (picture(42, 42),)))
+        one_tile = (WORDS, Prompt("One.", (image(42, 42),)))
         same = plain(**before.prepare(one_tile).model_kwargs()).logits
         assert torch.equal(patched(**after.prepare(one_tile).model_kwargs()).logits, same)
         if offered:
@@ -92,7 +92,7 @@ def test_identity_at_insertion(passes: Sequence[str], text_type: str, tmp_path: 
 
 @pytest.mark.parametrize("positions", ["dhr", "plain"])
 def test_generation_continues_from_the_last_id(dhr: Tiny, positions: Positions) -> None:
-    """A batch padded left, with mixed grids and a row without pictures."""
+    """A batch padded left, with mixed grids and a row without images."""
     expected = [dhr.recomputed(prompt, positions=positions) for prompt in PROMPTS]
     assert dhr.generate(*PROMPTS, positions=positions) == expected
 
@@ -127,7 +127,7 @@ def test_ids_that_jump_are_not_taken_for_packed_samples(dhr: Tiny) -> None:
 
 @pytest.mark.parametrize("positions", ["dhr", "plain"])
 @torch.no_grad()
-def test_a_second_picture_in_a_later_turn(dhr: Tiny, positions: Positions) -> None:
+def test_a_second_image_in_a_later_turn(dhr: Tiny, positions: Positions) -> None:
     first, second = (dhr.kwargs(prompt, positions=positions) for prompt in (TILED, MIXED))
     turn = dhr.model.generate(**first, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     ids = torch.cat((turn.sequences, second["input_ids"]), 1)
@@ -143,7 +143,7 @@ def test_a_second_picture_in_a_later_turn(dhr: Tiny, positions: Positions) -> No
         do_sample=False,
     )[0, -4:].tolist()
 
-    # by hand: the first turn's tokens one by one, then the second turn with its own pictures
+    # by hand: the first turn's tokens one by one, then the second turn with its own images
     run = dhr.model(**first, use_cache=True)
     cache = run.past_key_values
     for token in turn.sequences[0, first["input_ids"].shape[1] : -1].tolist():
@@ -169,7 +169,7 @@ def test_a_second_picture_in_a_later_turn(dhr: Tiny, positions: Positions) -> No
 
 
 @torch.no_grad()
-def test_packed_samples_see_their_own_pictures(dhr: Tiny) -> None:
+def test_packed_samples_see_their_own_images(dhr: Tiny) -> None:
     """Three samples in one row give what each gives alone: nothing of one reaches another."""
     alone = [dhr.kwargs(prompt) for prompt in PROMPTS]
     packed = {
@@ -203,10 +203,10 @@ def test_allocation(tiles: str, tmp_path: Path) -> None:
 
 
 def test_tiles_in_the_memory_alone_turn_with_the_patches_they_cover(tmp_path: Path) -> None:
-    """With one tile a picture nothing is allocated: the memory holds what the sequence holds, at its positions."""
+    """With one tile an image nothing is allocated: the memory holds what the sequence holds, at its positions."""
     alone = Tiny(tmp_path / "alone", "mixin:every=2,tiles=memory", "rope-dhr")
     both = Tiny(tmp_path / "both", "mixin:every=2", "rope-dhr")
-    prompt = Prompt("One.", (picture(42, 42),))
+    prompt = Prompt("One.", (image(42, 42),))
     with torch.no_grad():
         found, expected = (tiny.model(**tiny.kwargs(prompt)).logits for tiny in (alone, both))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -262,7 +262,7 @@ def test_a_patched_checkpoint_without_new_parameters(tmp_path: Path) -> None:
     assert models.load(tmp_path / "again").config.surgeon["positions"] == {"scheme": "rope_dhr", "tile_order": "column"}
     inputs = Inputs.from_directory(tmp_path / "patched")
     assert inputs.image_processor.max_patches == 4
-    grids = inputs.prepare([Prompt("Wide.", (picture(300, 42),))]).grids
+    grids = inputs.prepare([Prompt("Wide.", (image(300, 42),))]).grids
     assert grids == [[(1, 1, 4)]]
 
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from checkpoints import MODEL_TYPES, tiny_model
-from patching import apply, batch, open_gates, patched_pair, picture
+from patching import apply, batch, image, open_gates, patched_pair
 from surgeon import models
 
 GRID = (1, 4, 6)
@@ -19,9 +19,9 @@ def patched(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel:
     return patched_pair(tmp_path, request.param)[1]
 
 
-def loss_of(model: PreTrainedModel, pictures: bool = True) -> torch.Tensor:
-    row = [5, 6, *picture(GRID), 7, 8, 9] if pictures else [5, 6, 7, 8, 9]
-    kwargs = batch(model, [row, row], [GRID, GRID] if pictures else [])
+def loss_of(model: PreTrainedModel, images: bool = True) -> torch.Tensor:
+    row = [5, 6, *image(GRID), 7, 8, 9] if images else [5, 6, 7, 8, 9]
+    kwargs = batch(model, [row, row], [GRID, GRID] if images else [])
     return model(**kwargs, labels=kwargs["input_ids"]).loss
 
 
@@ -42,10 +42,10 @@ def test_gate_moves_first_and_every_matrix_second(patched: PreTrainedModel) -> N
     assert not still
 
 
-def test_nothing_moves_without_pictures(patched: PreTrainedModel) -> None:
+def test_nothing_moves_without_images(patched: PreTrainedModel) -> None:
     open_gates(patched)
     patched.train()
-    loss_of(patched, pictures=False).backward()
+    loss_of(patched, images=False).backward()
     assert all(p.grad is None or not p.grad.any() for p in branch(patched).values())
 
 

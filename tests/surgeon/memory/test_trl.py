@@ -15,12 +15,12 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 
 import torchvision_beside_cpu_torch
 from checkpoints import demo_tokenizer, tiny_checkpoint, tiny_model
-from patching import apply, batch, picture, randomise_grafts
+from patching import apply, batch, image, randomise_grafts
 from surgeon import models
 from surgeon.memory.graft import Graft
 
 GRID = (1, 4, 6)
-ROW = [5, 6, *picture(GRID), 7, 8, 9, 10]
+ROW = [5, 6, *image(GRID), 7, 8, 9, 10]
 
 
 def grafts_alone(source: Path, target: Path) -> PreTrainedModel:
@@ -36,7 +36,7 @@ def grafts_alone(source: Path, target: Path) -> PreTrainedModel:
 
 
 def collated(model: PreTrainedModel) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
-    """One row with a picture, whose last tokens are learned."""
+    """One row with an image, whose last tokens are learned."""
 
     def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         count = len(features[:1])
@@ -115,7 +115,7 @@ def asked(tmp_path: Path) -> tuple[PreTrainedModel, Any]:
     return model, AutoProcessor.from_pretrained(tmp_path / "b", trust_remote_code=False)
 
 
-def test_dpo_trains_them_with_pictures(asked: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
+def test_dpo_trains_them_with_images(asked: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
     model, processor = asked
     before = copy.deepcopy(model.state_dict())
     preferences = {"images": [IMAGE], "prompt": [QUESTION], "chosen": answer("Red."), "rejected": answer("Blue!")}
@@ -132,7 +132,7 @@ def test_dpo_trains_them_with_pictures(asked: tuple[PreTrainedModel, Any], tmp_p
     assert changed(model, before) == {name for name in before if ".pvm." in name}
 
 
-def test_grpo_trains_them_with_pictures(asked: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
+def test_grpo_trains_them_with_images(asked: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
     model, processor = asked
     before = copy.deepcopy(model.state_dict())
     trainer = GRPOTrainer(

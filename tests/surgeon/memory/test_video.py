@@ -7,11 +7,11 @@ import torch
 from transformers import PreTrainedModel
 
 from checkpoints import TOKEN_IDS
-from patching import IMAGE, open_gates, patched_pair, picture
+from patching import IMAGE, image, open_gates, patched_pair
 from surgeon.memory.visual_memory import VisualMemory
 
 VIDEO, START, END = (TOKEN_IDS[name] for name in ("video_token_id", "vision_start_token_id", "vision_end_token_id"))
-GRID, OTHER, PICTURE = (3, 4, 6), (2, 4, 4), (1, 4, 10)
+GRID, OTHER, ONE_FRAME = (3, 4, 6), (2, 4, 4), (1, 4, 10)
 PAIR = tuple[PreTrainedModel, PreTrainedModel]
 
 
@@ -40,12 +40,12 @@ def pixels(model: PreTrainedModel, *grids: tuple[int, int, int], seed: int = 0) 
     return torch.randn(sum(t * h * w for t, h, w in grids), width, generator=generator)
 
 
-def told(model: PreTrainedModel, ids: list[list[int]], **pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+def told(model: PreTrainedModel, ids: list[list[int]], **images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Model keywords for rows padded left, of which those without a grid are left out where a family has none."""
     length = max(map(len, ids))
     input_ids = torch.tensor([[0] * (length - len(row)) + row for row in ids])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids])
-    kwargs = {"input_ids": input_ids, "attention_mask": mask, **pictures}
+    kwargs = {"input_ids": input_ids, "attention_mask": mask, **images}
     if model.config.model_type.endswith("llava_onevision"):
         return {name: value for name, value in kwargs.items() if not name.endswith("_thw")}
     return {**kwargs, "mm_token_type_ids": (input_ids == IMAGE).long() + 2 * (input_ids == VIDEO).long()}
@@ -85,15 +85,15 @@ def test_a_cache_holds_what_recomputing_gives(pair: PAIR) -> None:
 
 
 @torch.no_grad()
-def test_rows_with_videos_and_pictures_are_as_each_alone(pair: PAIR) -> None:
+def test_rows_with_videos_and_images_are_as_each_alone(pair: PAIR) -> None:
     _, patched = pair
     if patched.config.model_type.endswith("llava_onevision"):
         pytest.skip("its videos of one batch have as many frames each")
     open_gates(patched)
-    videos, pictures = pixels(patched, GRID, OTHER), pixels(patched, PICTURE, seed=1)
+    videos, images = pixels(patched, GRID, OTHER), pixels(patched, ONE_FRAME, seed=1)
     frames = pixels(patched, GRID).shape[0]
-    rows = [[5, *video(patched, GRID), 7], [4, *picture(PICTURE), *video(patched, OTHER), 9], [3, 4]]
-    both = {"pixel_values": pictures, "image_grid_thw": torch.tensor([PICTURE])}
+    rows = [[5, *video(patched, GRID), 7], [4, *image(ONE_FRAME), *video(patched, OTHER), 9], [3, 4]]
+    both = {"pixel_values": images, "image_grid_thw": torch.tensor([ONE_FRAME])}
     alone = [
         {"pixel_values_videos": videos[:frames], "video_grid_thw": torch.tensor([GRID])},
         {"pixel_values_videos": videos[frames:], "video_grid_thw": torch.tensor([OTHER]), **both},

@@ -1,4 +1,4 @@
-"""Who sees a picture in the memory: with `causal` a cache, a prefix and one pass agree; `all` is as published."""
+"""Who sees an image in the memory: with `causal` a cache, a prefix and one pass agree; `all` is as published."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from checkpoints import MODEL_TYPES, tiny_checkpoint, tiny_model
-from patching import apply, batch, picture, randomise_grafts
+from patching import apply, batch, image, randomise_grafts
 from surgeon import models
 from surgeon.memory.slots import Slots
 from surgeon.memory.visibility import visibility_of
@@ -44,14 +44,14 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 def conversation(model: PreTrainedModel, row: list[int]) -> dict[str, Tensor]:
-    """A conversation with a picture in each of two turns, with the positions of the whole."""
+    """A conversation with an image in each of two turns, with the positions of the whole."""
     kwargs = batch(model, [row], [FIRST, SECOND])
     kwargs["position_ids"] = model._prepare_position_ids_for_generation(kwargs["input_ids"], dict(kwargs))
     return kwargs
 
 
 def part(kwargs: dict[str, Tensor], begin: int, end: int, patches: slice, grids: slice) -> dict[str, Tensor]:
-    """Some columns of a conversation, with the pictures among them."""
+    """Some columns of a conversation, with the images among them."""
     tokens = {name: kwargs[name][..., begin:end] for name in ("input_ids", "mm_token_type_ids", "position_ids")}
     if grids.start == grids.stop:
         return tokens
@@ -62,8 +62,8 @@ def part(kwargs: dict[str, Tensor], begin: int, end: int, patches: slice, grids:
     }
 
 
-TURN = [5, 6, *picture(FIRST), 7, 8]
-ROW = [*TURN, 9, 10, *picture(SECOND), 11]
+TURN = [5, 6, *image(FIRST), 7, 8]
+ROW = [*TURN, 9, 10, *image(SECOND), 11]
 
 
 def difference_between_turns_and_one_pass(model: PreTrainedModel) -> float:
@@ -82,7 +82,7 @@ def test_turns_with_a_cache_equal_one_pass(make: Make, model_type: str, passes: 
     assert difference_between_turns_and_one_pass(make(model_type, passes)) < 1e-6
 
 
-def test_as_published_a_later_picture_is_seen_by_what_stands_before_it(make: Make) -> None:
+def test_as_published_a_later_image_is_seen_by_what_stands_before_it(make: Make) -> None:
     """So turns and one pass differ: what `causal` is for."""
     assert difference_between_turns_and_one_pass(make("qwen3_vl", visibility="all")) > 1e-2
 
@@ -100,14 +100,14 @@ def test_what_follows_changes_nothing_that_came_before(make: Make, visibility: s
             assert equal == (visibility == "causal"), end
 
 
-def test_a_picture_split_over_two_calls_is_seen_as_far_as_it_came(make: Make) -> None:
-    """Tokens of a picture read it only where text does; what stands behind its first half sees the first half."""
+def test_an_image_split_over_two_calls_is_seen_as_far_as_it_came(make: Make) -> None:
+    """Tokens of an image read it only where text does; what stands behind its first half sees the first half."""
     model = make("qwen3_vl", "both")
     decoder, width = model.model.language_model, model.config.text_config.hidden_size
     embeds = torch.randn(1, 9, width, generator=torch.Generator().manual_seed(0))
     visual = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 0, 0]], dtype=torch.bool)
     with torch.no_grad():
-        call = {"has_pictures": True, "use_cache": True}
+        call = {"has_image": True, "use_cache": True}
         whole = decoder(inputs_embeds=embeds, visual_token_mask=visual, **call).last_hidden_state
         for cut in range(1, 9):
             one = decoder(inputs_embeds=embeds[:, :cut], visual_token_mask=visual[:, :cut], **call)
@@ -121,7 +121,7 @@ def test_a_picture_split_over_two_calls_is_seen_as_far_as_it_came(make: Make) ->
             torch.testing.assert_close(together, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_packed_samples_see_their_own_pictures_behind_them(make: Make) -> None:
+def test_packed_samples_see_their_own_images_behind_them(make: Make) -> None:
     model = make("qwen3_vl", "both")
     decoder, width = model.model.language_model, model.config.text_config.hidden_size
     embeds = torch.randn(1, 8, width, generator=torch.Generator().manual_seed(0))
@@ -129,7 +129,7 @@ def test_packed_samples_see_their_own_pictures_behind_them(make: Make) -> None:
     samples = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
     positions = torch.arange(4).repeat(2)[None]
     with torch.no_grad():
-        call = {"has_pictures": True, "use_cache": False}
+        call = {"has_image": True, "use_cache": False}
         packed = decoder(
             inputs_embeds=embeds, visual_token_mask=visual, sample_ids=samples, position_ids=positions, **call
         ).last_hidden_state
@@ -158,7 +158,7 @@ def test_packed_samples_see_their_own_however_it_is_said(make: Make, told: str, 
         "position_ids": {"position_ids": positions},
         "position_ids of four axes": {"position_ids": positions.expand(4, 2, -1)},
     }[told]
-    call = {"has_pictures": True, "use_cache": use_cache}
+    call = {"has_image": True, "use_cache": use_cache}
     with torch.no_grad():
         packed = decoder(inputs_embeds=embeds, visual_token_mask=visual, **packing, **call).last_hidden_state
         for own in (slice(0, 4), slice(4, 8)):

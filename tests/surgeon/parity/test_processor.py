@@ -42,17 +42,17 @@ def longer_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def another_letter(monkeypatch: pytest.MonkeyPatch) -> None:
     render = Inputs.render
-    monkeypatch.setattr(Inputs, "render", lambda *a, **k: render(*a, **k).replace("picture", "Picture"))
+    monkeypatch.setattr(Inputs, "render", lambda *a, **k: render(*a, **k).replace("image", "Image"))
 
 
-def brighter_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = Inputs.picture
+def brighter_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Inputs.image
 
     def brighter(*arguments: Any, **keywords: Any) -> Any:
-        pixels, grid = picture(*arguments, **keywords)
+        pixels, grid = image(*arguments, **keywords)
         return pixels + 1e-3, grid
 
-    monkeypatch.setattr(Inputs, "picture", brighter)
+    monkeypatch.setattr(Inputs, "image", brighter)
 
 
 def more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,9 +63,9 @@ def more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (longer_prompt, "one picture: input_ids is [1, 26], transformers' processor gives [1, 25]"),
+        (longer_prompt, "one image: input_ids is [1, 26], transformers' processor gives [1, 25]"),
         (another_letter, "input_ids"),
-        (brighter_picture, "one picture: pixel_values is not what transformers' processor gives"),
+        (brighter_image, "one image: pixel_values is not what transformers' processor gives"),
         (more_tokens, "input_ids"),
     ],
 )

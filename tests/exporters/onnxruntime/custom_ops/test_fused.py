@@ -19,7 +19,7 @@ from exporters.kernels.aot import CompileError
 from exporters.onnxruntime import BundleRuntime, bundle_runtime
 from exporters.onnxruntime.custom_ops import Device, Fused, cuda_device, fuse, fused, native
 from graft_graphs import inputs_of, model_of
-from pairs import Pair, picture
+from pairs import Pair, image
 from surgeon.inputs import Prompt
 from surgeon.memory.visibility import Visibility
 
@@ -60,14 +60,14 @@ def test_a_graft_computes_what_its_function_does(driver: StandIn, kind: str, vis
     steps = [node.op_type for node in model.graph]
     before, after = session(model_of(kind, visibility=visibility)), session(model, kernels)
     gc.collect()  # what tables point to is theirs
-    forms = set()
+    variants = set()
     for length in (1, 2, 17):
         driver.launches.clear()
         want, got = (evaluate(made, kind, length, visibility) for made in (before, after))
         assert got.shape == want.shape and np.abs(got - want).max() < 1e-5
         assert [launched.split(":")[0] for launched in driver.launches] == steps
-        forms |= set(driver.launches)
-    assert {f"{steps[0]}:{tokens}" for tokens in (1, 16, 64)} <= forms
+        variants |= set(driver.launches)
+    assert {f"{steps[0]}:{tokens}" for tokens in (1, 16, 64)} <= variants
 
 
 @pytest.mark.parametrize("kind", ["pvm", "mixin"])
@@ -148,7 +148,7 @@ def test_a_bundle_answers_the_same(export: Callable[..., Pair], driver: StandIn)
     kernels = runtime.decoder.fused
     assert kernels is not None and kernels.functions == {"PersistentVisualMemory": 1, "Mixin": 1}
     driver.know(kernels.nodes, kernels.table.operators)
-    prompts = [Prompt("What is it?", (picture(64, 96),)), Prompt("A star is a")]
+    prompts = [Prompt("What is it?", (image(64, 96),)), Prompt("A star is a")]
     found, expected = [], []
     for each, logits in ((runtime, found), (plain, expected)):
         state, last = each.start(each.prepare(prompts))
@@ -178,9 +178,7 @@ def test_what_kernels_do_not_take_stays_beside_them(
         kernels = runtime.decoder.fused
     assert kernels is not None and kernels.functions == {"PersistentVisualMemory": 1}
     driver.know(kernels.nodes, kernels.table.operators)
-    found, expected = (
-        each.start(each.prepare([Prompt("What is it?", (picture(64, 96),))])) for each in (runtime, plain)
-    )
+    found, expected = (each.start(each.prepare([Prompt("What is it?", (image(64, 96),))])) for each in (runtime, plain))
     np.testing.assert_allclose(found[1], expected[1], atol=1e-4, rtol=0)
     for name in names:
         want = expected[0].extra[name]

@@ -50,7 +50,7 @@ GPU = "NVIDIA Test 9000"
 
 
 @pytest.fixture
-def blocks(grafted: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tile_configs(grafted: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As autotune keeps them, of a decoding step over the memory that a decode profile is for."""
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     tuned.read.cache_clear()
@@ -61,40 +61,47 @@ def blocks(grafted: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     chain, types = reading(graft, Size(slots=decode.sizes["M"].opt, dtype="float16"))
     found = {}
     for launch in launches(chain, types):
-        best = dataclasses.replace(launch.blocks, num_warps=2)
+        best = dataclasses.replace(launch.tile_config, num_warps=2)
         found[tuned.key(launch.step, launch.inputs)] = tuned.Measured(best, 1e-6, 2e-6, 3)
     return tuned.keep(GPU, "3.6.0", found)
 
 
-def test_launches_are_cut_as_they_were_measured(grafted: Pair, blocks: Path) -> None:
-    told = plan(grafted, "--kernels", "fused", "--blocks", str(blocks))
+def test_launches_are_cut_as_they_were_measured(grafted: Pair, tile_configs: Path) -> None:
+    told = plan(grafted, "--kernels", "fused", "--tile-configs", str(tile_configs))
     assert (told.exit_code, told.stderr) == (0, "")
     assert f"6 kinds of launches are cut as measured on {GPU}" in told.stdout.splitlines()
-    assert "launches are cut by rule" in plan(grafted, "--kernels", "fused").stdout
-    graph = plan_engines(grafted.bundle, Options(graphs=("decoder",), kernels="fused", blocks=blocks)).graphs[0]
-    warps = {name: [form.launch.blocks.num_warps for form in node.forms] for name, node in graph.plugins.items()}
-    assert {forms[0] for forms in warps.values()} == {2} and all(2 not in forms[1:] for forms in warps.values())
+    assert "tile configs are the heuristic's" in plan(grafted, "--kernels", "fused").stdout
+    graph = plan_engines(
+        grafted.bundle, Options(graphs=("decoder",), kernels="fused", tile_configs=tile_configs)
+    ).graphs[0]
+    warps = {
+        name: [variant.launch.tile_config.num_warps for variant in node.variants]
+        for name, node in graph.plugins.items()
+    }
+    assert {variants[0] for variants in warps.values()} == {2} and all(
+        2 not in variants[1:] for variants in warps.values()
+    )
 
 
 def test_the_file_of_the_gpu_that_is_here_is_taken_by_itself(
-    grafted: Pair, blocks: Path, monkeypatch: pytest.MonkeyPatch
+    grafted: Pair, tile_configs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "gpu", lambda: Gpu(GPU, "sm89"))
     assert f"cut as measured on {GPU}" in plan(grafted, "--kernels", "fused").stdout
-    assert "launches are cut by rule" in plan(grafted, "--kernels", "fused", "--target", "sm89").stdout
+    assert "tile configs are the heuristic's" in plan(grafted, "--kernels", "fused", "--target", "sm89").stdout
 
 
-def test_blocks_that_cannot_be_taken_are_told(grafted: Pair, blocks: Path, tmp_path: Path) -> None:
-    standard = plan(grafted, "--blocks", str(blocks))
-    assert standard.exit_code == 2 and "--blocks is of fused kernels: add --kernels fused" in standard.stderr
-    for content, why in ((None, "No such file"), ("[]", "it is no file of measured blocks")):
+def test_tile_configs_that_cannot_be_taken_are_refused(grafted: Pair, tile_configs: Path, tmp_path: Path) -> None:
+    standard = plan(grafted, "--tile-configs", str(tile_configs))
+    assert standard.exit_code == 2 and "--tile-configs is of fused kernels: add --kernels fused" in standard.stderr
+    for content, why in ((None, "No such file"), ("[]", "it is no file of measured tile configs")):
         other = tmp_path / "other.json"
         if content is not None:
             other.write_text(content)
-        told = plan(grafted, "--kernels", "fused", "--blocks", str(other))
+        told = plan(grafted, "--kernels", "fused", "--tile-configs", str(other))
         assert told.exit_code == 2 and why in told.stderr and "measure on the GPU with" in told.stderr
     other.write_text(json.dumps({"format": 1, "gpu": GPU, "launches": {}}))
-    told = plan(grafted, "--kernels", "fused", "--blocks", str(other))
+    told = plan(grafted, "--kernels", "fused", "--tile-configs", str(other))
     assert told.exit_code == 0 and f"none of what was measured on {GPU} is of this bundle's sizes" in told.stderr
 
 

@@ -54,7 +54,7 @@ DESCRIBED = {
         {"dtype": "int32", "shape": [["dim", 0, 0], ["dim", 0, 1]]},
     ],
     "sizes": [["dim", 0, 1], ["dim", 1, 1]],
-    "forms": [
+    "variants": [
         {
             "tokens": 4,
             "grid": [["*", ["dim", 0, 1], 2], 4, ["dim", 0, 0]],

@@ -19,7 +19,7 @@ DESCRIBED = {
     "inputs": ["bfloat16", "bfloat16"],
     "outputs": [{"dtype": "float32", "shape": [["dim", 0, 0], ["dim", 0, 1], 64]}],
     "sizes": [TOKENS],
-    "forms": [
+    "variants": [
         {"tokens": 4, "grid": [16, TOKENS, 1], "kernels": [kernel(80, "one"), kernel(120, "one120")]},
         {
             "tokens": None,
@@ -69,12 +69,12 @@ class Recorder:
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "form", "grid"),
+    ("batch", "length", "variant", "grid"),
     [(1, 1, 0, (16, 1, 1)), (2, 2, 0, (16, 4, 1)), (1, 5, 1, (2, 1, 1)), (8, 100, 1, (2, 13, 1))],
 )
-def test_few_tokens_take_the_decoding_form(batch: int, length: int, form: int, grid: tuple[int, int, int]) -> None:
+def test_few_tokens_take_the_decoding_form(batch: int, length: int, variant: int, grid: tuple[int, int, int]) -> None:
     call = prepare(DESCRIBED, [(batch, length, 32), (64, 32)])
-    assert call.form is DESCRIBED["forms"][form]
+    assert call.variant is DESCRIBED["variants"][variant]
     assert (call.sizes, call.grid) == ([batch * length], grid)
 
 
@@ -82,13 +82,13 @@ def test_few_tokens_take_the_decoding_form(batch: int, length: int, form: int, g
     ("capability", "expected"), [(80, "one"), (86, "one"), (90, "one"), (120, "one120"), (121, "one")]
 )
 def test_a_gpu_takes_its_own_kernel_or_an_older_portable_one(capability: int, expected: str) -> None:
-    assert choose(DESCRIBED["forms"][0], capability)["entry"] == expected
+    assert choose(DESCRIBED["variants"][0], capability)["entry"] == expected
 
 
 def test_a_gpu_without_a_kernel_is_told_what_there_is() -> None:
-    form = {"kernels": [kernel(90, "x"), kernel(120, "y")]}
+    variant = {"kernels": [kernel(90, "x"), kernel(120, "y")]}
     with pytest.raises(LaunchError, match="are for compute capability 90, 120, and this GPU has 100: build it again"):
-        choose(form, 100)
+        choose(variant, 100)
 
 
 def test_arguments_are_pointers_then_sizes_then_pointers() -> None:

@@ -97,9 +97,9 @@ def test_an_engine_carries_its_kernels_for_every_target(engine: Callable[..., tu
     found = carried((path / "decoder.engine").read_bytes())
     assert {each["kernel"] for each in found} == {"linear", "attend", "retrieve", "swiglu", "inject"}
     for each in found:
-        for form in each["forms"]:
-            assert [kernel["capability"] for kernel in form["kernels"]] == [80, 89, 120]
-            assert all(f".entry {kernel['entry']}(" in kernel["ptx"] for kernel in form["kernels"])
+        for variant in each["variants"]:
+            assert [kernel["capability"] for kernel in variant["kernels"]] == [80, 89, 120]
+            assert all(f".entry {kernel['entry']}(" in kernel["ptx"] for kernel in variant["kernels"])
 
 
 def test_the_build_cache_knows_the_kernels(
@@ -170,7 +170,7 @@ def test_a_loaded_plugin_is_what_its_engine_says(library: Any, monkeypatch: pyte
         "inputs": ["float16", "float16"],
         "outputs": [{"dtype": "float32", "shape": [["dim", 0, 0], 64]}],
         "sizes": [["dim", 0, 0]],
-        "forms": [{"tokens": None, "grid": [1, ["dim", 0, 0], 1], "kernels": []}],
+        "variants": [{"tokens": None, "grid": [1, ["dim", 0, 0], 1], "kernels": []}],
     }
     for _ in range(2):  # a process that loads several engines
         rtx.register_runtime(library, ["pvm_text", "pvm_down"])

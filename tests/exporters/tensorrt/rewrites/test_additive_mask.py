@@ -49,7 +49,7 @@ def test_the_same_numbers(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float", "float16"])
 def test_a_row_that_sees_nothing_stays_finite(dtype: str) -> None:
-    """A row without pictures: minus infinity everywhere would make its softmax NaN, and 0 times NaN is NaN."""
+    """A row without images: minus infinity everywhere would make its softmax NaN, and 0 times NaN is NaN."""
     kind = {"float": np.float32, "float16": np.float16}[dtype]
     rng = np.random.default_rng(1)
     shapes = {"q": (2, 4, 3, 8), "k": (2, 2, 5, 8), "v": (2, 2, 5, 8)}

@@ -1,4 +1,4 @@
-"""A drawing of where a picture's tokens stand: its tiles and its thumbnail, coloured by position id."""
+"""A drawing of where an image's tokens stand: its tiles and its thumbnail, coloured by position id."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +9,15 @@ from transformers import PretrainedConfig
 
 from surgeon.errors import InputError
 from surgeon.families import Family
+from surgeon.images import ImageSource, load_image
 from surgeon.inputs import Inputs
-from surgeon.pictures import Picture, load_picture
 from surgeon.positions import Positions, choose_positions, position_ids, record_of
 
 
 @dataclass(frozen=True)
 class TilePositions:
-    """A picture's position ids, counted from its first: `tiles` int64 [rows * side, columns * side], laid out as the
-    picture; `thumbnail` int64 [side, side]; and how many ids it takes, here and with plain positions."""
+    """An image's position ids, counted from its first: `tiles` int64 [rows * side, columns * side], laid out as the
+    image; `thumbnail` int64 [side, side]; and how many ids it takes, here and with plain positions."""
 
     rows: int
     columns: int
@@ -31,11 +31,11 @@ class TilePositions:
     def of(
         cls, family: Family, config: PretrainedConfig, rows: int, columns: int, positions: Positions | None = None
     ) -> "TilePositions":
-        """Raises InputError for a family that does not cut pictures into tiles beside a thumbnail."""
+        """Raises InputError for a family that does not cut images into tiles beside a thumbnail."""
         layout = family.tile_layout(config)
         if layout is None:
             raise InputError(
-                f"family {family.model_type} does not cut pictures into tiles beside a thumbnail: nothing to draw"
+                f"family {family.model_type} does not cut images into tiles beside a thumbnail: nothing to draw"
             )
         chosen = choose_positions(config, positions) or "plain"
         grid, side = (1, rows, columns), layout.side
@@ -59,20 +59,22 @@ class TilePositions:
         return f"{tiles}: {self.plain_ids:,} visual tokens on {self.ids:,} position ids (RoPE-DHR)"
 
 
-def draw_positions(checkpoint: Path, picture: Picture, out: Path, positions: Positions | None = None) -> TilePositions:
-    """Draw a picture's tiles and thumbnail, coloured by position id, to the file `out`.
+def draw_positions(
+    checkpoint: Path, source: ImageSource, out: Path, positions: Positions | None = None
+) -> TilePositions:
+    """Draw an image's tiles and thumbnail, coloured by position id, to the file `out`.
 
-    Raises InputError for a picture or a file type that cannot be used, and for a family without tiles.
+    Raises InputError for an image or a file type that cannot be used, and for a family without tiles.
     """
     inputs = Inputs.from_directory(checkpoint)
     if record_of(inputs.config).get("allocation") == "memory":
         raise InputError(
             "tiles of this checkpoint go to the memory alone: the sequence has thumbnails, nothing to draw"
         )
-    image = load_picture(picture)
+    image = load_image(source)
     if inputs.family.tile_layout(inputs.config) is None:
         TilePositions.of(inputs.family, inputs.config, 1, 1)  # which says why not
-    _, (_, rows, columns) = inputs.picture(picture)
+    _, (_, rows, columns) = inputs.process_image(source)
     found = TilePositions.of(inputs.family, inputs.config, rows, columns, positions)
     _draw(found, image.convert("RGB"), out)
     return found
@@ -91,7 +93,7 @@ def _draw(found: TilePositions, image: Image.Image, out: Path) -> None:
     whole, tiles, thumbnail = figure.subplots(1, 3)
     stretched = image.resize((found.columns * 224, found.rows * 224))
     whole.imshow(stretched, extent=(0, found.columns, found.rows, 0))
-    whole.set_title(f"the picture as it is cut, {found.rows} x {found.columns}")
+    whole.set_title(f"the image as it is cut, {found.rows} x {found.columns}")
     limits = {"vmin": 0, "vmax": found.ids - 1, "cmap": "viridis"}
     drawn = tiles.imshow(found.tiles, extent=(0, found.columns, found.rows, 0), **limits)
     tiles.set_title(f"position ids of the tiles, {side} x {side} tokens each")
@@ -105,7 +107,7 @@ def _draw(found: TilePositions, image: Image.Image, out: Path) -> None:
             axes.axhline(row, color="white", linewidth=1.5)
         for column in range(1, found.columns):
             axes.axvline(column, color="white", linewidth=1.5)
-    figure.colorbar(drawn, ax=[tiles, thumbnail], label="position id, from the picture's first")
+    figure.colorbar(drawn, ax=[tiles, thumbnail], label="position id, from the image's first")
     figure.suptitle(found.describe())
     try:
         figure.savefig(out, dpi=110)

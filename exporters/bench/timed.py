@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from exporters.forms import form_of
+from exporters.artifact import artifact_kind
 from surgeon import models
 from surgeon.dtypes import name_of
 from surgeon.inputs import Inputs, Prompt
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from exporters.runtime import Runtime
 
 
-class Runner(ABC):
+class Timed(ABC):
     """One form of a model, loaded, with a batch of prompts."""
 
     stage: str
@@ -31,7 +31,7 @@ class Runner(ABC):
     @abstractmethod
     def run(self, steps: int) -> list[float]:
         """Answer the prompts with `steps` tokens each -> the time of each token's end, in seconds from the beginning;
-        the first includes pictures and prompt."""
+        the first includes images and prompt."""
 
     @property
     @abstractmethod
@@ -43,7 +43,7 @@ class Runner(ABC):
         return int(torch.cuda.max_memory_allocated()) if self.device == "cuda" else 0
 
 
-class CheckpointRunner(Runner):
+class TimedCheckpoint(Timed):
     """A checkpoint, by transformers' `generate`."""
 
     stage = "checkpoint"
@@ -87,7 +87,7 @@ class _Clock(LogitsProcessor):
         return scores
 
 
-class RuntimeRunner(Runner):
+class TimedRuntime(Timed):
     """A model in one of this tool's runtimes."""
 
     def __init__(self, runtime: "Runtime", prompts: Sequence[Prompt]) -> None:
@@ -110,7 +110,7 @@ class RuntimeRunner(Runner):
         return ends
 
 
-class BundleRunner(RuntimeRunner):
+class TimedBundle(TimedRuntime):
     """A bundle, by ONNX Runtime."""
 
     stage = "bundle"
@@ -121,7 +121,7 @@ class BundleRunner(RuntimeRunner):
         super().__init__(BundleRuntime(path, provider=provider, threads=threads), prompts)
 
 
-class EngineRunner(RuntimeRunner):
+class TimedEngine(TimedRuntime):
     """Engines, by TensorRT. `threads` means nothing to them."""
 
     stage = "engine"
@@ -137,15 +137,15 @@ class EngineRunner(RuntimeRunner):
         return super().device_memory() + sum(engine.bytes for engine in self.engines.engines.engines.values())
 
 
-_RUNNERS: dict[str, Callable[[Path, Sequence[Prompt], int | None, "Provider"], Runner]] = {
-    "checkpoint": CheckpointRunner,
-    "bundle": BundleRunner,
-    "engines": EngineRunner,
+_TIMED: dict[str, Callable[[Path, Sequence[Prompt], int | None, "Provider"], Timed]] = {
+    "checkpoint": TimedCheckpoint,
+    "bundle": TimedBundle,
+    "engines": TimedEngine,
 }
 
 
-def open_runner(
+def open_timed(
     path: Path, prompts: Sequence[Prompt], threads: int | None = None, provider: "Provider" = "auto"
-) -> Runner:
+) -> Timed:
     """The runner of what `path` is. Raises SurgeonError kinds where it cannot be run."""
-    return _RUNNERS[form_of(path)](path, prompts, threads, provider)
+    return _TIMED[artifact_kind(path)](path, prompts, threads, provider)

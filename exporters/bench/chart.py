@@ -1,4 +1,4 @@
-"""The figures of `surgeon bench` as a picture."""
+"""The figures of `surgeon bench` as an image."""
 
 from collections.abc import Sequence
 from pathlib import Path

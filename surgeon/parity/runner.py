@@ -25,7 +25,7 @@ class Trace:
     """int64 [B, steps]: the tokens that were fed, greedy or given."""
 
 
-class Subject(Protocol):
+class Runner(Protocol):
     """A checkpoint, a bundle or engines, loaded."""
 
     path: str

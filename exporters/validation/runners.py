@@ -16,11 +16,11 @@ from surgeon.errors import BundleError
 from surgeon.grafts import graft_class
 from surgeon.inputs import Inputs, Prompt
 from surgeon.memory.patched import RECORD
-from surgeon.parity.subject import Trace
+from surgeon.parity.runner import Trace
 from surgeon.positions import Positions
 
 
-class RuntimeSubject:
+class RuntimeRunner:
     """A model in one of this tool's runtimes, its numbers as that computes them: decoding through the caches, one step
     a token. `positions`: as for `Runtime.prepare`."""
 
@@ -53,7 +53,7 @@ class RuntimeSubject:
         )
 
 
-class BundleSubject(RuntimeSubject):
+class BundleRunner(RuntimeRunner):
     """A bundle in ONNX Runtime."""
 
     stage = "bundle"
@@ -113,7 +113,7 @@ class BundleSubject(RuntimeSubject):
         }
 
 
-class EngineSubject(RuntimeSubject):
+class EngineRunner(RuntimeRunner):
     """Engines on a GPU. What is computed on the way cannot be seen."""
 
     stage = "engine"

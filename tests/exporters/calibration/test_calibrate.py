@@ -1,4 +1,4 @@
-"""What overflows fp16 is measured on real pictures, named, and kept in fp32; nothing else is."""
+"""What overflows fp16 is measured on real images, named, and kept in fp32; nothing else is."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints import has_tokenizer, tiny_checkpoint
 from command import run
 from exporters.calibration import measure as measuring
-from exporters.calibration.fit import fit_float16
+from exporters.calibration.calibrate import calibrate_float16
 from exporters.calibration.widen import WidenToFloat32
 from exporters.export import export_bundle
 from exporters.onnx.manifest import Manifest
@@ -24,7 +24,7 @@ from patching import apply
 from surgeon.errors import BundleError
 from surgeon.inputs import Prompt
 
-pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="pictures and prompts need the demo's tokenizer")
+pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="images and prompts need the demo's tokenizer")
 
 VISION_MLP = {
     "visual.blocks.1.mlp.gate_proj.weight": 2.0**4,
@@ -82,10 +82,10 @@ def made(request: pytest.FixtureRequest, make: Callable[[str], Made]) -> Made:
 
 def test_without_fp32_it_is_infinite_and_with_it_the_rung_holds(made: Made) -> None:
     broken = validate_pair(made.checkpoint, made.plain, steps=3)
-    with_picture = [case for case in broken.comparisons[0].cases if case.pictures]
-    assert with_picture and all("infinite" in case.failures[0] for case in with_picture)
+    with_image = [case for case in broken.comparisons[0].cases if case.images]
+    assert with_image and all("infinite" in case.failures[0] for case in with_image)
     held = validate_pair(made.checkpoint, made.widened, steps=3)
-    assert held.comparisons[0].rung.name == "fp16" and held.passed, held.to_json()
+    assert held.comparisons[0].level.name == "fp16" and held.passed, held.to_json()
 
 
 def test_the_layers_are_named_with_what_was_seen(made: Made) -> None:
@@ -171,9 +171,9 @@ def test_the_order_of_prompts_changes_nothing(export: Callable[..., Pair], monke
     """Values are the largest over all prompts, whichever has them."""
     pair = export("qwen3_vl", PVM, torch.float16)
     prompts = measuring._prompts(measuring._MeasuringRuntime(pair.bundle))
-    with_pictures, words = prompts[0], next(prompt for prompt in prompts if not prompt.images)
+    with_images, words = prompts[0], next(prompt for prompt in prompts if not prompt.images)
     largest = []
-    for order in ([with_pictures, words], [words, with_pictures]):
+    for order in ([with_images, words], [words, with_images]):
         monkeypatch.setattr(measuring, "_prompts", lambda runtime, order=order: order)
         found, _ = measuring.measure(pair.bundle)
         largest.append({(each.graph, each.value): each.max_abs for each in found})
@@ -204,7 +204,7 @@ def test_what_cannot_be_measured_is_said(
     not_asked = export_bundle(pair.checkpoint, tmp_path / "not", **options, measure=False)
     assert not_asked.precision is not None and not_asked.precision.skipped == "it was not asked for"
     monkeypatch.setattr(measuring, "_prompts", lambda runtime: [Prompt("word " * MAX_LENGTH)])
-    found, graphs = fit_float16(pair.bundle)
+    found, graphs = calibrate_float16(pair.bundle)
     assert found.skipped == f"no prompt of the validator fits in max_length {MAX_LENGTH}" and not graphs
 
 

@@ -10,22 +10,22 @@ import torch
 
 from checkpoints import has_tokenizer, tiny_checkpoint
 from command import run
-from exporters.bench.runners import open_runner
+from exporters.artifact import artifact_kind
+from exporters.bench.timed import open_timed
 from exporters.export import export_bundle
-from exporters.forms import form_of
 from exporters.tensorrt import runtime as runtimes
 from exporters.tensorrt.library import gpu
 from exporters.tensorrt.profiles import Limits, Range
 from exporters.validation.pair import open_pair
-from exporters.validation.subject import EngineSubject
+from exporters.validation.runners import EngineRunner
 from exporters.validation.validate import validate_pair
-from pairs import MIXIN, PLAIN, PVM, Pair, picture
+from pairs import MIXIN, PLAIN, PVM, Pair, image
 from patching import apply
 from rehearsal import CpuDevice, make_engines
 from surgeon.errors import SurgeonError
 from surgeon.inputs import Prompt
 from surgeon.parity.cases import own_case
-from surgeon.parity.ladder import FP16
+from surgeon.parity.levels import FP16
 from surgeon.parity.validate import validate
 
 pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint is not there")
@@ -43,8 +43,8 @@ def path(pair: Pair, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> Path:
-    picture(84, 84).save(tmp_path / "image.png")
+def image_file(tmp_path: Path) -> Path:
+    image(84, 84).save(tmp_path / "image.png")
     return tmp_path / "image.png"
 
 
@@ -55,33 +55,33 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_forms(pair: Pair, path: Path) -> None:
-    assert [form_of(each) for each in (pair.checkpoint, pair.bundle, path)] == ["checkpoint", "bundle", "engines"]
-    assert form_of("some/model-on-the-hub") == "checkpoint"
+    assert [artifact_kind(each) for each in (pair.checkpoint, pair.bundle, path)] == ["checkpoint", "bundle", "engines"]
+    assert artifact_kind("some/model-on-the-hub") == "checkpoint"
 
 
-def test_generate(pair: Pair, path: Path, image: Path, rehearsed: None) -> None:
-    arguments = ("--image", image, "--prompt", "What?", "--max-new-tokens", 6, "--json")
+def test_generate(pair: Pair, path: Path, image_file: Path, rehearsed: None) -> None:
+    arguments = ("--image", image_file, "--prompt", "What?", "--max-new-tokens", 6, "--json")
     found, expected = (json.loads(run("generate", each, *arguments).stdout) for each in (path, pair.bundle))
     assert found == expected and len(found["token_ids"]) == 6
 
 
-def test_validate(pair: Pair, path: Path, image: Path, rehearsed: None) -> None:
-    done = run("validate", path, pair.checkpoint, "--image", image, "--prompt", "What?", "--steps", 4, "--json")
+def test_validate(pair: Pair, path: Path, image_file: Path, rehearsed: None) -> None:
+    done = run("validate", path, pair.checkpoint, "--image", image_file, "--prompt", "What?", "--steps", 4, "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["passed"] and report["stages"] == ["checkpoint", "engine"] and report["dtypes"] == ["fp32", "fp16"]
     assert report["comparisons"][0]["cases"][0]["tokens_equal"] == 4
-    assert run("validate", pair.bundle, path, "--image", image, "--prompt", "What?", "--steps", 2).exit_code == 0
+    assert run("validate", pair.bundle, path, "--image", image_file, "--prompt", "What?", "--steps", 2).exit_code == 0
 
 
 def test_wrong_engines_fail_and_no_layer_is_named(
-    pair: Pair, path: Path, image: Path, rehearsed: None, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, path: Path, image_file: Path, rehearsed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference, subject = open_pair(pair.bundle, path)
-    assert isinstance(subject, EngineSubject)
-    started = subject.runtime.start
-    monkeypatch.setattr(subject.runtime, "start", lambda *a, **k: (lambda s, x: (s, x[..., ::-1]))(*started(*a, **k)))
-    report = validate(reference, subject, own_case([image], "What?"), FP16, 2)
+    reference, candidate = open_pair(pair.bundle, path)
+    assert isinstance(candidate, EngineRunner)
+    started = candidate.runtime.start
+    monkeypatch.setattr(candidate.runtime, "start", lambda *a, **k: (lambda s, x: (s, x[..., ::-1]))(*started(*a, **k)))
+    report = validate(reference, candidate, own_case([image_file], "What?"), FP16, 2)
     assert not report.passed and report.cases[0].first_wrong is None
 
 
@@ -93,25 +93,25 @@ def test_engines_with_grafts_are_not_compared_with_a_plain_model(
 
 
 def test_engines_behind_closed_gates_say_that_grafts_were_not_judged(
-    tmp_path: Path, image: Path, rehearsed: None
+    tmp_path: Path, image_file: Path, rehearsed: None
 ) -> None:
     source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", num_hidden_layers=2)
     apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
     export_bundle(tmp_path / "patched", tmp_path / "bundle", dtype=torch.float16, max_length=128, measure=False)
     fresh = Pair(tmp_path / "patched", tmp_path / "bundle")
     engines = make_engines(fresh, tmp_path / "engines", LIMITS)
-    report = validate_pair(fresh.checkpoint, engines, [image], "What?", steps=2)
+    report = validate_pair(fresh.checkpoint, engines, [image_file], "What?", steps=2)
     assert report.passed and len(report.comparisons) == 1
     (note,) = [note for note in report.notes if "grafts" in note]
     assert "the grafts were not judged: 1 of 1 gates are closed" in note and "engines cannot be given others" in note
 
 
 def test_bench(path: Path, rehearsed: None) -> None:
-    runner = open_runner(path, [Prompt("Hello.")] * 2, threads=1)
-    ends = runner.run(5)
+    timed = open_timed(path, [Prompt("Hello.")] * 2, threads=1)
+    ends = timed.run(5)
     assert len(ends) == 5 and ends == sorted(ends)
-    assert (runner.stage, runner.dtype, runner.device) == ("engine", "float16", "cpu")
-    assert runner.device_memory() == sum(each.stat().st_size for each in path.glob("*.engine"))
+    assert (timed.stage, timed.dtype, timed.device) == ("engine", "float16", "cpu")
+    assert timed.device_memory() == sum(each.stat().st_size for each in path.glob("*.engine"))
 
 
 @pytest.mark.skipif(gpu() is not None, reason="there is a GPU here")

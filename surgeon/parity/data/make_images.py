@@ -1,6 +1,6 @@
-"""Draws the validator's default pictures: a chart, a landscape and a page of text, of unlike sizes and contents.
+"""Draws the validator's default images: a chart, a landscape and a page of text, of unlike sizes and contents.
 
-Run it to make them anew: python surgeon/parity/data/make_pictures.py
+Run it to make them anew: python surgeon/parity/data/make_image.py
 """
 
 import math

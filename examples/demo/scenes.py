@@ -1,11 +1,11 @@
-"""Pictures of coloured shapes, and what can be said about them.
+"""Images of coloured shapes, and what can be said about them.
 
 Everything the demo checkpoint learns comes from here: a `Scene` says what is in
-a picture, `draw` paints it, and `caption`, `detail`, `ask` and `conversation`
+an image, `draw` paints it, and `caption`, `detail`, `ask` and `conversation`
 put it into words. Nothing is downloaded and nothing is read from disk.
 
 A fixed tenth of all short captions is held out (see `is_held_out`): training
-never sees a picture with such a caption, the sample pictures and the accuracy
+never sees an image with such a caption, the sample images and the accuracy
 figures use no others.
 """
 
@@ -68,7 +68,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: its shapes in reading order, its background, its size in pixels."""
+    """One image: its shapes in reading order, its background, its size in pixels."""
 
     shapes: tuple[Shape, ...]
     background: str
@@ -83,7 +83,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Pictures, shown in the first user turn, and the turns about them."""
+    """Images, shown in the first user turn, and the turns about them."""
 
     scenes: tuple[Scene, ...]
     turns: tuple[Turn, ...]
@@ -112,7 +112,7 @@ def sentence(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}."
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def is_held_out(scene: Scene) -> bool:
@@ -121,7 +121,7 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def random_size(rng: random.Random) -> tuple[int, int]:
-    """A picture size, (width, height): short side 56 to 104, at most twice as long as short."""
+    """An image size, (width, height): short side 56 to 104, at most twice as long as short."""
     short = rng.randint(56, 104)
     long = round(short * math.exp(rng.uniform(0.0, math.log(2.0))))
     return (long, short) if rng.random() < 0.5 else (short, long)
@@ -172,14 +172,14 @@ def jittered(colour: tuple[int, int, int], rng: random.Random) -> tuple[int, int
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """Paint a scene; `rng` decides its small accidents (shade, offset, size, tilt).
 
-    Returns an RGB picture of `scene.width` x `scene.height`.
+    Returns an RGB image of `scene.width` x `scene.height`.
     """
     width, height = scene.width * SUPERSAMPLE, scene.height * SUPERSAMPLE
     base = np.array(jittered(BACKGROUNDS[scene.background], rng), dtype=np.float32)
     light = np.linspace(1.0, 0.6 if scene.shaded else 1.0, height, dtype=np.float32)
     column = Image.fromarray((light[:, None, None] * base).astype(np.uint8))
-    picture = column.resize((width, height), Image.Resampling.NEAREST)
-    pen = ImageDraw.Draw(picture)
+    image = column.resize((width, height), Image.Resampling.NEAREST)
+    pen = ImageDraw.Draw(image)
     for shape in scene.shapes:
         part = RADII[shape.size] * rng.uniform(0.94, 1.04)
         radius = part * min(width, height)
@@ -194,11 +194,11 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         else:
             corners = corners_of(shape.kind, radius, rng.uniform(-0.08, 0.08))
             pen.polygon([(x + dx, y + dy) for dx, dy in corners], fill=ink, outline=OUTLINE, width=stroke)
-    return picture.resize((scene.width, scene.height), Image.Resampling.BOX)
+    return image.resize((scene.width, scene.height), Image.Resampling.BOX)
 
 
 def cells(scene: Scene, rows: int, columns: int) -> list[tuple[str, ...]]:
-    """What is in each cell of a `rows` x `columns` grid over the picture, row by row.
+    """What is in each cell of a `rows` x `columns` grid over the image, row by row.
 
     Words for the shape that reaches well into the cell, or for the background.
     """
@@ -227,7 +227,7 @@ def caption(scene: Scene) -> str:
 
 
 def detail(scene: Scene) -> str:
-    """The long description: never less than 70 tokens, whatever the picture."""
+    """The long description: never less than 70 tokens, whatever the image."""
     number = len(scene.shapes)
     words = [f"The picture shows {plural(number, 'shape')} on {a(scene.backdrop)}."]
     for ordinal, shape in zip(ORDINALS, scene.shapes, strict=False):
@@ -244,7 +244,7 @@ def detail(scene: Scene) -> str:
 
 
 def ask(scene: Scene, rng: random.Random) -> Turn:
-    """A question with a short answer about one picture."""
+    """A question with a short answer about one image."""
     shape, number = rng.choice(scene.shapes), len(scene.shapes)
     match rng.randrange(7):
         case 0:
@@ -285,7 +285,7 @@ def each(scenes: tuple[Scene, ...]) -> str:
 
 
 def ask_many(scenes: tuple[Scene, ...], rng: random.Random) -> Turn:
-    """A question with a short answer about several pictures."""
+    """A question with a short answer about several images."""
     index = rng.randrange(len(scenes))
     scene, number = scenes[index], index + 1
     shape = rng.choice(scene.shapes)
@@ -329,9 +329,9 @@ SMALL_TALK: tuple[Turn, ...] = (
 
 
 def conversation(rng: random.Random, *, easy: bool = False) -> Conversation:
-    """A conversation to learn from: one to four turns about none to three pictures.
+    """A conversation to learn from: one to four turns about none to three images.
 
-    An easy one is always about one picture of one or two shapes.
+    An easy one is always about one image of one or two shapes.
     """
     if easy:
         scene = random_scene(rng, count=rng.randint(1, 2))
@@ -369,7 +369,7 @@ def exam(name: str, rng: random.Random) -> Conversation:
 
 
 def samples() -> tuple[tuple[Scene, ...], tuple[str, ...]]:
-    """The sample pictures, all held out, and their file names."""
+    """The sample images, all held out, and their file names."""
     plan = ((1, (221, 147)), (2, (131, 203)), (3, (109, 97)), (2, (310, 173)), (3, (190, 205)))
     scenes, names = [], []
     for number, (count, size) in enumerate(plan):
@@ -380,7 +380,7 @@ def samples() -> tuple[tuple[Scene, ...], tuple[str, ...]]:
 
 
 def sample_prompts(scenes: tuple[Scene, ...]) -> list[tuple[tuple[int, ...], str, str]]:
-    """What the sample pictures are asked: (numbers of the pictures shown, prompt, answer)."""
+    """What the sample images are asked: (numbers of the images shown, prompt, answer)."""
     prompts: list[tuple[tuple[int, ...], str, str]] = []
     for number, scene in enumerate(scenes):
         prompts.append(((number,), "Describe the picture.", sentence(caption(scene))))

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterable, Sequence
 
-from exporters.fusion.node import Reach, reaches
+from exporters.fusion.node import VariantSpec, variant_specs
 from exporters.kernels.aot import capability_for
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.profiles import Profile
 
 
-def reaches_of(profiles: Sequence[Profile]) -> list[Reach]:
-    """The forms that the profiles of a graph ask for."""
+def variant_specs_for(profiles: Sequence[Profile]) -> list[VariantSpec]:
+    """The variants that the profiles of a graph ask for."""
     most = largest(profiles)
     memory = max((profile.sizes["M"].opt for profile in profiles if "M" in profile.sizes), default=1)
-    return reaches(most, most.get("B", 1) * most.get("S", 1), memory)
+    return variant_specs(most, most.get("B", 1) * most.get("S", 1), memory)
 
 
 def largest(profiles: Iterable[Profile]) -> dict[str, int]:

@@ -8,8 +8,8 @@ import pytest
 
 from checkpoints import tiny_checkpoint
 from surgeon.inputs import Prompt
-from surgeon.parity.subject import Trace
-from surgeon.parity.torch_subject import TorchSubject
+from surgeon.parity.runner import Trace
+from surgeon.parity.torch_runner import TorchRunner
 
 STEPS = 6
 PROMPTS = (Prompt("Hello!"), Prompt("What can you do today?"))
@@ -17,7 +17,7 @@ PROMPTS = (Prompt("Hello!"), Prompt("What can you do today?"))
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("subject") / "source", "qwen3_vl", num_hidden_layers=1)
+    return tiny_checkpoint(tmp_path_factory.mktemp("candidate") / "source", "qwen3_vl", num_hidden_layers=1)
 
 
 def trace(checkpoint: Path, **generation: object) -> Trace:
@@ -25,7 +25,7 @@ def trace(checkpoint: Path, **generation: object) -> Trace:
     before = path.read_text() if path.is_file() else None
     try:
         path.write_text(json.dumps(generation))
-        return TorchSubject(checkpoint).trace(PROMPTS, STEPS)
+        return TorchRunner(checkpoint).trace(PROMPTS, STEPS)
     finally:
         path.unlink() if before is None else path.write_text(before)
 

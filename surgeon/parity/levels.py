@@ -1,4 +1,4 @@
-"""The ladder of proof: which rung lies between two subjects, what it promises, and why its tolerance is what it is."""
+"""The levels of proof: which level lies between two runners, what it promises, and why its tolerance is what it is."""
 
 import math
 from dataclasses import dataclass
@@ -8,10 +8,11 @@ from surgeon.parity.metrics import Effect, LogitDifference
 
 
 @dataclass(frozen=True)
-class Rung:
-    """What must hold between a reference and a subject. None: reported, not judged.
+class Level:
+    """What must hold between a reference and a candidate. None: reported, not judged.
 
-    Tokens are compared greedily, the subject fed the reference's tokens, so that one difference does not hide the rest.
+    Tokens are compared greedily, the candidate fed the reference's tokens, so that one difference does not hide the
+    rest.
     """
 
     name: str
@@ -24,16 +25,16 @@ class Rung:
     max_flip_margin: float | None = None
     """In nats. The share of changed tokens says little about a short prompt; how clear the lost choice was does."""
     layer_relative: float = 1e-3
-    """From which relative difference on a layer counts as wrong, when a failed rung is searched."""
+    """From which relative difference on a layer counts as wrong, when a failed level is searched."""
 
     @property
     def judged(self) -> bool:
-        """Whether anything but finite values must hold. A rung that judges nothing proves nothing."""
+        """Whether anything but finite values must hold. A level that judges nothing proves nothing."""
         limits = (self.max_abs, self.min_cosine, self.max_kl_mean, self.min_top1, self.max_flip_margin)
         return self.bit_equal or any(limit is not None for limit in limits)
 
     def failures(self, found: LogitDifference) -> list[str]:
-        """What this difference breaks, in words; empty where the rung holds."""
+        """What this difference breaks, in words; empty where the level holds."""
         if found.non_finite:
             return [f"{found.non_finite} NaN or infinite logits"]
         if math.isnan(found.max_abs):
@@ -56,22 +57,22 @@ def _over(value: float | None, limit: float | None) -> bool:
     return value is not None and limit is not None and value > limit
 
 
-IDENTITY = Rung(
+IDENTITY = Level(
     "identity",
     "what a closed gate lets through is exactly nothing: same operators, same kernels, same order",
     bit_equal=True,
     min_top1=1.0,
     layer_relative=0.0,
 )
-TUNED = Rung("tuned", "training is meant to change the answers: what changed is reported, not judged")
-MOVED = Rung("positions", "tiles take other position ids, which changes the answers about them: reported, not judged")
-FP32 = Rung(
+TUNED = Level("tuned", "training is meant to change the answers: what changed is reported, not judged")
+MOVED = Level("positions", "tiles take other position ids, which changes the answers about them: reported, not judged")
+FP32 = Level(
     "fp32",
     "the same arithmetic in another order: rounding of 2^-24 over some thousand additions a logit",
     max_abs=1e-4,
     min_top1=1.0,
 )
-FP16 = Rung(
+FP16 = Level(
     "fp16",
     "11 bits of mantissa in every activation: about 5e-4 relative at each layer, which adds up over the depth as noise "
     "does; top-1 changes only where two tokens were nearly as likely",
@@ -80,7 +81,7 @@ FP16 = Rung(
     max_flip_margin=0.1,
     layer_relative=2e-2,
 )
-BF16 = Rung(
+BF16 = Level(
     "bf16",
     "8 bits of mantissa: eight times fp16's error, so about sixty times its KL, which is quadratic in it",
     min_cosine=0.99,
@@ -90,13 +91,13 @@ BF16 = Rung(
 )
 _BY_DTYPE = {"fp32": FP32, "fp16": FP16, "bf16": BF16}
 MAX_EFFECT_ERROR = {"fp32": 0.01, "fp16": 0.25, "bf16": 0.7}
-"""By the name of a rung: how far what a graft does to the logits may be from what it does in the reference, as a share
+"""By the name of a level: how far what a graft does to the logits may be from what it does in the reference, as a share
 of that. Keys and values exchanged, or a graft left out, make it 1 and more; rounding makes it the smaller the more the
 graft does."""
 
 
-def rung_between(stages: tuple[str, str], dtypes: tuple[str, str]) -> Rung:
-    """What must hold from a reference to a subject where nothing sets them apart but their form and dtype.
+def level_between(stages: tuple[str, str], dtypes: tuple[str, str]) -> Level:
+    """What must hold from a reference to a candidate where nothing sets them apart but their form and dtype.
 
     stages: `checkpoint`, `bundle` or `engine`, each.
     """
@@ -105,16 +106,16 @@ def rung_between(stages: tuple[str, str], dtypes: tuple[str, str]) -> Rung:
     return _BY_DTYPE[max(dtypes, key=list(PRECISIONS).index)]
 
 
-def effect_failures(rung: Rung, effect: Effect) -> tuple[list[str], str | None]:
+def effect_failures(level: Level, effect: Effect) -> tuple[list[str], str | None]:
     """What an opened graft's effect breaks, in words, and where rounding hides the effect, which proves nothing, why it
     was not judged."""
-    limit = MAX_EFFECT_ERROR[rung.name]
+    limit = MAX_EFFECT_ERROR[level.name]
     if math.isnan(effect.error):
         return ["what the grafts change is NaN or infinite in one of the two"], None
     if effect.noise > 0.85 * limit * effect.size:
         return [], (
             f"the grafts were not judged: opened, they change the logits by {effect.size:.2g} of their size, which "
-            f"{rung.name}'s rounding of {effect.noise:.2g} hides; compare an fp32 bundle"
+            f"{level.name}'s rounding of {effect.noise:.2g} hides; compare an fp32 bundle"
         )
     if effect.error > limit:
         return [f"what the grafts change is off by {effect.error:.3g} of it > {limit}"], None

@@ -1,4 +1,4 @@
-"""A checkpoint as transformers runs it: the reference of every rung."""
+"""A checkpoint as transformers runs it: the reference of every level."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from surgeon import models
 from surgeon.dtypes import PRECISIONS, precision_of
 from surgeon.inputs import Inputs, ModelInputs, Prompt, Side
 from surgeon.memory.patched import RECORD
-from surgeon.parity.subject import Trace
+from surgeon.parity.runner import Trace
 from surgeon.positions import Positions
 
 
@@ -34,7 +34,7 @@ _ALIGNMENT = 64
 """Bytes. torch aligns what it allocates so; where a file's tensors lie is up to whoever wrote it."""
 
 
-class TorchSubject:
+class TorchRunner:
     """`dtype="auto"` runs in the checkpoint's own. `positions`: as for `Inputs.prepare`."""
 
     stage = "checkpoint"
@@ -123,7 +123,7 @@ class TorchSubject:
         }
 
     def _prompt_logits(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-        # Padded on the right: a forward without pictures numbers positions without regard to padding.
+        # Padded on the right: a forward without images numbers positions without regard to padding.
         inputs, kwargs = self._prepare(prompts, "right")
         logits = self.model(**kwargs, use_cache=False).logits.float().numpy(force=True)
         return [row[:n] for row, n in zip(logits, inputs.lengths, strict=True)]

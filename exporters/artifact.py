@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Literal, get_args
 
-Form = Literal["checkpoint", "bundle", "engines"]
-FORMS: tuple[Form, ...] = get_args(Form)
+ArtifactKind = Literal["checkpoint", "bundle", "engines"]
+ARTIFACT_KINDS: tuple[ArtifactKind, ...] = get_args(ArtifactKind)
 """In the order in which one is made of the other."""
 
 
-def form_of(path: str | Path) -> Form:
+def artifact_kind(path: str | Path) -> ArtifactKind:
     """A checkpoint where it is nothing else: a directory, or a name on the hub."""
     if (Path(path) / "engine.json").is_file():
         return "engines"

@@ -11,7 +11,7 @@ from patching import apply
 from surgeon.errors import InputError
 from surgeon.families import family
 from surgeon.models import read_config
-from surgeon.positions_picture import TilePositions, draw_positions
+from surgeon.positions_image import TilePositions, draw_positions
 
 PUBLISHED = {
     "model_type": "surgeon_internvl",
@@ -24,7 +24,7 @@ PUBLISHED = {
 }
 
 
-def test_tiles_are_laid_out_as_the_picture() -> None:
+def test_tiles_are_laid_out_as_the_image() -> None:
     """In row order a tile's ids are those of the thumbnail stretched over the tiles."""
     config = read_config(PUBLISHED)
     found = TilePositions.of(family("internvl"), config, 2, 3)
@@ -42,21 +42,21 @@ def test_tiles_are_laid_out_as_the_picture() -> None:
 def test_a_drawing(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", "internvl")
     apply(source, tmp_path / "patched", "rope-dhr")
-    picture = Image.new("RGB", (130, 90), "teal")
-    said = draw_positions(tmp_path / "patched", picture, tmp_path / "out.png").describe()
+    image = Image.new("RGB", (130, 90), "teal")
+    said = draw_positions(tmp_path / "patched", image, tmp_path / "out.png").describe()
     assert said == "2 x 3 tiles and a thumbnail: 63 visual tokens on 9 position ids (RoPE-DHR)"
     drawn = np.asarray(Image.open(tmp_path / "out.png").convert("RGB"))
     assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 9
-    assert "as many position ids" in draw_positions(source, picture, tmp_path / "plain.png").describe()
+    assert "as many position ids" in draw_positions(source, image, tmp_path / "plain.png").describe()
     with pytest.raises(InputError, match=r"choose a name that ends in"):
-        draw_positions(source, picture, tmp_path / "out.xyz")
+        draw_positions(source, image, tmp_path / "out.xyz")
     with pytest.raises(InputError, match="cannot write"):
-        draw_positions(source, picture, tmp_path / "nowhere" / "out.png")
+        draw_positions(source, image, tmp_path / "nowhere" / "out.png")
 
 
 @pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint is not there")
 def test_families_without_tiles_are_refused(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", "qwen3_vl")
-    with pytest.raises(InputError, match="qwen3_vl does not cut pictures into tiles"):
+    with pytest.raises(InputError, match="qwen3_vl does not cut images into tiles"):
         draw_positions(source, Image.new("RGB", (64, 64)), tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()

@@ -7,16 +7,16 @@ import onnx_ir as ir
 
 
 @dataclass(frozen=True)
-class Place:
+class ValueOrigin:
     """`layer` by the model's names, such as model.visual.blocks.3; `operator`, such as `Mul after mlp.up_proj`."""
 
     layer: str
     operator: str
 
 
-def places(graph: ir.Graph) -> dict[str, Place]:
+def value_origins(graph: ir.Graph) -> dict[str, ValueOrigin]:
     """Every value that a node of a graph makes, by name. Layers are known by the parameters that are read last."""
-    found: dict[str, Place] = {}
+    found: dict[str, ValueOrigin] = {}
     nearest: dict[ir.Value, tuple[int, str]] = {}
     """Value -> where in the graph its last parameter was read, and the module that the parameter is of."""
     for number, node in enumerate(graph):
@@ -30,7 +30,7 @@ def places(graph: ir.Graph) -> dict[str, Place]:
         if own:
             reached = (number, own[0])
         for value in node.outputs:
-            found[str(value.name)] = _place(node.op_type, reached and reached[1], own=bool(own))
+            found[str(value.name)] = _origin(node.op_type, reached and reached[1], own=bool(own))
             if reached is not None:
                 nearest[value] = reached
     return found
@@ -43,11 +43,11 @@ def _is_parameter(value: ir.Value) -> bool:
 _NUMBERED = re.compile(r"(.*?\.\d+)(?:\.(.+))?")
 
 
-def _place(op_type: str, module: str | None, own: bool) -> Place:
+def _origin(op_type: str, module: str | None, own: bool) -> ValueOrigin:
     if module is None:
-        return Place("inputs", op_type)
+        return ValueOrigin("inputs", op_type)
     numbered = _NUMBERED.fullmatch(module)
     layer, rest = (numbered[1], numbered[2] or "") if numbered else (module, "")
     if not rest:
-        return Place(layer, op_type)
-    return Place(layer, f"{op_type} {rest}" if own else f"{op_type} after {rest}")
+        return ValueOrigin(layer, op_type)
+    return ValueOrigin(layer, f"{op_type} {rest}" if own else f"{op_type} after {rest}")

@@ -17,7 +17,7 @@ from surgeon.console import print_table
 _TITLES = {"Attention": "attention", "TensorScatter": "kv cache update", "RotaryEmbedding": "rotary"}
 
 
-def show_plan(plan: Plan, target: str) -> None:
+def report_plan(plan: Plan, target: str) -> None:
     source = plan.manifest.source
     version = installed_version(plan.backend)
     print(f"{plan.bundle}: bundle of {source.name} ({source.model_type}), {plan.manifest.dtype}")
@@ -34,8 +34,8 @@ def show_plan(plan: Plan, target: str) -> None:
         f"weights {decimal(plan.weight_bytes)}; at the largest batch {decimal(plan.cache_bytes)} of key/value caches"
         + (f" and {decimal(plan.memory_bytes)} of visual memory" if plan.memory_bytes else "")
     )
-    _show_fused({graph.name: graph.fused for graph in plan.graphs})
-    _show_measured(plan)
+    _report_fused({graph.name: graph.fused for graph in plan.graphs})
+    _report_measured(plan)
     print("a plan only: nothing was built")
 
 
@@ -79,11 +79,11 @@ def inspect_engines(path: Path | str, show: bool = True) -> EngineManifest:
     manifest = EngineManifest.load(path)
     if show:
         layers = Path(path) / LAYERS
-        show_engines(path, manifest, load_report(layers) if layers.is_file() else None, None)
+        report_engines(path, manifest, load_report(layers) if layers.is_file() else None, None)
     return manifest
 
 
-def show_engines(path: Path | str, manifest: EngineManifest, report: LayerReport | None, built: Built | None) -> None:
+def report_engines(path: Path | str, manifest: EngineManifest, report: LayerReport | None, built: Built | None) -> None:
     source, library = manifest.bundle.source, manifest.library
     where = ", ".join(manifest.targets) + (f" ({manifest.gpu})" if manifest.gpu else "")
     print(f"{path}: engines of {source.name} ({source.model_type}), {manifest.dtype}")
@@ -98,25 +98,25 @@ def show_engines(path: Path | str, manifest: EngineManifest, report: LayerReport
     columns = ("engine", "size", *(() if built is None else ("built in",)), "profiles")
     print_table(columns, rows)
     if built is not None:
-        _show_fused(built.fused)
+        _report_fused(built.fused)
     if report is not None:
         print()
         print_table(("engine", "kernels", *(f"fused {title}" for title in _TITLES.values())), list(_fused(report)))
 
 
-def _show_fused(fused: Mapping[str, Mapping[str, int]]) -> None:
+def _report_fused(fused: Mapping[str, Mapping[str, int]]) -> None:
     """Which functions fused kernels compute."""
     for name, functions in fused.items():
         for function, count in functions.items():
             print(f"{name}: {count} of {function} {'is' if count == 1 else 'are'} computed by fused kernels")
 
 
-def _show_measured(plan: Plan) -> None:
+def _report_measured(plan: Plan) -> None:
     """Whether launches are cut as they were measured best."""
     if count := sum(graph.measured for graph in plan.graphs):
         print(f"{count} kinds of launches are cut as measured on {plan.tuned_on}")
     elif any(graph.fused for graph in plan.graphs):
-        print("launches are cut by rule (`surgeon autotune` measures, on the GPU)")
+        print("tile configs are the heuristic's (`surgeon autotune` measures, on the GPU)")
 
 
 def _fused(report: LayerReport) -> list[tuple[Any, ...]]:

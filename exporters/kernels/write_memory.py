@@ -10,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from exporters.kernels._parts import add_product, end_product, load_rows, mean_square, start_product
-from exporters.kernels.kernel import Blocks, Dim, Kernel, Output, Shape, cdiv
+from exporters.kernels.kernel import Dim, Kernel, Output, Shape, TileConfig, cdiv
 from surgeon.memory.rms_norm import rms_norm
 from surgeon.memory.rotary import rotate
 
 
 @triton.jit
-def remember_kernel(  # type: ignore[no-untyped-def]
+def write_memory_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     norm_ptr,
     weight_ptr,
@@ -67,7 +67,7 @@ def remember_kernel(  # type: ignore[no-untyped-def]
     tl.store(place + HALF, high.to(y_ptr.dtype.element_ty), mask=ok[:, None])
 
 
-def remember(
+def write_memory(
     x: Tensor,
     norm: Tensor | None,
     weight: Tensor,
@@ -79,7 +79,7 @@ def remember(
     eps: float = 0.0,
     rounded: bool = False,
 ) -> tuple[Tensor]:
-    """rotate(rms_norm(rms_norm(x, norm) weight^T, head_norm)); the plain definition of the kernel.
+    """rotate(rms_norm(rms_norm(x, norm) weight^T, head_norm)); the reference implementation of the kernel.
 
     x [B, M, K], norm [K], weight [Hm * hd, K], head_norm [hd], cos, sin [B, M, hd / 2] -> fp32 [B, Hm, M, hd], or
     of the weight's dtype if `rounded`. What is None is left out.
@@ -94,7 +94,7 @@ def remember(
     return (y.to(weight.dtype if rounded else torch.float32).contiguous(),)
 
 
-def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Output]:
+def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], tile_config: TileConfig) -> dict[str, Output]:
     batch, slots, _ = shapes["x"]
     head_dim = options["head_dim"]
     return {
@@ -104,27 +104,27 @@ def _outputs(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Bl
     }
 
 
-def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> dict[str, Any]:
+def _constants(shapes: Mapping[str, Shape], options: Mapping[str, Any], tile_config: TileConfig) -> dict[str, Any]:
     width, size = shapes["weight"]
     return {
         "K": size,
         "HEADS": width // options["head_dim"],
         "HALF": options["head_dim"] // 2,
         "EPS": options.get("eps", 0.0),
-        "BLOCK_T": blocks.tokens,
-        "BLOCK_K": blocks.inner,
+        "BLOCK_T": tile_config.tokens,
+        "BLOCK_K": tile_config.inner,
     }
 
 
-def _grid(shapes: Mapping[str, Shape], options: Mapping[str, Any], blocks: Blocks) -> tuple[Dim, Dim, Dim]:
+def _grid(shapes: Mapping[str, Shape], options: Mapping[str, Any], tile_config: TileConfig) -> tuple[Dim, Dim, Dim]:
     batch, slots, _ = shapes["x"]
-    return cdiv(slots, blocks.tokens), shapes["weight"][0] // options["head_dim"], batch
+    return cdiv(slots, tile_config.tokens), shapes["weight"][0] // options["head_dim"], batch
 
 
 KERNEL = Kernel(
-    name="remember",
-    function=remember_kernel,
-    definition=remember,
+    name="write_memory",
+    function=write_memory_kernel,
+    definition=write_memory,
     inputs=("x", "norm", "weight", "head_norm", "cos", "sin"),
     sizes=lambda shapes: {"M": shapes["x"][1]},
     outputs=_outputs,
