@@ -1,7 +1,8 @@
 """`surgeon engine`."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import click
 
@@ -9,7 +10,7 @@ from commands._options import RenamedOptions, json_option, print_json
 
 
 class _Engine(RenamedOptions):
-    former = {"--picture-tokens": "--image-tokens", "--blocks": "--tile-configs"}
+    former: ClassVar[Mapping[str, str]] = {"--picture-tokens": "--image-tokens", "--blocks": "--tile-configs"}
 
 
 @click.command("engine", cls=_Engine)
