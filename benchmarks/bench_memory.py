@@ -59,7 +59,7 @@ class Kept:
         return self.graft.project(self.visual_embeds, self._rotary(torch.arange(self.visual_embeds.shape[1])))
 
     def _read(self, keys: Tensor, values: Tensor, position: int) -> Tensor:
-        output: Tensor = self.graft.read(
+        output: Tensor = self.graft.attend(
             self.token, keys, values, self.mask, None, self._rotary(torch.tensor([position]))
         )
         return output

@@ -5,7 +5,7 @@ from benchmarks.gpu_check.part import PartReport, Setting, Skipped
 from benchmarks.gpu_check.timing import Timer
 from exporters.kernels.aot import Job, compile_launches
 from exporters.kernels.plan import plan
-from exporters.kernels.workload import Size, filling, reading
+from exporters.kernels.workload import Size, attention_workload, memory_workload
 
 CAPABILITIES = (90,)
 SIZES = (Size(1, 1, 1024, mask_per_token=True), Size(1, 512, 1024, mask_per_token=True, visual_tokens=True))
@@ -18,8 +18,8 @@ def main(setting: Setting, clock: Timer, report: PartReport) -> None:
     launches = []
     for name in ("PVM, Qwen3-VL-8B", "mixin, CoMemo-2B"):
         for size in SIZES:
-            launches += plan(*reading(grafts[name], size))
-        launches += plan(*filling(grafts[name], SIZES[0]))
+            launches += plan(*attention_workload(grafts[name], size))
+        launches += plan(*memory_workload(grafts[name], SIZES[0]))
     jobs = [Job(launch, capability) for launch in launches for capability in CAPABILITIES]
     found = compile_launches(jobs, fit=True)
     named = " and ".join(map(str, CAPABILITIES))

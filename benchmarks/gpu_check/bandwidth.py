@@ -20,7 +20,7 @@ from exporters.kernels.kernel import Chain, TileConfig
 from exporters.kernels.launch import launch, run
 from exporters.kernels.plan import ChooseTileConfig, heuristic
 from exporters.kernels.tuned import chooser
-from exporters.kernels.workload import Size, bytes_of, draw, reading
+from exporters.kernels.workload import Size, attention_workload, bytes_of, draw
 
 PUBLISHED = {"PVM, Qwen3-VL-8B": (1024, 0.30), "mixin, CoMemo-2B": (1792, 0.60)}
 """Visual tokens, and the share of a copy's bandwidth that is aimed at for one row."""
@@ -62,7 +62,7 @@ def measure_block(
     name: str, graft: Any, batch: int, setting: Setting, clock: Timer, report: PartReport
 ) -> tuple[Chain, dict[str, Tensor], Spread]:
     slots, target = PUBLISHED.get(name, (24, 0.5))
-    chain, types = reading(graft, Size(batch, 1, slots))
+    chain, types = attention_workload(graft, Size(batch, 1, slots))
     given = draw(types, setting.device)
     taken = measure_chain(chain, given, clock)
     size = bytes_of(given)

@@ -18,12 +18,9 @@ from benchmarks.gpu_check.part import PartReport, Setting
 from benchmarks.gpu_check.timing import Timer
 from exporters.kernels.kernel import Chain
 from exporters.kernels.launch import launch, run
-from exporters.kernels.workload import Size, draw, filling, reading
+from exporters.kernels.workload import Size, attention_workload, draw, memory_workload
 from surgeon.memory.graft import Graft
-from surgeon.memory.mixin import Mixin, mixin
-from surgeon.memory.mixin import project as mixin_memory
-from surgeon.memory.pvm import persistent_visual_memory
-from surgeon.memory.pvm import project as pvm_memory
+from surgeon.memory.reference import Reference, argument_names
 from surgeon.memory.visibility import causally
 
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
@@ -134,21 +131,26 @@ def check_steps(chain: Chain, given: Mapping[str, Tensor], tolerance: float, lab
         values |= {value: found[name] for name, value in step.outputs.items()}
 
 
+def in_fp32(graft: Graft, reference: Reference, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of a reference implementation, floating-point ones in fp32."""
+    arguments: dict[str, Any] = dict.fromkeys(argument_names(reference)) | dict(tensors) | {"eps": graft.eps}
+    return {
+        name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+
+
 def check_reading(graft: Graft, size: Size, device: str, label: str) -> Iterator[Finding]:
-    chain, types = reading(graft, size)
+    chain, types = attention_workload(graft, size)
     given = draw(types, device, seed=2)
     seen = ragged(given, size)
     tolerance = TOLERANCES[size.dtype]
     yield from check_steps(chain, given, tolerance, label)
 
-    definition: Any = mixin if isinstance(graft, Mixin) else persistent_visual_memory
-    plain = [given.get(name) for name in chain.inputs if name != "onto"]
-    floats = [t.float() if t is not None and t.dtype != torch.bool else t for t in plain]
+    assert graft.reference is not None
     with sdpa_kernel(SDPBackend.MATH):
-        expected = definition(*floats, eps=graft.eps)
-    base = given.get("onto", given["hidden_states"])
-    if "onto" in given:
-        expected = expected + base.float()
+        expected = graft.reference(**in_fp32(graft, graft.reference, given))
+    base = given.get("residual", given["hidden_states"])
     with poisoned():
         (found,) = run(chain, given)
     yield Finding(f"{chain.name}, {label}", relative(found, expected), tolerance)
@@ -158,12 +160,12 @@ def check_reading(graft: Graft, size: Size, device: str, label: str) -> Iterator
 
 
 def check_filling(graft: Graft, size: Size, device: str, label: str) -> Iterator[Finding]:
-    chain, types = filling(graft, size)
+    chain, types = memory_workload(graft, size)
     given = draw(types, device, seed=3)
     tolerance = TOLERANCES[size.dtype]
     yield from check_steps(chain, given, tolerance, label)
-    project: Any = mixin_memory if isinstance(graft, Mixin) else pvm_memory
-    expected = project(*(given[name].float() for name in chain.inputs), graft.eps)
+    assert graft.memory_reference is not None
+    expected = graft.memory_reference(**in_fp32(graft, graft.memory_reference, given))
     with poisoned():
         found = run(chain, given)
     for name, one, other in zip(chain.outputs, found, expected, strict=True):

@@ -17,7 +17,7 @@ from exporters.onnx.dtypes import IR_DTYPES, NAMES
 from exporters.onnx.functions import DOMAIN, registry
 from exporters.onnx.rewrite import Rewrite, is_standard, static
 
-_ONTO = "onto"
+_RESIDUAL = "residual"
 """The chain's input that its result is added to."""
 
 
@@ -25,7 +25,7 @@ _ONTO = "onto"
 def chains() -> dict[str, Callable[[float], Chain]]:
     """By the name of a graft's function, which takes what its chain does in the same order."""
     known = {each.function.name: chains_of(kind) for kind, each in registry().items()}
-    return {name: chains.read for name, chains in known.items() if chains is not None}
+    return {name: chains.attend for name, chains in known.items() if chains is not None}
 
 
 class FusedKernels(Rewrite):
@@ -92,9 +92,9 @@ class FusedKernels(Rewrite):
     def _replace(self, model: ir.Model, node: ir.Node, chain: Chain) -> None:
         values = {name: value for name, value in zip(chain.inputs, node.inputs, strict=False) if value is not None}
         last = node
-        if _ONTO in chain.inputs and (add := _sum_of(node.outputs[0])) is not None:
+        if _RESIDUAL in chain.inputs and (add := _sum_of(node.outputs[0])) is not None:
             a, b = add.inputs
-            values[_ONTO] = b if a is node.outputs[0] else a  # type: ignore[assignment]  # both are there
+            values[_RESIDUAL] = b if a is node.outputs[0] else a  # type: ignore[assignment]  # both are there
             last = add
         types = {name: _type_of(value) for name, value in values.items()}
         for planned in plan_nodes(chain, types, self.variants, self.most, self.choose):

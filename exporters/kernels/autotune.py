@@ -190,7 +190,7 @@ def tune_checkpoint(
         for size in sizes:
             if progress is not None:
                 progress(f"{graft.kind}: {size}", len(found), len(grafts) * len(sizes))
-            chain, types = workload.reading(graft, size)
+            chain, types = workload.attention_workload(graft, size)
             found.append(TunedGraft(graft.kind, str(size), tune_on_gpu(chain, workload.draw(types, "cuda"))))
             file = keep(gpu, triton.__version__, found[-1].launches)
     return TunedCheckpoint(gpu, file, found)

@@ -22,7 +22,7 @@ def inject_kernel(  # type: ignore[no-untyped-def]
     alpha_ptr,
     ml_ptr,
     visual_mask_ptr,
-    onto_ptr,
+    residual_ptr,
     arrived_ptr,
     T,
     y_ptr,
@@ -67,8 +67,8 @@ def inject_kernel(  # type: ignore[no-untyped-def]
             if visual_mask_ptr is not None:
                 gets = gets & (tl.load(visual_mask_ptr + row) == 0)
             y = tl.where(gets, y, 0.0)
-            if onto_ptr is not None:
-                y += tl.load(onto_ptr + at, mask=c < N, other=0.0).to(tl.float32)
+            if residual_ptr is not None:
+                y += tl.load(residual_ptr + at, mask=c < N, other=0.0).to(tl.float32)
             tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=c < N)
         # as it was given: whoever times this launch repeats it
         tl.store(arrived_ptr + tl.program_id(1) * BLOCK_T, 0)
@@ -80,15 +80,16 @@ def inject(
     alpha: Tensor,
     ml: Tensor,
     visual_mask: Tensor | None,
-    onto: Tensor | None,
+    residual: Tensor | None,
     arrived: Tensor,
     *,
     eps: float,
     rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """onto + alpha * rms_norm(x weight^T) for the tokens that get memory; the reference implementation of the kernel.
+    """residual + alpha * rms_norm(x weight^T) for the tokens that get memory; the reference implementation of the
+    kernel.
 
-    x fp32 [B, S, l], weight [d, l], alpha [1], ml as `attend` gives it, visual_mask bool [B, S], onto [B, S, d], or
+    x fp32 [B, S, l], weight [d, l], alpha [1], ml as `attend` gives it, visual_mask bool [B, S], residual [B, S, d], or
     None for zero; arrived int32 [B, S], zeros, which the kernel counts in and leaves so. -> fp32 [B, S, d], or of the
     weight's dtype if `rounded`, and the rows before their norm, fp32 [B, S, d].
     """
@@ -97,8 +98,8 @@ def inject(
     if visual_mask is not None:
         gets = gets & ~visual_mask
     y = torch.where(gets[..., None], alpha.float() * rms_norm(raw, None, eps), 0.0)
-    if onto is not None:
-        y = onto.float() + y
+    if residual is not None:
+        y = residual.float() + y
     return y.to(weight.dtype if rounded else torch.float32), raw
 
 
@@ -122,7 +123,7 @@ KERNEL = Kernel(
     name="inject",
     function=inject_kernel,
     definition=inject,
-    inputs=("x", "weight", "alpha", "ml", "visual_mask", "onto", "arrived"),
+    inputs=("x", "weight", "alpha", "ml", "visual_mask", "residual", "arrived"),
     sizes=projection.sizes,
     outputs=_outputs,
     constants=_constants,

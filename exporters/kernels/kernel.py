@@ -95,9 +95,9 @@ class Chain:
 class Chains:
     """What a kind of graft does, in launches."""
 
-    read: Callable[[float], Chain]
+    attend: Callable[[float], Chain]
     """eps -> hidden states and memory, to what the graft adds to the residual stream."""
-    fill: Callable[[float, int], Chain]
+    write_memory: Callable[[float, int], Chain]
     """eps, head_dim -> visual embeddings to the graft's keys and values."""
 
 

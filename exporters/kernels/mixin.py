@@ -4,6 +4,8 @@ from functools import cache
 
 from exporters.kernels import attend, linear, retrieve, swiglu, write_memory
 from exporters.kernels.kernel import Chain, Chains, Step
+from surgeon.memory.mixin import mixin, mixin_memory
+from surgeon.memory.reference import tensor_names
 
 
 @cache
@@ -11,10 +13,7 @@ def chain(eps: float) -> Chain:
     """`surgeon.memory.mixin.mixin`, arguments in its order."""
     return Chain(
         name="mixin",
-        inputs=(
-            "hidden_states", "keys", "values", "memory_mask", "cos", "sin", "norm", "q_proj", "o_proj", "attn_gate",
-            "ffn_norm", "gate_proj", "up_proj", "down_proj", "ff_gate",
-        ),
+        inputs=tensor_names(mixin),
         steps=(
             Step(
                 "mixin_query",
@@ -60,7 +59,7 @@ def memory_chain(eps: float, head_dim: int) -> Chain:
     made = {"eps": eps, "head_dim": head_dim, "rounded": True}
     return Chain(
         name="mixin_memory",
-        inputs=("visual_embeds", "cos", "sin", "norm", "k_proj", "v_proj"),
+        inputs=tensor_names(mixin_memory),
         steps=(
             Step(
                 "mixin_keys",
@@ -81,4 +80,4 @@ def memory_chain(eps: float, head_dim: int) -> Chain:
     )
 
 
-CHAINS = Chains(read=chain, fill=memory_chain)
+CHAINS = Chains(attend=chain, write_memory=memory_chain)

@@ -8,19 +8,16 @@ from functools import cache
 
 from exporters.kernels import attend, inject, linear, retrieve, swiglu, write_memory
 from exporters.kernels.kernel import Chain, Chains, Step
+from surgeon.memory.pvm import persistent_visual_memory, pvm_memory
+from surgeon.memory.reference import tensor_names
 
 
 @cache
 def chain(eps: float) -> Chain:
-    """`surgeon.memory.pvm.persistent_visual_memory`, arguments in its order, and onto [B, S, d], which the injection is
-    added to where it is given."""
+    """`surgeon.memory.pvm.persistent_visual_memory`, arguments in its order."""
     return Chain(
         name="pvm",
-        inputs=(
-            "hidden_states", "keys", "values", "memory_mask", "visual_token_mask", "text_proj", "input_norm", "q_proj",
-            "q_norm", "o_proj", "post_attention_norm", "gate_proj", "up_proj", "down_proj", "output_proj", "alpha",
-            "onto",
-        ),
+        inputs=tensor_names(persistent_visual_memory),
         steps=(
             Step("pvm_text", linear.KERNEL, {"x": "hidden_states", "weight": "text_proj"}, {"y": "latent"}),
             Step(
@@ -52,7 +49,7 @@ def chain(eps: float) -> Chain:
                 inject.KERNEL,
                 {
                     "x": "refined", "weight": "output_proj", "alpha": "alpha", "ml": "ml",
-                    "visual_mask": "visual_token_mask", "onto": "onto", "arrived": "arrived",
+                    "visual_mask": "visual_token_mask", "residual": "residual", "arrived": "arrived",
                 },
                 {"y": "injection", "raw": "raw"},
                 {"eps": eps, "rounded": True},
@@ -68,7 +65,7 @@ def memory_chain(eps: float, head_dim: int) -> Chain:
     made = {"head_dim": head_dim, "rounded": True}
     return Chain(
         name="pvm_memory",
-        inputs=("visual_embeds", "visual_proj", "k_proj", "v_proj", "k_norm"),
+        inputs=tensor_names(pvm_memory),
         steps=(
             Step("pvm_visual", linear.KERNEL, {"x": "visual_embeds", "weight": "visual_proj"}, {"y": "latent"}),
             Step(
@@ -84,4 +81,4 @@ def memory_chain(eps: float, head_dim: int) -> Chain:
     )
 
 
-CHAINS = Chains(read=chain, fill=memory_chain)
+CHAINS = Chains(attend=chain, write_memory=memory_chain)

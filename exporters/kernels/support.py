@@ -2,8 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,14 +48,20 @@ def warn_once(what: str) -> None:
     warnings.warn(what, stacklevel=3)
 
 
-def fits(kind: str, head_dim: int, tensors: Iterable[Tensor | None]) -> bool:
-    """Whether the kernels of a graft take these tensors; what is against it is said once."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    reason = reason_against(kind, head_dim, {tensor.dtype for tensor in given if tensor.dtype != torch.bool})
-    if reason is None and len({tensor.device for tensor in given}) > 1:
+_OF_ANY_DTYPE = ("cos", "sin")
+
+
+def fits(kind: str, head_dim: int, arguments: Mapping[str, Any]) -> bool:
+    """Whether the kernels of a graft take these arguments of its reference implementation; what is against it is said
+    once."""
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    dtypes = {t.dtype for name, t in tensors.items() if t.dtype != torch.bool and name not in _OF_ANY_DTYPE}
+    reason = reason_against(kind, head_dim, dtypes)
+    devices = {tensor.device for tensor in tensors.values()}
+    if reason is None and len(devices) > 1:
         reason = f"{kind}: no fused kernel over several devices"
-    if reason is None and given[0].is_cuda:
-        reason = reason_against_device(given[0].device.index)
+    if reason is None and (device := devices.pop()).type == "cuda":
+        reason = reason_against_device(device.index)
     if reason is not None:
         warn_once(f"{reason}; computed by its reference implementation")
     return reason is None

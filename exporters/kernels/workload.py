@@ -33,10 +33,10 @@ class Size:
         return f"{self.dtype}, batch {self.batch} x {self.length}, {self.slots} slots{marks}"
 
 
-def reading(graft: Graft, size: Size) -> tuple[Chain, Types]:
+def attention_workload(graft: Graft, size: Size) -> tuple[Chain, Types]:
     """The chain that reads the memory, and its inputs. Raises TypeError for a kind of graft that has none."""
-    chain: Chain = _chains(graft).read(_eps(graft))
-    weights = graft.weights()  # type: ignore[operator]  # of a graft that has a chain
+    chain: Chain = _chains(graft).attend(_eps(graft))
+    weights = graft.weights()
     batch, length = size.batch, size.length
     stream = TensorType((batch, length, _width(weights)), size.dtype)
     angles = TensorType((batch, length, _head_dim(graft) // 2), "float32")
@@ -47,7 +47,7 @@ def reading(graft: Graft, size: Size) -> tuple[Chain, Types]:
         "memory_mask": TensorType((batch, *((length,) * size.mask_per_token), size.slots), "bool"),
         "visual_token_mask": TensorType((batch, length), "bool"),
         **dict.fromkeys(("cos", "sin"), angles),
-        "onto": stream,
+        "residual": stream,
     }
     names = [name for name in chain.inputs if name not in types]
     types |= {name: TensorType(tuple(w.shape), size.dtype) for name, w in zip(names, weights, strict=True)}
@@ -56,10 +56,10 @@ def reading(graft: Graft, size: Size) -> tuple[Chain, Types]:
     return chain, {name: types[name] for name in chain.inputs if name in types}
 
 
-def filling(graft: Graft, size: Size) -> tuple[Chain, Types]:
+def memory_workload(graft: Graft, size: Size) -> tuple[Chain, Types]:
     """The chain that fills the memory, and its inputs. Raises TypeError for a kind of graft that has none."""
-    chain: Chain = _chains(graft).fill(_eps(graft), _head_dim(graft))
-    weights = graft.memory_weights()  # type: ignore[operator]
+    chain: Chain = _chains(graft).write_memory(_eps(graft), _head_dim(graft))
+    weights = graft.memory_weights()
     angles = TensorType((size.batch, size.slots, _head_dim(graft) // 2), "float32")
     types = {
         "visual_embeds": TensorType((size.batch, size.slots, _width(weights)), size.dtype),
@@ -94,7 +94,7 @@ def _width(weights: Sequence[Tensor]) -> int:
 
 def _memory(graft: Graft, size: Size) -> TensorType:
     """Keys or values, as the chain that fills the memory makes them."""
-    chain, types = filling(graft, size)
+    chain, types = memory_workload(graft, size)
     made = {value: each.outputs[name] for each in plan(chain, types) for name, value in each.step.outputs.items()}
     return made["keys"]
 

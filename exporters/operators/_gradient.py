@@ -1,16 +1,17 @@
 """The gradient of an operator as that of its reference implementation, computed again from the inputs."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from surgeon.memory.reference import Reference
 
-def register_recomputed(operator: Any, definition: Callable[..., Tensor | tuple[Tensor, ...]]) -> None:
-    """Give a `torch.library.custom_op` the gradient of `definition`, which takes the same arguments.
 
-    Nothing but the inputs is kept for the way back: the definition runs again there, which costs what a forward costs.
+def register_recomputed(operator: Any, reference: Reference) -> None:
+    """Give a `torch.library.custom_op` the gradient of its reference implementation.
+
+    Nothing but the inputs is kept for the way back: the reference runs again there, which costs what a forward costs.
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -25,9 +26,9 @@ def register_recomputed(operator: Any, definition: Callable[..., Tensor | tuple[
                 next(saved).detach().requires_grad_(needed) if is_tensor else other
                 for is_tensor, other, needed in zip(ctx.is_tensor, ctx.others, ctx.needs_input_grad, strict=True)
             ]
-            output = definition(*inputs)
-            wanted = [each for each, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-            found = iter(torch.autograd.grad(output, wanted, grads, allow_unused=True))
-        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+            output = reference(*inputs)
+            needed_inputs = [each for each, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+            computed = iter(torch.autograd.grad(output, needed_inputs, grads, allow_unused=True))
+        return tuple(next(computed) if needed else None for needed in ctx.needs_input_grad)
 
     operator.register_autograd(backward, setup_context=setup)

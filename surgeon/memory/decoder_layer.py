@@ -55,7 +55,7 @@ class PreNormLayer:
         hidden_states = residual + hidden_states
         for kind, graft in grafts_at(self, "beside_mlp"):
             if reading is not None:
-                hidden_states = graft(residual, reading, entry_name(self, kind), onto=hidden_states)
+                hidden_states = graft(residual, reading, entry_name(self, kind), residual=hidden_states)
         return hidden_states
 
 

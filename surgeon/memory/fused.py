@@ -28,9 +28,9 @@ class FusedForm(Protocol):
         memory_mask: Tensor,
         visual_token_mask: Tensor | None,
         rotary: Rotary | None,
-        onto: Tensor | None,
+        residual: Tensor | None,
     ) -> Tensor:
-        """`graft.read(...)`, added to `onto` [B, S, d] where that is given."""
+        """`graft.attend(...)`, added to `residual` [B, S, d] where that is given."""
 
     def project(self, graft: Any, visual_embeds: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """`graft.project(...)`."""

@@ -1,17 +1,15 @@
 """What every graft is: a module inside a decoder layer that reads the visual memory."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.memory.fused import FusedForm, fused_form
 from surgeon.memory.reading import Reading
+from surgeon.memory.reference import Reference, weight_names
 from surgeon.memory.rms_norm import RMSNorm
 from surgeon.memory.rotary import Rope, Rotary
 
@@ -50,6 +48,11 @@ class Graft(nn.Module, ABC):
     """The parameters that are zero at insertion, which together make the graft change exactly nothing."""
     rope: Rope | None = None
     """How its queries and keys turn with their positions; None where positions do not matter to it."""
+    reference: ClassVar[Reference | None] = None
+    """`attend` as a function of tensors (`surgeon.memory.reference`), for a graft that is an operator or has
+    kernels."""
+    memory_reference: ClassVar[Reference | None] = None
+    """`project` as one."""
     fused: FusedForm | None = None
     """What computes the same in its place on the form's devices."""
 
@@ -92,7 +95,7 @@ class Graft(nn.Module, ABC):
         positions -> keys, values [B, Hm, M, hd]."""
 
     @abstractmethod
-    def read(
+    def attend(
         self,
         hidden_states: Tensor,
         keys: Tensor,
@@ -106,19 +109,19 @@ class Graft(nn.Module, ABC):
         None where there is none; rotary: the angles of the tokens' positions, for a graft with a `rope`
         -> [B, S, d]."""
 
-    def forward(self, hidden_states: Tensor, reading: Reading, entry: str, onto: Tensor | None = None) -> Tensor:
-        """hidden_states [B, S, d]; `entry`: its name in the memory -> what it reads there, [B, S, d], added to `onto`
-        [B, S, d] where that is given. What enters in this call is projected first."""
+    def forward(self, hidden_states: Tensor, reading: Reading, entry: str, residual: Tensor | None = None) -> Tensor:
+        """hidden_states [B, S, d]; `entry`: its name in the memory -> what it reads there, [B, S, d], added to
+        `residual` [B, S, d] where that is given. What enters in this call is projected first."""
         keys, values = reading.entry(entry, self.kind, hidden_states.dtype, self.write_memory)
         mask, visual = reading.mask, reading.visual_token_mask
-        return self.recall(hidden_states, keys, values, mask, visual, reading.rotary.get(self.kind), onto)
+        return self.read_memory(hidden_states, keys, values, mask, visual, reading.rotary.get(self.kind), residual)
 
     def write_memory(self, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         """`project(...)`, fused where it can be."""
         form = self.fused_on(visual_embeds)
         return self.project(visual_embeds, rotary) if form is None else form.project(self, visual_embeds, rotary)
 
-    def recall(
+    def read_memory(
         self,
         hidden_states: Tensor,
         keys: Tensor,
@@ -126,14 +129,31 @@ class Graft(nn.Module, ABC):
         memory_mask: Tensor,
         visual_token_mask: Tensor | None,
         rotary: Rotary | None,
-        onto: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """`read(...)`, fused where it can be, and added to `onto` [B, S, d] where that is given."""
+        """`attend(...)`, fused where it can be, and added to `residual` [B, S, d] where that is given."""
         form = self.fused_on(hidden_states)
         if form is not None:
-            return form.forward(self, hidden_states, keys, values, memory_mask, visual_token_mask, rotary, onto)
-        output = self.read(hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
-        return output if onto is None else onto + output
+            return form.forward(self, hidden_states, keys, values, memory_mask, visual_token_mask, rotary, residual)
+        output = self.attend(hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
+        return output if residual is None else residual + output
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """Those that `reference` takes, in its order. A projection's is what it multiplies with (`weight_of`)."""
+        return self._weights_of(self.reference)
+
+    def memory_weights(self) -> tuple[Tensor, ...]:
+        """Those that `memory_reference` takes, in its order."""
+        return self._weights_of(self.memory_reference)
+
+    def _weights_of(self, reference: Reference | None) -> tuple[Tensor, ...]:
+        if reference is None:
+            raise TypeError(f"grafts of kind {self.kind!r} have no reference implementation over tensors")
+        parts = [getattr(self, name) for name in weight_names(reference)]
+        return tuple(
+            part if isinstance(part, Tensor) else part.weight if isinstance(part, RMSNorm) else weight_of(part)
+            for part in parts
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: not the fused form, which is of this installation."""
@@ -169,15 +189,6 @@ def multiplies_by_a_matrix(module: nn.Module) -> bool:
 def any_dora(adapted: Any) -> bool:
     """Whether one of a PEFT layer's adapters scales what it is added to."""
     return bool(getattr(adapted, "lora_variant", None)) or any(getattr(adapted, "use_dora", {}).values())
-
-
-Layer = Callable[[Tensor], Tensor]
-"""A projection or a norm: a module, or a weight and what is done with it."""
-
-
-def matrix(weight: Tensor) -> Layer:
-    """The projection that multiplies by a weight [out, in]."""
-    return partial(F.linear, weight=weight)
 
 
 def weight_of(linear: nn.Module) -> Tensor:

@@ -4,55 +4,45 @@ Source: "CoMemo: LVLMs Need Image Context with Image Memory", section 3, and the
 stays in the sequence as it was; this is a second way to it, which text that grows cannot dilute.
 """
 
-from functools import partial
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.memory.graft import Graft, Layer, matrix, weight_of
-from surgeon.memory.rms_norm import RMSNorm, rms_norm
+from surgeon.memory import reference
+from surgeon.memory.graft import Graft
+from surgeon.memory.reference import matrix
+from surgeon.memory.rms_norm import RMSNorm
 from surgeon.memory.rotary import Rope, Rotary, rotate
 
 
 def gated_cross_attention(
-    hidden_states: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    memory_mask: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    norm: Layer,
-    q_proj: Layer,
-    o_proj: Layer,
-    attn_gate: Tensor,
-    ffn_norm: Layer,
-    gate_proj: Layer,
-    up_proj: Layer,
-    down_proj: Layer,
-    ff_gate: Tensor,
+    weights: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, memory_mask: Tensor, rotary: Rotary
 ) -> Tensor:
     """What a mixin layer makes of the residual stream.
 
-    hidden_states [B, S, d]. keys (already rotated) and values [B, H, M, hd], memory_mask bool [B, M] or [B, S, M]: the
-    visual memory. cos, sin [B, S, hd / 2]: of the tokens' own positions. Gates are [1]. Returns [B, S, d] in
-    hidden_states' dtype; a token with an empty memory keeps its value, feed-forward included.
+    weights: the graft, or what has projections, norms and gates [1] of its names. hidden_states [B, S, d]. keys
+    (already rotated) and values [B, H, M, hd], memory_mask bool [B, M] or [B, S, M]: the visual memory. rotary: cos,
+    sin [B, S, hd / 2] of the tokens' own positions. Returns [B, S, d] in hidden_states' dtype; a token with an empty
+    memory keeps its value, feed-forward included.
     """
-    query = q_proj(norm(hidden_states)).unflatten(-1, (-1, keys.shape[-1])).transpose(1, 2)
-    query = rotate(query, (cos, sin))
+    w = weights
+    query = w.q_proj(w.norm(hidden_states)).unflatten(-1, (-1, keys.shape[-1])).transpose(1, 2)
+    query = rotate(query, rotary)
 
     # A token without images has nothing to attend to: its softmax runs over padding, and the result is dropped below.
     mask = memory_mask if memory_mask.ndim == 3 else memory_mask[:, None]
     has_memory = mask.any(-1, keepdim=True)
     seen = (mask | ~has_memory)[:, None].expand(-1, 1, query.shape[2], -1)
     retrieved = F.scaled_dot_product_attention(query, keys, values, seen)
-    retrieved = o_proj(retrieved.transpose(1, 2).flatten(2))
+    retrieved = w.o_proj(retrieved.transpose(1, 2).flatten(2))
 
-    attended = hidden_states + torch.tanh(attn_gate) * retrieved
-    normed = ffn_norm(attended)
-    fed = down_proj(F.silu(gate_proj(normed)) * up_proj(normed))
-    return torch.where(has_memory, attended + torch.tanh(ff_gate) * fed, hidden_states)
+    attended = hidden_states + torch.tanh(w.attn_gate) * retrieved
+    normed = w.ffn_norm(attended)
+    fed = w.down_proj(F.silu(w.gate_proj(normed)) * w.up_proj(normed))
+    return torch.where(has_memory, attended + torch.tanh(w.ff_gate) * fed, hidden_states)
 
 
 def mixin(
@@ -73,44 +63,39 @@ def mixin(
     ff_gate: Tensor,
     eps: float,
 ) -> Tensor:
-    """`gated_cross_attention` over weights alone, [out, in]; the reference implementation that every kernel must agree
-    with."""
-    return gated_cross_attention(
-        hidden_states,
-        keys,
-        values,
-        memory_mask,
-        cos,
-        sin,
-        partial(rms_norm, weight=norm, eps=eps),
-        matrix(q_proj),
-        matrix(o_proj),
-        attn_gate,
-        partial(rms_norm, weight=ffn_norm, eps=eps),
-        matrix(gate_proj),
-        matrix(up_proj),
-        matrix(down_proj),
-        ff_gate,
+    """`gated_cross_attention` of weights [out, in] and norms [d], contiguous; the reference implementation that every
+    kernel must agree with."""
+    weights = SimpleNamespace(
+        norm=reference.norm(norm, eps),
+        q_proj=matrix(q_proj),
+        o_proj=matrix(o_proj),
+        attn_gate=attn_gate,
+        ffn_norm=reference.norm(ffn_norm, eps),
+        gate_proj=matrix(gate_proj),
+        up_proj=matrix(up_proj),
+        down_proj=matrix(down_proj),
+        ff_gate=ff_gate,
     )
+    return gated_cross_attention(weights, hidden_states, keys, values, memory_mask, (cos, sin)).contiguous()
 
 
-def memorise(
-    visual_embeds: Tensor, cos: Tensor, sin: Tensor, norm: Layer, k_proj: Layer, v_proj: Layer
-) -> tuple[Tensor, Tensor]:
+def keys_and_values(weights: Any, visual_embeds: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
     """The visual memory's keys, rotated, and values: visual_embeds [B, M, d], cos, sin [B, M, hd / 2]
     -> [B, H, M, hd] each."""
-    normed = norm(visual_embeds)  # the same norm as the text's
-    heads = (-1, 2 * cos.shape[-1])
-    keys = k_proj(normed).unflatten(-1, heads).transpose(1, 2)
-    values = v_proj(normed).unflatten(-1, heads).transpose(1, 2)
-    return rotate(keys, (cos, sin)), values
+    normed = weights.norm(visual_embeds)  # the same norm as the text's
+    heads = (-1, 2 * rotary[0].shape[-1])
+    keys = weights.k_proj(normed).unflatten(-1, heads).transpose(1, 2)
+    values = weights.v_proj(normed).unflatten(-1, heads).transpose(1, 2)
+    return rotate(keys, rotary), values
 
 
-def project(
+def mixin_memory(
     visual_embeds: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, k_proj: Tensor, v_proj: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`memorise` over weights alone, [out, in]."""
-    return memorise(visual_embeds, cos, sin, partial(rms_norm, weight=norm, eps=eps), matrix(k_proj), matrix(v_proj))
+    """`keys_and_values` of weights [out, in] and a norm [d], contiguous; the reference implementation."""
+    weights = SimpleNamespace(norm=reference.norm(norm, eps), k_proj=matrix(k_proj), v_proj=matrix(v_proj))
+    keys, values = keys_and_values(weights, visual_embeds, (cos, sin))
+    return keys.contiguous(), values.contiguous()
 
 
 class Mixin(Graft):
@@ -119,6 +104,8 @@ class Mixin(Graft):
     kind = "mixin"
     site = "before_layer"
     gates = ("attn_gate", "ff_gate")
+    reference = staticmethod(mixin)
+    memory_reference = staticmethod(mixin_memory)
 
     def __init__(self, hidden_size: int, num_heads: int, intermediate_size: int, rope: Rope, eps: float) -> None:
         super().__init__()
@@ -148,27 +135,9 @@ class Mixin(Graft):
 
     def project(self, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         assert rotary is not None
-        return memorise(visual_embeds, *rotary, self.norm, self.k_proj, self.v_proj)
+        return keys_and_values(self, visual_embeds, rotary)
 
-    def memory_weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The tensors that `project` takes after cos and sin, in its order."""
-        return self.norm.weight, weight_of(self.k_proj), weight_of(self.v_proj)
-
-    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The tensors that `mixin` takes after cos and sin, in its order."""
-        return (
-            self.norm.weight,
-            weight_of(self.q_proj),
-            weight_of(self.o_proj),
-            self.attn_gate,
-            self.ffn_norm.weight,
-            weight_of(self.gate_proj),
-            weight_of(self.up_proj),
-            weight_of(self.down_proj),
-            self.ff_gate,
-        )
-
-    def read(
+    def attend(
         self,
         hidden_states: Tensor,
         keys: Tensor,
@@ -178,22 +147,7 @@ class Mixin(Graft):
         rotary: Rotary | None = None,
     ) -> Tensor:
         assert rotary is not None
-        return gated_cross_attention(
-            hidden_states,
-            keys,
-            values,
-            memory_mask,
-            *rotary,
-            self.norm,
-            self.q_proj,
-            self.o_proj,
-            self.attn_gate,
-            self.ffn_norm,
-            self.gate_proj,
-            self.up_proj,
-            self.down_proj,
-            self.ff_gate,
-        )
+        return gated_cross_attention(self, hidden_states, keys, values, memory_mask, rotary)
 
 
 GRAFT = Mixin

@@ -4,45 +4,37 @@ Source: "Persistent Visual Memory: Sustaining Perception for Deep Generation in 
 implementation. Its attention is normalised over the visual tokens only, so text that grows cannot dilute it.
 """
 
-from functools import partial
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.memory.graft import Graft, Layer, matrix, weight_of
+from surgeon.memory.graft import Graft
+from surgeon.memory.reference import matrix, norm
 from surgeon.memory.rms_norm import RMSNorm, rms_norm
 from surgeon.memory.rotary import Rotary
 
 
 def branch(
+    weights: Any,
     hidden_states: Tensor,
     keys: Tensor,
     values: Tensor,
     memory_mask: Tensor,
     visual_token_mask: Tensor | None,
-    text_proj: Layer,
-    input_norm: Layer,
-    q_proj: Layer,
-    q_norm: Layer,
-    o_proj: Layer,
-    post_attention_norm: Layer,
-    gate_proj: Layer,
-    up_proj: Layer,
-    down_proj: Layer,
-    output_proj: Layer,
-    alpha: Tensor,
-    eps: float,
 ) -> Tensor:
     """The injection that a PVM branch adds to its layer's MLP.
 
-    hidden_states [B, S, d]: the residual stream after attention, not normalised. keys, values [B, Hm, M, hd] and
-    memory_mask bool [B, M] or [B, S, M]: the visual memory. visual_token_mask bool [B, S] or None: tokens that get
-    nothing. alpha [1]. Returns [B, S, d] in hidden_states' dtype; tokens with an empty memory get exactly zero.
+    weights: the graft, or what has projections and norms of its names. hidden_states [B, S, d]: the residual stream
+    after attention, not normalised. keys, values [B, Hm, M, hd] and memory_mask bool [B, M] or [B, S, M]: the visual
+    memory. visual_token_mask bool [B, S] or None: tokens that get nothing. Returns [B, S, d] in hidden_states' dtype;
+    tokens with an empty memory get exactly zero.
     """
-    query = q_proj(input_norm(text_proj(hidden_states))).unflatten(-1, (-1, keys.shape[-1]))
-    query = q_norm(query).transpose(1, 2)
+    w = weights
+    query = w.q_proj(w.input_norm(w.text_proj(hidden_states))).unflatten(-1, (-1, keys.shape[-1]))
+    query = w.q_norm(query).transpose(1, 2)
 
     # A token without images has nothing to attend to: its softmax runs over padding, and the result is dropped below.
     mask = memory_mask if memory_mask.ndim == 3 else memory_mask[:, None]
@@ -50,12 +42,12 @@ def branch(
     seen = (mask | ~has_memory)[:, None].expand(-1, 1, query.shape[2], -1)
     grouped = bool(query.shape[1] != keys.shape[1])  # a symbol under torch.compile
     retrieved = F.scaled_dot_product_attention(query, keys, values, seen, enable_gqa=grouped)
-    retrieved = o_proj(retrieved.transpose(1, 2).flatten(2))
+    retrieved = w.o_proj(retrieved.transpose(1, 2).flatten(2))
 
-    normed = post_attention_norm(retrieved)
-    retrieved = retrieved + down_proj(F.silu(gate_proj(normed)) * up_proj(normed))
+    normed = w.post_attention_norm(retrieved)
+    retrieved = retrieved + w.down_proj(F.silu(w.gate_proj(normed)) * w.up_proj(normed))
 
-    injection = alpha * rms_norm(output_proj(retrieved), None, eps)
+    injection = w.alpha * rms_norm(w.output_proj(retrieved), None, w.eps)
     gets_memory = has_memory if visual_token_mask is None else has_memory & ~visual_token_mask[..., None]
     return injection * gets_memory
 
@@ -78,50 +70,46 @@ def persistent_visual_memory(
     output_proj: Tensor,
     alpha: Tensor,
     eps: float,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`branch` over weights alone, [out, in]; the reference implementation that every kernel must agree with."""
-
-    def norm(weight: Tensor) -> Layer:
-        return partial(rms_norm, weight=weight, eps=eps)
-
-    return branch(
-        hidden_states,
-        keys,
-        values,
-        memory_mask,
-        visual_token_mask,
-        matrix(text_proj),
-        norm(input_norm),
-        matrix(q_proj),
-        norm(q_norm),
-        matrix(o_proj),
-        norm(post_attention_norm),
-        matrix(gate_proj),
-        matrix(up_proj),
-        matrix(down_proj),
-        matrix(output_proj),
-        alpha,
-        eps,
+    """`branch` of weights [out, in], norms [d] and alpha [1], added to `residual` [B, S, d] where that is given; the
+    reference implementation that every kernel must agree with."""
+    weights = SimpleNamespace(
+        text_proj=matrix(text_proj),
+        input_norm=norm(input_norm, eps),
+        q_proj=matrix(q_proj),
+        q_norm=norm(q_norm, eps),
+        o_proj=matrix(o_proj),
+        post_attention_norm=norm(post_attention_norm, eps),
+        gate_proj=matrix(gate_proj),
+        up_proj=matrix(up_proj),
+        down_proj=matrix(down_proj),
+        output_proj=matrix(output_proj),
+        alpha=alpha,
+        eps=eps,
     )
+    injection = branch(weights, hidden_states, keys, values, memory_mask, visual_token_mask)
+    return injection if residual is None else residual + injection
 
 
-def memorise(
-    visual_embeds: Tensor, visual_proj: Layer, k_proj: Layer, v_proj: Layer, k_norm: Layer, head_dim: int
-) -> tuple[Tensor, Tensor]:
-    """The visual memory's keys and values: visual_embeds [B, M, d] -> [B, Hm, M, hd] each."""
-    latent = visual_proj(visual_embeds)
+def keys_and_values(weights: Any, visual_embeds: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """The visual memory's: visual_embeds [B, M, d] -> [B, Hm, M, hd] each."""
+    latent = weights.visual_proj(visual_embeds)
     heads = (-1, head_dim)
-    keys = k_norm(k_proj(latent).unflatten(-1, heads)).transpose(1, 2)
-    values = v_proj(latent).unflatten(-1, heads).transpose(1, 2)
+    keys = weights.k_norm(weights.k_proj(latent).unflatten(-1, heads)).transpose(1, 2)
+    values = weights.v_proj(latent).unflatten(-1, heads).transpose(1, 2)
     return keys, values
 
 
-def project(
+def pvm_memory(
     visual_embeds: Tensor, visual_proj: Tensor, k_proj: Tensor, v_proj: Tensor, k_norm: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`memorise` over weights alone, [out, in]."""
-    norm = partial(rms_norm, weight=k_norm, eps=eps)
-    return memorise(visual_embeds, matrix(visual_proj), matrix(k_proj), matrix(v_proj), norm, k_norm.shape[0])
+    """`keys_and_values` of weights [out, in] and a norm [hd], contiguous; the reference implementation."""
+    weights = SimpleNamespace(
+        visual_proj=matrix(visual_proj), k_proj=matrix(k_proj), v_proj=matrix(v_proj), k_norm=norm(k_norm, eps)
+    )
+    keys, values = keys_and_values(weights, visual_embeds, k_norm.shape[0])
+    return keys.contiguous(), values.contiguous()
 
 
 class PersistentVisualMemory(Graft):
@@ -130,6 +118,8 @@ class PersistentVisualMemory(Graft):
     kind = "pvm"
     site = "beside_mlp"
     gates = ("alpha",)
+    reference = staticmethod(persistent_visual_memory)
+    memory_reference = staticmethod(pvm_memory)
 
     def __init__(
         self,
@@ -178,29 +168,9 @@ class PersistentVisualMemory(Graft):
         )
 
     def project(self, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
-        return memorise(visual_embeds, self.visual_proj, self.k_proj, self.v_proj, self.k_norm, self.head_dim)
+        return keys_and_values(self, visual_embeds, self.head_dim)
 
-    def memory_weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The tensors that `project` takes, in its order."""
-        return weight_of(self.visual_proj), weight_of(self.k_proj), weight_of(self.v_proj), self.k_norm.weight
-
-    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The tensors that `persistent_visual_memory` takes after the masks, in its order."""
-        return (
-            weight_of(self.text_proj),
-            self.input_norm.weight,
-            weight_of(self.q_proj),
-            self.q_norm.weight,
-            weight_of(self.o_proj),
-            self.post_attention_norm.weight,
-            weight_of(self.gate_proj),
-            weight_of(self.up_proj),
-            weight_of(self.down_proj),
-            weight_of(self.output_proj),
-            self.alpha,
-        )
-
-    def read(
+    def attend(
         self,
         hidden_states: Tensor,
         keys: Tensor,
@@ -209,25 +179,7 @@ class PersistentVisualMemory(Graft):
         visual_token_mask: Tensor | None,
         rotary: Rotary | None = None,
     ) -> Tensor:
-        return branch(
-            hidden_states,
-            keys,
-            values,
-            memory_mask,
-            visual_token_mask,
-            self.text_proj,
-            self.input_norm,
-            self.q_proj,
-            self.q_norm,
-            self.o_proj,
-            self.post_attention_norm,
-            self.gate_proj,
-            self.up_proj,
-            self.down_proj,
-            self.output_proj,
-            self.alpha,
-            self.eps,
-        )
+        return branch(self, hidden_states, keys, values, memory_mask, visual_token_mask)
 
 
 GRAFT = PersistentVisualMemory

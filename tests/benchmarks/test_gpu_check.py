@@ -18,7 +18,7 @@ from benchmarks.gpu_check.part import PartReport, Setting
 from benchmarks.gpu_check.timing import RehearsalTimer
 from exporters.kernels import support
 from exporters.kernels.cuda import pvm as fused_pvm
-from exporters.kernels.workload import Size, draw, filling
+from exporters.kernels.workload import Size, draw, memory_workload
 
 COMMAND = [sys.executable, "-m", "benchmarks.gpu_check"]
 GPU = {"name": "NVIDIA Test 9000", "slug": "nvidia-test-9000"}
@@ -143,7 +143,7 @@ def test_a_model_that_computes_by_plain_definitions_does_not_pass_for_fused(tmp_
 
 def test_fused_kernels_are_counted_and_what_they_do_not_take_is_not() -> None:
     graft = pvm(72, 64, 40, 32, 1)
-    given = [*draw(filling(graft, Size(1, 1, 20, "float32"))[1], "cpu").values()]
+    given = [*draw(memory_workload(graft, Size(1, 1, 20, "float32"))[1], "cpu").values()]
     support.warn_once.cache_clear()
     with counted_chains() as chains:
         fused_pvm.fused_memory(*given, graft.eps)

@@ -18,7 +18,7 @@ def test_block_equals_the_authors() -> None:
     visual = tensors["input.visual_embeds"]
     mask = torch.arange(visual.shape[1]) < tensors["input.visual_lengths"][:, None]
     keys, values = block.project(visual)
-    injection = block.read(tensors["input.hidden_states"], keys, values, mask, tensors["input.query_is_visual"])
+    injection = block.attend(tensors["input.hidden_states"], keys, values, mask, tensors["input.query_is_visual"])
     torch.testing.assert_close(injection, tensors["output.injection"], atol=1e-5, rtol=0)
 
 

@@ -1,6 +1,7 @@
 """What every operator does on a GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from exporters.kernels.kernel import Chain
 from exporters.kernels.tuned import choose
 
 
-def run(chain: Chain, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """A chain on its inputs in order, as they come, its launches cut as tuned -> its outputs."""
-    return launch.run(chain, launch.contiguous(dict(zip(chain.inputs, tensors, strict=True))), choose)
+def run(chain: Chain, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """A chain on the arguments of its reference implementation, as they come, with tile configs as tuned -> its
+    outputs."""
+    return launch.run(chain, launch.contiguous({name: arguments[name] for name in chain.inputs}), choose)

@@ -5,9 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from exporters.kernels.support import fits
-from exporters.operators.mixin import memory_reference, mixin, mixin_memory, reference
+from exporters.operators.mixin import mixin, mixin_memory
 from surgeon.memory.fused import FusedForm
 from surgeon.memory.mixin import Mixin
+from surgeon.memory.reference import named
 from surgeon.memory.rotary import Rotary
 
 
@@ -15,29 +16,29 @@ from surgeon.memory.rotary import Rotary
 def fused(*arguments: Any) -> Tensor:
     """By fused kernels, or the reference implementation where they do not take the shapes. Arguments as the
     operator's."""
-    *tensors, eps = arguments
-    others = [*tensors[:4], *tensors[6:]]  # without cos and sin, which are of any dtype
-    if not fits("mixin", tensors[1].shape[3], tuple(others)):
-        return reference(*arguments)
+    by_name = named(Mixin.reference, arguments)
+    if not fits("mixin", by_name["keys"].shape[3], by_name):
+        output: Tensor = Mixin.reference(**by_name)
+        return output
     from exporters.kernels import mixin as kernels  # needs Triton
     from exporters.kernels.cuda._run import run
 
-    (output,) = run(kernels.chain(eps), tensors)
+    (output,) = run(kernels.chain(by_name["eps"]), by_name)
     return output
 
 
 @mixin_memory.register_kernel("cuda")
-def fused_memory(*arguments: Any) -> tuple[Tensor, Tensor]:
+def fused_memory(*arguments: Any) -> tuple[Tensor, ...]:
     """By fused kernels, or the reference implementation where they do not take the shapes."""
-    *tensors, eps = arguments
-    head_dim = 2 * tensors[1].shape[-1]
-    if not fits("mixin", head_dim, (tensors[0], *tensors[3:])):
-        return memory_reference(*arguments)
+    by_name = named(Mixin.memory_reference, arguments)
+    head_dim = 2 * by_name["cos"].shape[-1]
+    if not fits("mixin", head_dim, by_name):
+        keys_and_values: tuple[Tensor, ...] = Mixin.memory_reference(**by_name)
+        return keys_and_values
     from exporters.kernels import mixin as kernels  # needs Triton
     from exporters.kernels.cuda._run import run
 
-    keys, values = run(kernels.memory_chain(eps, head_dim), tensors)
-    return keys, values
+    return run(kernels.memory_chain(by_name["eps"], head_dim), by_name)
 
 
 class _Form:
@@ -52,9 +53,9 @@ class _Form:
         memory_mask: Tensor,
         visual_token_mask: Tensor | None,
         rotary: Rotary | None,
-        onto: Tensor | None,
+        residual: Tensor | None,
     ) -> Tensor:
-        assert rotary is not None and onto is None  # it stands in front of a layer
+        assert rotary is not None and residual is None  # it stands in front of a layer
         return mixin(hidden_states, keys, values, memory_mask, *rotary, *graft.weights(), graft.eps)
 
     def project(self, graft: Mixin, visual_embeds: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:

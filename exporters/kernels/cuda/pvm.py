@@ -5,9 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from exporters.kernels.support import fits
-from exporters.operators.pvm import memory_reference, persistent_visual_memory, pvm_memory, reference
+from exporters.operators.pvm import persistent_visual_memory, pvm_memory
 from surgeon.memory.fused import FusedForm
 from surgeon.memory.pvm import PersistentVisualMemory
+from surgeon.memory.reference import named
 from surgeon.memory.rotary import Rotary
 
 
@@ -15,28 +16,29 @@ from surgeon.memory.rotary import Rotary
 def fused(*arguments: Any) -> Tensor:
     """By fused kernels, or the reference implementation where they do not take the shapes. Arguments as the
     operator's."""
-    *tensors, eps, onto = arguments if len(arguments) == 18 else (*arguments, None)
-    if not fits("pvm", tensors[1].shape[3], (*tensors, onto)):
-        return reference(*tensors, eps, onto)
+    by_name = named(PersistentVisualMemory.reference, arguments)
+    if not fits("pvm", by_name["keys"].shape[3], by_name):
+        output: Tensor = PersistentVisualMemory.reference(**by_name)
+        return output
     from exporters.kernels import pvm  # needs Triton
     from exporters.kernels.cuda._run import run
 
-    (output,) = run(pvm.chain(eps), (*tensors, onto))
+    (output,) = run(pvm.chain(by_name["eps"]), by_name)
     return output
 
 
 @pvm_memory.register_kernel("cuda")
-def fused_memory(*arguments: Any) -> tuple[Tensor, Tensor]:
+def fused_memory(*arguments: Any) -> tuple[Tensor, ...]:
     """By fused kernels, or the reference implementation where they do not take the shapes."""
-    *tensors, eps = arguments
-    head_dim = tensors[4].shape[0]
-    if not fits("pvm", head_dim, tensors):
-        return memory_reference(*arguments)
+    by_name = named(PersistentVisualMemory.memory_reference, arguments)
+    head_dim = by_name["k_norm"].shape[0]
+    if not fits("pvm", head_dim, by_name):
+        keys_and_values: tuple[Tensor, ...] = PersistentVisualMemory.memory_reference(**by_name)
+        return keys_and_values
     from exporters.kernels import pvm  # needs Triton
     from exporters.kernels.cuda._run import run
 
-    keys, values = run(pvm.memory_chain(eps, head_dim), tensors)
-    return keys, values
+    return run(pvm.memory_chain(by_name["eps"], head_dim), by_name)
 
 
 class _Form:
@@ -51,10 +53,10 @@ class _Form:
         memory_mask: Tensor,
         visual_token_mask: Tensor | None,
         rotary: Rotary | None,
-        onto: Tensor | None,
+        residual: Tensor | None,
     ) -> Tensor:
         return persistent_visual_memory(
-            hidden_states, keys, values, memory_mask, visual_token_mask, *graft.weights(), graft.eps, onto
+            hidden_states, keys, values, memory_mask, visual_token_mask, *graft.weights(), graft.eps, residual
         )
 
     def project(

@@ -48,11 +48,11 @@ def call(
     visual_token_mask: Tensor,
     rotary: Rotary | None = None,
 ) -> Tensor:
-    """`graft.read(...)` as its one operator; tensors as `Graft.read` takes them."""
+    """`graft.attend(...)` as its one operator; tensors as `Graft.attend` takes them."""
     found = registry().get(graft.kind)
     if found is not None:
         return found.call(graft, hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
-    output: Tensor = graft.read(hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
+    output: Tensor = graft.attend(hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
     return output
 
 

@@ -38,7 +38,7 @@ class GraftFunction(ABC):
         visual_token_mask: Tensor,
         rotary: Rotary | None,
     ) -> Tensor:
-        """`graft.read(...)` as the operator; tensors as `Graft.read` takes them."""
+        """`graft.attend(...)` as the operator; tensors as `Graft.attend` takes them."""
 
     def project(self, graft: Graft, visual_embeds: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """`graft.project(...)`, in operators that lower to one ONNX operator each."""
@@ -47,9 +47,14 @@ class GraftFunction(ABC):
     @property
     def translation(self) -> Callable[..., Any]:
         """What translates the operator into one node: a schema without a body. Functions with one are inlined by the
-        exporter, whose opset conversion does not look into functions."""
+        exporter, whose opset conversion does not look into functions.
+
+        Raises TypeError where the function's inputs are not the operator's arguments, by name and in order."""
         schema = onnx.defs.OpSchema
         proto = self.definition.to_function_proto()
+        named, arguments = [*proto.input, *proto.attribute], [a.name for a in self.operator._schema.arguments]
+        if named != arguments[: len(named)]:
+            raise TypeError(f"the function {proto.name} takes {named}, and its operator {arguments}")
         types = {name: "tensor(bool)" if name.endswith("_mask") else "T" for name in proto.input}
         described = schema(
             proto.name,

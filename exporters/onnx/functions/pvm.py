@@ -1,7 +1,5 @@
 """Persistent Visual Memory's branch: `surgeon.memory.pvm` as a function of the domain."""
 
-from typing import Any
-
 import torch
 from onnxscript import BOOL, INT32, script
 from torch import Tensor
@@ -83,12 +81,6 @@ class _PVMFunction(GraftFunction):
         return persistent_visual_memory(
             hidden_states, keys, values, memory_mask, visual_token_mask, *graft.weights(), graft.eps
         )
-
-    def project(self, graft: Any, visual_embeds: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        """As the graft does, by its modules, of which each becomes one operator."""
-        latent, heads = graft.visual_proj(visual_embeds), (-1, graft.head_dim)
-        keys = graft.k_norm(graft.k_proj(latent).unflatten(-1, heads)).transpose(1, 2)
-        return keys, graft.v_proj(latent).unflatten(-1, heads).transpose(1, 2)
 
 
 FUNCTION = _PVMFunction()

@@ -44,7 +44,7 @@ def pvm_launches(
         memory_mask=(1, *[length] * per_token, slots),
         visual_token_mask=(1, length), text_proj=(latent, d), input_norm=(latent,), q_proj=square, q_norm=(head_dim,),
         o_proj=square, post_attention_norm=(latent,), gate_proj=(inner, latent), up_proj=(inner, latent),
-        down_proj=(latent, inner), output_proj=(d, latent), alpha=(1,), onto=(1, length, d),
+        down_proj=(latent, inner), output_proj=(d, latent), alpha=(1,), residual=(1, length, d),
     )  # fmt: skip
     return plan(pvm.chain(1e-6), given)
 

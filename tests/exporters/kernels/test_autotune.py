@@ -10,7 +10,7 @@ from exporters.kernels.candidates import candidates
 from exporters.kernels.kernel import TileConfig
 from exporters.kernels.plan import plan
 from exporters.kernels.tile_config import heuristic_tile_config
-from exporters.kernels.workload import Size, draw, filling, reading
+from exporters.kernels.workload import Size, attention_workload, draw, memory_workload
 from patching import apply
 from surgeon.errors import SurgeonError
 from surgeon.memory.mixin import Mixin
@@ -39,7 +39,7 @@ def measured(tile_config: TileConfig) -> tuned.Measured:
 @pytest.mark.parametrize("size", [Size(), Size(batch=8), Size(batch=2, length=200, slots=300)])
 def test_candidates_are_sound(kind: str, size: Size) -> None:
     graft = GRAFTS[kind]()
-    for chain, types in (reading(graft, size), filling(graft, size)):
+    for chain, types in (attention_workload(graft, size), memory_workload(graft, size)):
         for each in plan(chain, types):
             shapes = {name: tensor.shape for name, tensor in each.inputs.items()}
             found = candidates(each.step, shapes, 4)
@@ -59,7 +59,7 @@ def test_only_products_of_tiles_need_shared_memory(kind: str) -> None:
     """One token reads its weights past it, so on a GPU with little of it there is as much to choose from."""
     few = {1: 0, 16: 0}
     for length in few:
-        chain, types = reading(GRAFTS[kind](), Size(length=length))
+        chain, types = attention_workload(GRAFTS[kind](), Size(length=length))
         for each in plan(chain, types):
             shapes = {name: tensor.shape for name, tensor in each.inputs.items()}
             whole, little = candidates(each.step, shapes, 4), candidates(each.step, shapes, 4, shared_memory=1)
@@ -69,7 +69,7 @@ def test_only_products_of_tiles_need_shared_memory(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", GRAFTS)
 def test_the_fastest_is_kept_and_computes_the_same(kind: str, folder: Path) -> None:
-    chain, types = reading(GRAFTS[kind](), Size(slots=70, dtype="float32"))
+    chain, types = attention_workload(GRAFTS[kind](), Size(slots=70, dtype="float32"))
     given = draw(types, "cpu")
     (expected,) = launch.run(chain, given)
     times = iter(range(1000, 0, -1))
@@ -104,7 +104,7 @@ def test_the_fastest_is_kept_and_computes_the_same(kind: str, folder: Path) -> N
 def test_a_candidate_that_does_not_fit_is_left_out() -> None:
     from triton.runtime.errors import OutOfResources
 
-    chain, types = reading(pvm_graft(), Size(slots=20, dtype="float32"))
+    chain, types = attention_workload(pvm_graft(), Size(slots=20, dtype="float32"))
     calls: list[int] = []
 
     def first_alone(runs: list) -> float:
@@ -120,7 +120,7 @@ def test_a_candidate_that_does_not_fit_is_left_out() -> None:
 
 
 def test_runs_rotate_among_copies_that_no_cache_holds() -> None:
-    chain, types = reading(pvm_graft(), Size(slots=20, dtype="float32"))
+    chain, types = attention_workload(pvm_graft(), Size(slots=20, dtype="float32"))
     counts: list[int] = []
 
     def count(runs: list) -> float:
@@ -133,19 +133,22 @@ def test_runs_rotate_among_copies_that_no_cache_holds() -> None:
 
 def test_a_drawn_workload_is_what_the_plain_definition_takes() -> None:
     graft = pvm_graft()
-    chain, types = reading(graft, Size(batch=2, length=3, slots=20, dtype="float32", visual_tokens=True))
+    chain, types = attention_workload(graft, Size(batch=2, length=3, slots=20, dtype="float32", visual_tokens=True))
     given = draw(types, "cpu")
     given["visual_token_mask"][0, 1] = True
-    onto = given.pop("onto")
-    expected = persistent_visual_memory(*(given[name] for name in chain.inputs if name != "onto"), eps=graft.eps)
-    (output,) = launch.run(chain, {**given, "onto": onto})
-    torch.testing.assert_close(output, onto + expected, rtol=1e-4, atol=1e-5)
+    residual = given.pop("residual")
+    expected = persistent_visual_memory(*(given[name] for name in chain.inputs if name != "residual"), eps=graft.eps)
+    (output,) = launch.run(chain, {**given, "residual": residual})
+    torch.testing.assert_close(output, residual + expected, rtol=1e-4, atol=1e-5)
 
 
 def test_launches_are_measured_under_the_names_that_a_graft_asks_for() -> None:
     """The angles of a graft in half precision are fp32."""
     graft, size = mixin_graft().to(torch.bfloat16), Size(length=3, slots=20)
-    for (chain, types), count in ((reading(graft, size), size.length), (filling(graft, size), size.slots)):
+    for (chain, types), count in (
+        (attention_workload(graft, size), size.length),
+        (memory_workload(graft, size), size.slots),
+    ):
         tensors = draw(types, "cpu")
         tensors["cos"], tensors["sin"] = graft.rope(torch.arange(count).expand(1, 1, count))
         asked = plan(chain, {name: launch.type_of(tensor) for name, tensor in tensors.items()})

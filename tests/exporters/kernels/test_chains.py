@@ -50,7 +50,7 @@ def test_pvm(dtype: torch.dtype, rows: int, length: int) -> None:
     slots = 45
     mask = torch.arange(slots) < torch.tensor([45, 7, 0][:rows])[:, None]
     visual = torch.rand(rows, length) > 0.7
-    embeds, hidden_states, onto = (torch.randn(rows, n, 96).to(dtype) for n in (slots, length, length))
+    embeds, hidden_states, residual = (torch.randn(rows, n, 96).to(dtype) for n in (slots, length, length))
     chain = pvm.memory_chain(graft.eps, 32)
     keys, values = launch.run(chain, given(chain, embeds, *graft.memory_weights()))
     plain = graft.float()
@@ -58,16 +58,16 @@ def test_pvm(dtype: torch.dtype, rows: int, length: int) -> None:
     close(keys, want_keys, dtype)
     close(values, want_values, dtype)
 
-    want = plain.read(hidden_states.float(), keys.float(), values.float(), mask, visual)
+    want = plain.attend(hidden_states.float(), keys.float(), values.float(), mask, visual)
     graft = graft.to(dtype)
     chain = pvm.chain(graft.eps)
     (got,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, visual, *graft.weights(), None))
     close(got, want, dtype)
     assert not got[visual].any() and (rows == 1 or not got[2].any())
-    (added,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, None, *graft.weights(), onto))
-    want = onto.float() + graft.float().read(hidden_states.float(), keys.float(), values.float(), mask, None)
+    (added,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, None, *graft.weights(), residual))
+    want = residual.float() + graft.float().attend(hidden_states.float(), keys.float(), values.float(), mask, None)
     close(added, want, dtype)
-    assert rows == 1 or torch.equal(added[2], onto[2])
+    assert rows == 1 or torch.equal(added[2], residual[2])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -87,7 +87,7 @@ def test_mixin(dtype: torch.dtype, rows: int, length: int) -> None:
     close(keys, want_keys, dtype)
     close(values, want_values, dtype)
 
-    want = plain.read(hidden_states.float(), keys.float(), values.float(), mask, None, text)
+    want = plain.attend(hidden_states.float(), keys.float(), values.float(), mask, None, text)
     graft = graft.to(dtype)
     chain = mixin.chain(graft.eps)
     (got,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, *text, *graft.weights()))
@@ -133,7 +133,7 @@ def test_tokens_see_what_stands_before_them(
     nothing = torch.zeros_like(got) if kind == "pvm" else hidden_states
     assert torch.equal(got[~sees], nothing[~sees])
     if sees.any():
-        want = graft.float().read(hidden_states.float(), keys.float(), values.float(), mask, None, angles)
+        want = graft.float().attend(hidden_states.float(), keys.float(), values.float(), mask, None, angles)
         graft.to(dtype)
         close(got, want, dtype)
     if length > 1:
@@ -171,10 +171,10 @@ def test_mixin_equals_its_authors() -> None:
 def test_what_is_not_finite_is_not_taken_for_an_empty_memory() -> None:
     graft = randomised(PersistentVisualMemory(96, 64, 40, head_dim=32, num_key_value_heads=1, eps=1e-6), torch.float32)
     assert isinstance(graft, PersistentVisualMemory)
-    hidden_states, onto = torch.randn(2, 1, 96), torch.randn(2, 1, 96)
+    hidden_states, residual = torch.randn(2, 1, 96), torch.randn(2, 1, 96)
     hidden_states[0, 0, 5] = float("nan")
     keys, values = graft.project(torch.randn(2, 7, 96))
     chain = pvm.chain(graft.eps)
     inputs = (hidden_states, keys, values, torch.ones(2, 7, dtype=torch.bool), None)
-    (got,) = launch.run(chain, given(chain, *inputs, *graft.weights(), onto))
+    (got,) = launch.run(chain, given(chain, *inputs, *graft.weights(), residual))
     assert bool(got[0].isnan().all()) and bool(got[1].isfinite().all())

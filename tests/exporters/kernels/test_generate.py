@@ -24,12 +24,12 @@ class Kernels:
         self.module, self.kind, self.calls = module, kind, 0
 
     def forward(
-        self, graft: Any, hidden_states: Any, keys: Any, values: Any, mask: Any, visual: Any, rotary: Any, onto: Any
+        self, graft: Any, hidden_states: Any, keys: Any, values: Any, mask: Any, visual: Any, rotary: Any, residual: Any
     ) -> torch.Tensor:
         self.calls += 1
         if self.kind == "mixin":
             return mixin.fused(hidden_states, keys, values, mask, *rotary, *graft.weights(), graft.eps)
-        return pvm.fused(hidden_states, keys, values, mask, visual, *graft.weights(), graft.eps, onto)
+        return pvm.fused(hidden_states, keys, values, mask, visual, *graft.weights(), graft.eps, residual)
 
     def project(self, graft: Any, visual_embeds: Any, rotary: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return self.module.fused_memory(visual_embeds, *(rotary or ()), *graft.memory_weights(), graft.eps)

@@ -22,5 +22,5 @@ def test_chains_are_found_by_the_kind_of_graft() -> None:
     for kind in ("pvm", "mixin"):
         chains = chains_of(kind)
         assert chains is not None
-        assert chains.read(1e-6).name == kind and chains.fill(1e-6, 32).name == f"{kind}_memory"
+        assert chains.attend(1e-6).name == kind and chains.write_memory(1e-6, 32).name == f"{kind}_memory"
     assert chains_of("attend") is None and chains_of("no such") is None  # a kernel of its own, and nothing

@@ -166,12 +166,12 @@ def test_splits_whose_scores_are_far_apart(largest: int, tokens: int) -> None:
 
 
 @settings(max_examples=15)
-@given(batches, sizes, sizes, tile_configs, dtypes, st.sets(st.sampled_from(["visual_mask", "onto"])))
+@given(batches, sizes, sizes, tile_configs, dtypes, st.sets(st.sampled_from(["visual_mask", "residual"])))
 def test_inject(
     batch: tuple[int, int], size: int, width: int, tile_config: TileConfig, dtype: torch.dtype, optional: set[str]
 ) -> None:
     draw = Draw(dtype)
-    offered = {"visual_mask": draw.mask(*batch), "onto": draw(*batch, width)}
+    offered = {"visual_mask": draw.mask(*batch), "residual": draw(*batch, width)}
     arrived = torch.zeros(batch, dtype=torch.int32)
     compare(
         inject.KERNEL,

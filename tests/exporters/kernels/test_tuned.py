@@ -10,7 +10,7 @@ import torch
 from exporters.kernels import tuned
 from exporters.kernels.kernel import TileConfig
 from exporters.kernels.plan import heuristic, plan
-from exporters.kernels.workload import Size, reading
+from exporters.kernels.workload import Size, attention_workload
 from surgeon.memory.graft import Graft
 from surgeon.memory.pvm import PersistentVisualMemory
 
@@ -26,7 +26,7 @@ def measured(tile_config: TileConfig) -> tuned.Measured:
 
 
 def test_what_is_kept_is_chosen_and_the_rule_for_the_rest(folder: Path) -> None:
-    chain, types = reading(pvm_graft(), Size(slots=50, dtype="float32"))
+    chain, types = attention_workload(pvm_graft(), Size(slots=50, dtype="float32"))
     first = plan(chain, types)[0]
     other = dataclasses.replace(first.tile_config, outputs=2 * first.tile_config.outputs)
     name = tuned.key(first.step, first.inputs)
@@ -47,7 +47,7 @@ def test_measurements_are_added_to_those_of_before(folder: Path) -> None:
 def test_a_key_joins_near_requests_and_parts_weights() -> None:
     def keys(slots: int, batch: int = 1, graft: Graft | None = None) -> list[str]:
         size = Size(batch=batch, slots=slots)
-        return [tuned.key(each.step, each.inputs) for each in plan(*reading(graft or pvm_graft(), size))]
+        return [tuned.key(each.step, each.inputs) for each in plan(*attention_workload(graft or pvm_graft(), size))]
 
     assert keys(900) == keys(1024)
     assert keys(1024)[1] != keys(1025)[1]
@@ -90,7 +90,7 @@ def test_a_file_that_was_named_must_be_one(tmp_path: Path, content: str) -> None
 
 
 def test_what_was_taken_is_told() -> None:
-    chain, types = reading(pvm_graft(), Size(slots=50, dtype="float32"))
+    chain, types = attention_workload(pvm_graft(), Size(slots=50, dtype="float32"))
     names = [tuned.key(each.step, each.inputs) for each in plan(chain, types)]
     kept = {name: TileConfig() for name in (names[0], "another")}
     used: set[str] = set()
@@ -101,12 +101,12 @@ def test_what_was_taken_is_told() -> None:
 def test_without_a_gpu_blocks_follow_the_rule() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    chain, types = reading(pvm_graft(), Size(slots=20))
+    chain, types = attention_workload(pvm_graft(), Size(slots=20))
     assert plan(chain, types, tuned.choose) == plan(chain, types, heuristic)
 
 
 def test_of_several_gpus_the_current_one_says_which_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain, types = reading(pvm_graft(), Size(slots=50, dtype="float32"))
+    chain, types = attention_workload(pvm_graft(), Size(slots=50, dtype="float32"))
     first = plan(chain, types)[0]
     tile_config = {
         "NVIDIA Other": dataclasses.replace(first.tile_config, num_warps=2),

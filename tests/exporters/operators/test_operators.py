@@ -33,7 +33,7 @@ class Case:
             for parameter in self.graft.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
         self.graft = self.graft.to(dtype)
-        self.embeds, self.hidden_states, self.onto = (
+        self.embeds, self.hidden_states, self.residual = (
             torch.randn(ROWS, n, WIDTH, dtype=dtype, requires_grad=True) for n in (SLOTS, LENGTH, LENGTH)
         )
         self.media, self.text = (
@@ -51,8 +51,8 @@ class Case:
     def compute(self) -> Tensor:
         """Through the memory, as a decoder layer does."""
         keys, values = self.graft.write_memory(self.embeds, self.media)
-        onto = self.onto if self.visual is not None else None
-        return self.graft.recall(self.hidden_states, keys, values, self.mask, self.visual, self.text, onto)
+        residual = self.residual if self.visual is not None else None
+        return self.graft.read_memory(self.hidden_states, keys, values, self.mask, self.visual, self.text, residual)
 
 
 class OnCpu:
@@ -91,7 +91,7 @@ def test_the_operators_are_registered_soundly(kind: str) -> None:
     masks = (case.mask, case.visual) if kind == "pvm" else (case.mask,)
     weights = case.graft.weights()  # type: ignore[operator]
     operator = module.persistent_visual_memory if kind == "pvm" else module.mixin
-    tail = (case.graft.eps, case.onto) if kind == "pvm" else (case.graft.eps,)
+    tail = (case.graft.eps, case.residual) if kind == "pvm" else (case.graft.eps,)
     torch.library.opcheck(operator, (case.hidden_states, keys, values, *masks, *angles, *weights, *tail))
     memory = module.pvm_memory if kind == "pvm" else module.mixin_memory
     arguments = (case.embeds, *media, *case.graft.memory_weights(), case.graft.eps)  # type: ignore[operator]
@@ -121,7 +121,7 @@ def test_what_runs_on_a_gpu_equals_the_definition(kind: str, visibility: Visibil
         torch.testing.assert_close(got_keys, keys, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(got_values, values, atol=1e-5, rtol=1e-5)
         masks = (case.mask, case.visual) if kind == "pvm" else (case.mask,)
-        tail = (case.graft.eps, case.onto) if kind == "pvm" else (case.graft.eps,)
+        tail = (case.graft.eps, case.residual) if kind == "pvm" else (case.graft.eps,)
         weights = case.graft.weights()  # type: ignore[operator]
         got = module.fused(case.hidden_states, keys, values, *masks, *(case.text or ()), *weights, *tail)
         torch.testing.assert_close(got, case.compute(), atol=1e-5, rtol=1e-5)
@@ -148,7 +148,7 @@ def test_the_plain_definition_is_used_and_said_once() -> None:
     graft.alpha.fill_(0.5)
     keys, values = graft.project(torch.randn(1, 4, 48))
     arguments = (torch.randn(1, 2, 48), keys, values, torch.ones(1, 4, dtype=torch.bool), None)
-    want = graft.read(*arguments)
+    want = graft.attend(*arguments)
     support.warn_once.cache_clear()
     with pytest.warns(UserWarning, match="head_dim 24.*reference implementation"):
         got = pvm.fused(*arguments, *graft.weights(), graft.eps, None)

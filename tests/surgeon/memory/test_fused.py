@@ -53,15 +53,15 @@ def test_it_is_taken_on_its_devices_alone_and_never_under_autocast() -> None:
     embeds = torch.randn(1, 3, 16)
     keys, values = graft.write_memory(embeds)
     rest = (keys, values, torch.ones(1, 3, dtype=torch.bool), None, None)
-    plain = graft.recall(embeds, *rest)
+    plain = graft.read_memory(embeds, *rest)
     graft.fused = Marked("cuda")
-    assert torch.equal(graft.recall(embeds, *rest), plain)
+    assert torch.equal(graft.read_memory(embeds, *rest), plain)
     assert torch.equal(graft.write_memory(embeds)[0], keys)
     graft.fused = Marked("cuda", "cpu")
-    assert bool((graft.recall(embeds, *rest) == 7).all())
+    assert bool((graft.read_memory(embeds, *rest) == 7).all())
     assert float(graft.write_memory(embeds)[1]) == 8
     with torch.autocast("cpu", torch.bfloat16):
-        assert not bool((graft.recall(embeds, *rest) == 7).any())
+        assert not bool((graft.read_memory(embeds, *rest) == 7).any())
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_an_adapter_that_does_more_than_add_to_a_weight_is_not_fused(
     graft.train(training)
     graft.fused = Marked("cpu")
     keys = torch.randn(1, 1, 3, 8)
-    output = graft.recall(torch.randn(1, 3, 16), keys, keys, torch.ones(1, 3, dtype=torch.bool), None, None)
+    output = graft.read_memory(torch.randn(1, 3, 16), keys, keys, torch.ones(1, 3, dtype=torch.bool), None, None)
     assert bool((output == 7).all()) is is_fused
 
 

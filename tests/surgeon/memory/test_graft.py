@@ -36,7 +36,7 @@ class Small(Graft):
         keys = self.norm(visual_embeds)[:, None]
         return keys, keys
 
-    def read(self, hidden_states: Tensor, *rest: Any) -> Tensor:
+    def attend(self, hidden_states: Tensor, *rest: Any) -> Tensor:
         return self.g * self.norm(self.first(hidden_states))
 
 
@@ -86,7 +86,7 @@ def test_every_projection_is_called() -> None:
         embeds, hidden_states = torch.randn(1, 3, 16), torch.randn(1, 2, 16)
         angles = [graft.rope(torch.arange(n)[None, None]) if rotary and graft.rope else None for n in (3, 2)]
         keys, values = graft.write_memory(embeds, angles[0])
-        graft.recall(hidden_states, keys, values, torch.ones(1, 3, dtype=torch.bool), None, angles[1])
+        graft.read_memory(hidden_states, keys, values, torch.ones(1, 3, dtype=torch.bool), None, angles[1])
         assert called == {name for name, _ in graft.named_children()}
 
 

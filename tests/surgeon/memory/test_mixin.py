@@ -16,7 +16,7 @@ def test_block_equals_the_authors() -> None:
     block, tensors = published_mixin()
     assert sum(p.numel() for p in block.parameters()) == 41090
     keys, values = block.project(tensors["input.visual_embeds"], block.rope(tensors["input.media_position_ids"][None]))
-    found = block.read(
+    found = block.attend(
         tensors["input.hidden_states"],
         keys,
         values,
@@ -45,7 +45,7 @@ def run(block: Mixin, hidden_states: Tensor, visual: Tensor, mask: Tensor, first
     """Text positions follow `first`; the visual tokens have 0, 1, ..."""
     slots, tokens = torch.arange(visual.shape[1]), first + torch.arange(hidden_states.shape[1])
     keys, values = block.project(visual, block.rope(slots.expand(1, len(visual), -1)))
-    found: Tensor = block.read(
+    found: Tensor = block.attend(
         hidden_states, keys, values, mask, None, block.rope(tokens.expand(1, len(hidden_states), -1))
     )
     return found
@@ -85,7 +85,7 @@ def test_only_distances_count(block: Mixin) -> None:
     near, far = (run(block, hidden_states, visual, mask, first) for first in (4, 40))
     assert not torch.allclose(near, far, atol=1e-3)
     keys, values = block.project(visual, block.rope(torch.arange(36, 40)[None, None]))
-    shifted = block.read(hidden_states, keys, values, mask, None, block.rope(torch.arange(40, 43)[None, None]))
+    shifted = block.attend(hidden_states, keys, values, mask, None, block.rope(torch.arange(40, 43)[None, None]))
     torch.testing.assert_close(shifted, near, atol=1e-4, rtol=0)
 
 

@@ -42,17 +42,17 @@ def longer_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def another_letter(monkeypatch: pytest.MonkeyPatch) -> None:
     render = Inputs.render
-    monkeypatch.setattr(Inputs, "render", lambda *a, **k: render(*a, **k).replace("image", "Image"))
+    monkeypatch.setattr(Inputs, "render", lambda *a, **k: render(*a, **k).replace("picture", "Picture"))
 
 
 def brighter_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    image = Inputs.image
+    process_image = Inputs.process_image
 
     def brighter(*arguments: Any, **keywords: Any) -> Any:
-        pixels, grid = image(*arguments, **keywords)
+        pixels, grid = process_image(*arguments, **keywords)
         return pixels + 1e-3, grid
 
-    monkeypatch.setattr(Inputs, "image", brighter)
+    monkeypatch.setattr(Inputs, "process_image", brighter)
 
 
 def more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

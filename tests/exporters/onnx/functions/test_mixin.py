@@ -55,7 +55,7 @@ def test_it_equals_the_definition_where_rows_differ(
         none = torch.zeros(3, length, dtype=torch.bool)
         mask = rows if visibility == "all" else causal(rows, length)
         rotary = rope(torch.randint(50, 90, (3, 3, length)))
-        want = graft.read(hidden_states, keys, values, mask, None, rotary).detach().float().numpy()
+        want = graft.attend(hidden_states, keys, values, mask, None, rotary).detach().float().numpy()
         cos, sin = (part.to(dtype) for part in rotary)
         got = run(model, hidden_states, keys, values, mask, none, cos, sin)
         assert got.dtype == (np.float16 if dtype == torch.float16 else np.float32)

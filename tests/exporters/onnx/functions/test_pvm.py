@@ -58,7 +58,7 @@ def test_it_equals_the_definition_where_rows_differ(
         visual = torch.zeros(4, length, dtype=torch.bool)
         visual[3] = True
         mask = rows if visibility == "all" else causal(rows, length)
-        want = graft.read(hidden_states, keys, values, mask, visual).detach().float().numpy()
+        want = graft.attend(hidden_states, keys, values, mask, visual).detach().float().numpy()
         got = run(model, hidden_states, keys, values, mask, visual)
         assert got.dtype == np.float16 if dtype == torch.float16 else np.float32
         assert np.abs(got - want).max() < tolerance
