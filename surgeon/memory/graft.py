@@ -53,6 +53,8 @@ class Graft(nn.Module, ABC):
     kernels."""
     memory_reference: ClassVar[Reference | None] = None
     """`project` as one."""
+    _weight_names: ClassVar[tuple[str, ...]] = ()
+    _memory_weight_names: ClassVar[tuple[str, ...]] = ()
     fused: FusedForm | None = None
     """What computes the same in its place on the form's devices."""
 
@@ -138,22 +140,17 @@ class Graft(nn.Module, ABC):
         output = self.attend(hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
         return output if residual is None else residual + output
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._weight_names, cls._memory_weight_names = weight_names(cls.reference), weight_names(cls.memory_reference)
+
     def weights(self) -> tuple[Tensor, ...]:
         """Those that `reference` takes, in its order. A projection's is what it multiplies with (`weight_of`)."""
-        return self._weights_of(self.reference)
+        return tuple(_tensor_of(getattr(self, name)) for name in self._weight_names)
 
     def memory_weights(self) -> tuple[Tensor, ...]:
         """Those that `memory_reference` takes, in its order."""
-        return self._weights_of(self.memory_reference)
-
-    def _weights_of(self, reference: Reference | None) -> tuple[Tensor, ...]:
-        if reference is None:
-            raise TypeError(f"grafts of kind {self.kind!r} have no reference implementation over tensors")
-        parts = [getattr(self, name) for name in weight_names(reference)]
-        return tuple(
-            part if isinstance(part, Tensor) else part.weight if isinstance(part, RMSNorm) else weight_of(part)
-            for part in parts
-        )
+        return tuple(_tensor_of(getattr(self, name)) for name in self._memory_weight_names)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: not the fused form, which is of this installation."""
@@ -189,6 +186,13 @@ def multiplies_by_a_matrix(module: nn.Module) -> bool:
 def any_dora(adapted: Any) -> bool:
     """Whether one of a PEFT layer's adapters scales what it is added to."""
     return bool(getattr(adapted, "lora_variant", None)) or any(getattr(adapted, "use_dora", {}).values())
+
+
+def _tensor_of(part: Any) -> Tensor:
+    """A gate, a norm's weight, or what a projection multiplies with."""
+    if isinstance(part, Tensor):
+        return part
+    return part.weight if isinstance(part, RMSNorm) else weight_of(part)
 
 
 def weight_of(linear: nn.Module) -> Tensor:

@@ -45,10 +45,9 @@ def tensor_names(reference: Reference) -> tuple[str, ...]:
     return tuple(name for name in argument_names(reference) if name != "eps")
 
 
-@cache
-def weight_names(reference: Reference) -> tuple[str, ...]:
-    """Those of its arguments that are weights."""
-    return tuple(name for name in tensor_names(reference) if name not in INPUTS)
+def weight_names(reference: Reference | None) -> tuple[str, ...]:
+    """Those of its arguments that are weights; none of no function."""
+    return () if reference is None else tuple(name for name in tensor_names(reference) if name not in INPUTS)
 
 
 def named(reference: Reference, arguments: Sequence[Any]) -> dict[str, Any]:
