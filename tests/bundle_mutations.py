@@ -29,7 +29,7 @@ from surgeon.errors import SurgeonError
 from surgeon.inputs import Prompt
 
 SECONDS = 120
-FAMILIES = {
+RECIPES = {
     "qwen3_vl": ("pvm:layers=1,3,latent=32",),
     "internvl": ("mixin:layers=0,2,tiles=memory", "rope-dhr"),
 }
@@ -39,7 +39,7 @@ FILES = (MANIFEST, MANIFEST, MANIFEST, "processor/config.json", "processor/confi
 
 def make_sources(directory: Path) -> dict[str, Path]:
     bundles = {}
-    for family, passes in FAMILIES.items():
+    for family, passes in RECIPES.items():
         plain, patched, bundle = (directory / f"{family}-{part}" for part in ("plain", "patched", "bundle"))
         apply(tiny_checkpoint(plain, family), patched, *passes)
         export_bundle(patched, bundle, dtype=torch.bfloat16, max_length=512)

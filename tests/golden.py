@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints import copy_preprocessing
+from checkpoints import copy_tokenizer, tiny_config, write_processors
 from surgeon.memory.mixin import Mixin
 from surgeon.memory.rotary import Rope
 
@@ -44,7 +44,8 @@ def published_checkpoint(directory: Path) -> Path:
         return f"{head}pvm.{our_name(tail)}" if block else key
 
     save_file({name(k): v for k, v in weights.items()}, directory / "model.safetensors", {"format": "pt"})
-    copy_preprocessing(directory, "qwen3_vl")
+    copy_tokenizer(directory)
+    write_processors(directory, "qwen3_vl", tiny_config("qwen3_vl"))
     return directory
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from checkpoints import tiny_checkpoint
+from checkpoints import FAMILIES, tiny_checkpoint
 from config_mutations import is_internal, mutate, time_limit
 from surgeon.inputs import Inputs, Prompt
 
@@ -23,7 +23,6 @@ FILES = (
     "tokenizer.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "preprocessor_config.json",
     "generation_config.json", "chat_template.jinja", "chat_template.jinja",
 )  # fmt: skip
-FAMILIES = ("qwen3_vl", "qwen2_5_vl", "internvl", "ovis2", "llava_onevision")
 SECONDS = 60
 
 

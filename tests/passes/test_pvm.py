@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 import passes
-from checkpoints import MODEL_TYPES, TEXT_TYPES, tiny_checkpoint
+from checkpoints import QWEN_TYPES, TEXT_TYPES, tiny_checkpoint
 from patching import apply, batch, randomise_grafts
 from surgeon import models
 from surgeon.checkpoint.reader import Checkpoint
@@ -46,7 +46,7 @@ def config_alone(directory: Path, size: str) -> Path:
     return directory
 
 
-@pytest.fixture(params=MODEL_TYPES)
+@pytest.fixture(params=QWEN_TYPES)
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tiny_checkpoint(tmp_path / "source", request.param)
 
@@ -219,7 +219,7 @@ def test_what_is_planned_runs(heads: int, key_value_heads: int, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("model_type", "text"),
     [
-        *((model_type, {}) for model_type in MODEL_TYPES),
+        *((model_type, {}) for model_type in QWEN_TYPES),
         *((model_type, {"text_type": text}) for model_type in ("internvl", "ovis2") for text in TEXT_TYPES),
         ("llava_onevision", {"text_type": "qwen2"}),
         ("qwen3_vl", {"hidden_act": "swish"}),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 import passes
-from checkpoints import MODEL_TYPES, PLAIN_TYPES, tiny_checkpoint, tiny_config
+from checkpoints import FAMILIES, tiny_checkpoint, tiny_config
 from command import run
 from patching import apply
 from surgeon.checkpoint.reader import Checkpoint
@@ -31,7 +31,6 @@ from surgeon.pipeline import (
 )
 from surgeon.recipe import FILE_NAME, Recipe
 
-FAMILIES = (*MODEL_TYPES, *PLAIN_TYPES)
 TILED = ("internvl", "ovis2")
 RECIPES: dict[str, tuple[str, ...]] = {
     "pvm": ("pvm:layers=every:2,latent=64,visibility=all",),

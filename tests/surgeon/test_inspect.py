@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import passes
-from checkpoints import MODEL_TYPES, tiny_checkpoint, tiny_config
+from checkpoints import QWEN_TYPES, tiny_checkpoint, tiny_config
 from patching import apply
 from surgeon import models
 from surgeon.errors import CheckpointError
@@ -19,7 +19,7 @@ def parts_of(found: Inspection) -> dict[str, int]:
     return {part.name: part.parameters for part in found.parts}
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", QWEN_TYPES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_parts_add_up_to_the_model(tmp_path: Path, model_type: str, tied: bool) -> None:
     path = tiny_checkpoint(tmp_path / "model", model_type, torch.bfloat16, sharded=True, tie_word_embeddings=tied)

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from checkpoints import MODEL_TYPES, tiny_model
+from checkpoints import QWEN_TYPES, tiny_model
 from passes.mixin import Mixin
 from passes.pvm import PVM
 from patching import apply, batch, image
@@ -38,7 +38,7 @@ def open_all(model: PreTrainedModel) -> None:
                 parameter.fill_(0.7)
 
 
-@pytest.fixture(params=MODEL_TYPES)
+@pytest.fixture(params=QWEN_TYPES)
 def plain(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(request.param).eval()
 

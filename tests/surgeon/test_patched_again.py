@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import passes
-from checkpoints import MODEL_TYPES, tiny_checkpoint
+from checkpoints import QWEN_TYPES, tiny_checkpoint
 from patching import apply
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.patch import patch
@@ -15,7 +15,7 @@ from surgeon.recipe import FILE_NAME, Recipe
 MIXIN = {"mixin": {"layers": [1, 3], "num_heads": 4, "head_dim": 16, "intermediate": 128, "eps": 1e-6, "tiles": "both"}}
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", QWEN_TYPES)
 def test_the_recipe_of_each_patch_replays_on_its_own_source(model_type: str, tmp_path: Path) -> None:
     once, twice, again = (tmp_path / name for name in ("once", "twice", "again"))
     apply(tiny_checkpoint(tmp_path / "source", model_type), once, "pvm:layers=1,latent=32", seed=2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints import MODEL_TYPES, PLAIN_TYPES, tiny_checkpoint, tiny_model
+from checkpoints import FAMILIES, tiny_checkpoint, tiny_model
 from patching import apply
 from surgeon import models
 
@@ -52,7 +52,7 @@ print("loaded", type(model).__name__)
 """
 
 
-@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *PLAIN_TYPES])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_loads_where_surgeon_is_not_installed(model_type: str, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", model_type)
     apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")

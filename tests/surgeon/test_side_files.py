@@ -10,7 +10,7 @@ import pytest
 import transformers
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from checkpoints import MODEL_TYPES, PLAIN_TYPES, has_tokenizer, tiny_checkpoint
+from checkpoints import FAMILIES, has_tokenizer, tiny_checkpoint
 from command import assert_refused, run
 from patching import apply
 
@@ -54,7 +54,7 @@ def outcome(auto: Any, directory: Path) -> str:
     return " ".join(type(part).__name__ for part in (loaded, *parts))
 
 
-@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *PLAIN_TYPES])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_auto_classes_give_what_they_give_for_the_source(model_type: str, tmp_path: Path) -> None:
     source, patched = tiny_checkpoint(tmp_path / "source", model_type), tmp_path / "patched"
     apply(source, patched, PVM)
@@ -69,7 +69,7 @@ def test_auto_classes_give_what_they_give_for_the_source(model_type: str, tmp_pa
         assert outcome(AutoProcessor, patched).startswith("Ovis2Processor Qwen2Tokenizer Ovis2ImageProcessor")
 
 
-@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *PLAIN_TYPES])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_processors_agree_with_torchvision(model_type: str, tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
     from pairs import image

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints import MODEL_TYPES
+from checkpoints import QWEN_TYPES
 from exporters.onnxruntime import BundleRuntime
 from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, Pair, Row, image
 from surgeon.errors import BundleError, InputError
@@ -100,7 +100,7 @@ def test_images_whose_tokens_are_not_square(export: Export) -> None:
     assert tokens.tolist() == expected_tokens.tolist()
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", QWEN_TYPES)
 def test_an_image_as_the_first_and_the_last_thing(export: Export, model_type: str) -> None:
     """Compared with one pass over prompt and answer: behind a prompt whose last token is an image's, transformers'
     `generate` continues each position axis from that token, and not as its own positions of the whole sequence do."""

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from checkpoints import MODEL_TYPES, PLAIN_TYPES
+from checkpoints import FAMILIES
 from engines import CASES, Case
 from exporters.onnx.manifest import Port
 from exporters.onnxruntime.rewrites import EmulateBFloat16
@@ -23,7 +23,7 @@ from pairs import MAX_LENGTH, MIXIN, PVM, Pair
 EVERY = [
     Case(family, MIXIN + PVM, dtype, visibility)
     for (family, dtype), visibility in zip(
-        itertools.product((*MODEL_TYPES, *PLAIN_TYPES), ("float16", "bfloat16")),
+        itertools.product(FAMILIES, ("float16", "bfloat16")),
         itertools.cycle(("all", "causal", "causal", "all")),
         strict=False,
     )

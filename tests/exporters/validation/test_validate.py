@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgeon
-from checkpoints import MODEL_TYPES, tiny_checkpoint
+from checkpoints import QWEN_TYPES, tiny_checkpoint
 from command import assert_refused, run
 from exporters.export import export_bundle
 from exporters.onnx import functions
@@ -74,7 +74,7 @@ def altered(checkpoint: Path, key: str) -> None:
     rewritten(checkpoint, key, change)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", QWEN_TYPES)
 def test_a_fresh_patch_is_its_source_whichever_is_named_first(model_type: str, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", model_type, torch.bfloat16)
     apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
@@ -99,7 +99,7 @@ def test_cases_that_a_bundle_is_too_short_for_are_left_out_and_named(tmp_path: P
         validate_pair(source, tmp_path / "bundle", images=[CHART] * 4, steps=STEPS)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", QWEN_TYPES)
 @pytest.mark.parametrize(("dtype", "level"), [(torch.float32, "fp32"), (torch.float16, "fp16")])
 def test_a_bundle_is_its_checkpoint(model_type: str, dtype: torch.dtype, level: str, export: Export) -> None:
     pair = export(model_type, dtype=dtype)

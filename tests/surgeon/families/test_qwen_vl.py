@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import vision_utils
 
-from checkpoints import MODEL_TYPES, TOKEN_IDS, tiny_config, tiny_model
+from checkpoints import QWEN_TYPES, TOKEN_IDS, tiny_config, tiny_model
 from surgeon.errors import InputError
 from surgeon.families import family
 
@@ -21,7 +21,7 @@ GRIDS = [(1, 2, 2), (1, 8, 8), (1, 4, 6), (1, 10, 14), (1, 16, 8), (1, 18, 20), 
 grids_of_images = st.builds(lambda h, w: (1, 2 * h, 2 * w), st.integers(1, 40), st.integers(1, 40))
 
 
-@pytest.fixture(scope="module", params=MODEL_TYPES)
+@pytest.fixture(scope="module", params=QWEN_TYPES)
 def model(request):
     return tiny_model(request.param)
 

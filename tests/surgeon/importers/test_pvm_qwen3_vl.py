@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 import command
 import surgeon.importers._tensors
-from checkpoints import TOKENIZER_FILES, copy_preprocessing, has_tokenizer
+from checkpoints import TOKENIZER_FILES, copy_tokenizer, has_tokenizer, tiny_config, write_processors
 from golden import DATA, expected_tensors, our_name
 from surgeon import models
 from surgeon.checkpoint import Checkpoint
@@ -139,7 +139,8 @@ def test_the_record_and_the_config(tmp_path: Path) -> None:
 @pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint is not there")
 def test_what_transformers_reads_comes_along_and_no_code(tmp_path: Path) -> None:
     source = published(tmp_path / "source")
-    copy_preprocessing(source, "qwen3_vl")
+    copy_tokenizer(source)
+    write_processors(source, "qwen3_vl", tiny_config("qwen3_vl"))
     (source / "modeling_qwen3_vl.py").write_text("raise SystemExit('run')")
     (source / "LICENSE").write_text("MIT")
     assert import_checkpoint(source, tmp_path / "out").warnings == []

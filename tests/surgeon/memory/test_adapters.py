@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from checkpoints import MODEL_TYPES, tiny_model
+from checkpoints import QWEN_TYPES, tiny_model
 from patching import apply, batch, image, open_gates, patched_pair, randomise_grafts
 from surgeon import models
 
@@ -15,7 +15,7 @@ GRID = (1, 4, 6)
 GRAFT_PROJECTIONS = ["text_proj", "visual_proj", "pvm.k_proj", "pvm.v_proj", "pvm.q_proj", "pvm.down_proj"]
 
 
-@pytest.fixture(params=MODEL_TYPES)
+@pytest.fixture(params=QWEN_TYPES)
 def patched(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel:
     model = patched_pair(tmp_path, request.param)[1]
     open_gates(model)

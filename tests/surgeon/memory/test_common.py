@@ -11,14 +11,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from checkpoints import MODEL_TYPES, PLAIN_TYPES, has_tokenizer, tiny_checkpoint
+from checkpoints import FAMILIES, has_tokenizer, tiny_checkpoint
 from patching import apply, randomise_grafts
 from surgeon import models
 from surgeon.inputs import Inputs, Prompt
 from surgeon.memory.graft import Graft
 
 pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint is not there")
-FAMILIES = (*MODEL_TYPES, *PLAIN_TYPES)
 
 
 def image(width: int, height: int, seed: int) -> Image.Image:

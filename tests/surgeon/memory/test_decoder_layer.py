@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from checkpoints import MODEL_TYPES, tiny_checkpoint
+from checkpoints import QWEN_TYPES, tiny_checkpoint
 from command import assert_refused, run
 from surgeon.families import family
 from surgeon.memory.decoder_layer import NORM_PLACEMENTS, PreNormLayer, check_parts
@@ -21,7 +21,7 @@ class Sandwich(nn.Module):
             self.add_module(name, nn.Identity())
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", QWEN_TYPES)
 def test_every_family_declares_it_itself(model_type: str) -> None:
     assert "norm_placement" in vars(type(family(model_type)))
     assert family(model_type).norm_placement in NORM_PLACEMENTS

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3VLConfig,
 )
 
-from checkpoints import MODEL_TYPES, tiny_model
+from checkpoints import QWEN_TYPES, tiny_model
 from command import ROOT
 from patching import apply, batch, image, randomise_grafts
 from surgeon import models
@@ -159,7 +159,7 @@ def test_hidden_states_and_attentions_are_the_bases(checkpoint: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(base.hidden_states, want.hidden_states, strict=True))
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", QWEN_TYPES)
 def test_auto_classes_give_the_patched_model_with_and_without_its_head(model_type: str, tmp_path: Path) -> None:
     tiny_model(model_type).save_pretrained(tmp_path / "a")
     apply(tmp_path / "a", tmp_path / "b", "pvm:layers=1,3,latent=32")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from checkpoints import MODEL_TYPES
+from checkpoints import QWEN_TYPES
 from patching import batch, image, open_gates, patched_pair
 from surgeon.memory.visual_memory import VisualMemory
 
@@ -12,7 +12,7 @@ GRID = (1, 4, 6)
 TEXT = [5, 6, 7]
 
 
-@pytest.fixture(scope="module", params=MODEL_TYPES)
+@pytest.fixture(scope="module", params=QWEN_TYPES)
 def patched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
     model = patched_pair(tmp_path_factory.mktemp(request.param), request.param)[1]
     open_gates(model)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from checkpoints import MODEL_TYPES
+from checkpoints import QWEN_TYPES
 from patching import LAYERS, batch, image, open_gates, patched_pair
 from surgeon.memory.visual_memory import VisualMemory
 
@@ -15,7 +15,7 @@ SMALL, WIDE, TALL = (1, 4, 6), (1, 4, 10), (1, 8, 4)
 PAIR = tuple[PreTrainedModel, PreTrainedModel]
 
 
-@pytest.fixture(scope="module", params=MODEL_TYPES)
+@pytest.fixture(scope="module", params=QWEN_TYPES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PAIR:
     """Source and patched, gates open: nothing below may depend on them being closed."""
     source, patched = patched_pair(tmp_path_factory.mktemp(request.param), request.param)
@@ -44,7 +44,7 @@ def greedy(model: PreTrainedModel, kwargs: dict[str, torch.Tensor], n: int = 12,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", QWEN_TYPES)
 def test_identity_at_insertion(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source, patched = patched_pair(tmp_path, model_type, dtype)
     assert patched.dtype == dtype

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints import MODEL_TYPES, tiny_checkpoint
+from checkpoints import QWEN_TYPES, tiny_checkpoint
 from patching import apply, batch, image, randomise_grafts
 from surgeon import models
 
 GRID = (1, 4, 6)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", QWEN_TYPES)
 @torch.no_grad()
 def test_the_texts_own_positions_in_front_are_no_axis(model_type: str, tmp_path: Path) -> None:
     """transformers hands the decoder [4, B, S] while it generates, the text's positions first, and else [3, B, S]."""

@@ -10,7 +10,7 @@ import pytest
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 
-from checkpoints import MODEL_TYPES, PLAIN_TYPES, tiny_checkpoint, tiny_model
+from checkpoints import FAMILIES, tiny_checkpoint, tiny_model
 from command import ROOT
 from patching import apply
 from surgeon import models
@@ -47,7 +47,7 @@ def test_mixed_precision_reaches_the_memory(losses: dict[str, list[float]]) -> N
     assert losses["mixed_precision"] == pytest.approx(losses["alone"], rel=2e-2)
 
 
-@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *PLAIN_TYPES])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_decoder_layers_are_found_by_the_name_of_their_class(model_type: str, tmp_path: Path) -> None:
     """As `fsdp_transformer_layer_cls_to_wrap` names it, and as transformers does for FSDP and device maps."""
     source = tiny_checkpoint(tmp_path / "a", model_type)

@@ -7,14 +7,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from checkpoints import MODEL_TYPES, tiny_model
+from checkpoints import QWEN_TYPES, tiny_model
 from patching import apply, batch, image, open_gates, patched_pair
 from surgeon import models
 
 GRID = (1, 4, 6)
 
 
-@pytest.fixture(params=MODEL_TYPES)
+@pytest.fixture(params=QWEN_TYPES)
 def patched(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel:
     return patched_pair(tmp_path, request.param)[1]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from checkpoints import MODEL_TYPES, tiny_checkpoint, tiny_model
+from checkpoints import QWEN_TYPES, tiny_checkpoint, tiny_model
 from patching import apply, batch, image, randomise_grafts
 from surgeon import models
 from surgeon.memory.slots import Slots
@@ -77,7 +77,7 @@ def difference_between_turns_and_one_pass(model: PreTrainedModel) -> float:
 
 
 @pytest.mark.parametrize("passes", PASSES)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", QWEN_TYPES)
 def test_turns_with_a_cache_equal_one_pass(make: Make, model_type: str, passes: str) -> None:
     assert difference_between_turns_and_one_pass(make(model_type, passes)) < 1e-6
 
