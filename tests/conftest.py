@@ -1,15 +1,23 @@
 """Settings for all tests."""
 
+import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from torchvision_beside_cpu_torch import make_importable
+
+if TYPE_CHECKING:
+    from pairs import Pair
 
 # Models here are tiny, and workers share the cores: threads of their own would wait for each other, three times as
 # long. Workers and commands inherit it.
@@ -41,6 +49,28 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """shared(name, make): a folder that `make(folder)` has filled, once in the whole run: the first worker that asks
+    makes it, the others wait. No test writes into it."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        stem = hashlib.sha256(name.encode()).hexdigest()[:16]
+        folder, made = root / stem, root / f"{stem}.made"
+        with FileLock(root / f"{stem}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sharded checkpoint for commands to work on. Tests that damage one copy it."""
     from checkpoints import tiny_checkpoint  # imports transformers, which may not be before the settings above
@@ -52,3 +82,34 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seeded() -> None:
     """What a test draws does not depend on which ran before it in its worker."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def export(shared: Callable[..., Path], operators_read_once: None) -> Callable[..., "Pair"]:
+    """export(model_type, recipe, dtype, **options of tiny_checkpoint): a checkpoint beside its bundle, made once."""
+    from pairs import PVM, Pair, make_pair
+
+    pairs: dict[str, Pair] = {}  # what a pair has loaded is kept with it
+
+    def get(model_type: str, recipe: Sequence[str] = PVM, dtype: torch.dtype = torch.float32, **options: Any) -> Pair:
+        if not recipe:
+            options.pop("visibility", None)  # there is nothing to see
+        name = f"{model_type} {tuple(recipe)} {dtype} {sorted(options.items())}"
+        if name not in pairs:
+            folder = shared(name, lambda path: make_pair(path, model_type, recipe, dtype, **options))
+            pairs[name] = Pair.within(folder)
+        return pairs[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def operators_read_once() -> Iterator[None]:
+    """torch.onnx parses every operator of its library anew for each graph, a quarter of a tiny model's export."""
+    patch = pytest.MonkeyPatch()
+    registry: Any = pytest.importorskip("torch.onnx._internal.exporter._registration")
+    library = getattr(registry, "onnxscript_apis", None)
+    if hasattr(library, "get_torchlib_ops"):  # of this torch; where it is called otherwise, tests are slower
+        patch.setattr(library, "get_torchlib_ops", cache(library.get_torchlib_ops))
+    yield
+    patch.undo()

@@ -78,7 +78,8 @@ class FamilyCase:
         if self.pixels_of_side is not None:
             return self.pixels_of_side(config, side)
         size = config.vision_config.image_size
-        return np.random.default_rng(side).standard_normal((1, 3, size, size), dtype=np.float32), (1, 1, 1)
+        height, width = (size, size) if isinstance(size, int) else size
+        return np.random.default_rng(side).standard_normal((1, 3, height, width), dtype=np.float32), (1, 1, 1)
 
 
 @cache

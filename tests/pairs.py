@@ -44,6 +44,12 @@ class Pair:
     checkpoint: Path
     bundle: Path
 
+    @classmethod
+    def within(cls, folder: Path) -> "Pair":
+        """The one that `make_pair` made there."""
+        patched = folder / "patched"
+        return cls(patched if patched.exists() else folder / "source", folder / "bundle")
+
     @cached_property
     def manifest(self) -> Manifest:
         return Manifest.load(self.bundle)
@@ -159,7 +165,7 @@ def make_pair(
         if visibility is not None:
             record_visibility(checkpoint, visibility)
     export_bundle(checkpoint, folder / "bundle", dtype=dtype, max_length=MAX_LENGTH)
-    return Pair(checkpoint, folder / "bundle")
+    return Pair.within(folder)
 
 
 def record_visibility(checkpoint: Path, visibility: Visibility) -> None:
