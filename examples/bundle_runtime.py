@@ -78,7 +78,8 @@ def patches(path: Path, settings: dict[str, Any]) -> tuple[np.ndarray, tuple[int
     elif h * w < least:
         h, w = (math.ceil(side * math.sqrt(least / pixels) / block) * block for side in sides)
     scaled = np.asarray(image.resize((w, h), settings["resample"]), np.float64) * settings["rescale_factor"]
-    x = (scaled.astype(np.float32) - np.float32(settings["image_mean"])) / np.float32(settings["image_std"])
+    mean, std = (np.array(settings[name], np.float32) for name in ("image_mean", "image_std"))
+    x = (scaled.astype(np.float32) - mean) / std
     x = x.reshape(h // block, merge, patch, w // block, merge, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     x = np.repeat(x[:, :, :, :, :, None], settings["temporal_patch_size"], axis=5)
     return x.reshape(h // patch * (w // patch), -1), (h // patch, w // patch)
@@ -97,7 +98,7 @@ def learned_positions(positions: np.ndarray, rows: int, columns: int, side: int)
     for axis, length, step in ((0, rows, [0, 0, 1, 1]), (1, columns, [0, 1, 0, 1])):
         place = positions[:, axis, None].astype(np.float32) * np.float32(side - 1) / np.float32(max(length - 1, 1))
         floor = np.floor(place)
-        weight = weight * np.maximum(1 - np.abs(place - floor - np.float32(step)), np.float32(0))
+        weight = weight * np.maximum(1 - np.abs(place - floor - np.array(step, np.float32)), np.float32(0))
         index = index * side + np.minimum(floor.astype(np.int64) + step, side - 1)
     return {"pos_index": index, "pos_weight": weight}
 
