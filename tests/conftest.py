@@ -5,7 +5,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +84,7 @@ def seeded() -> None:
 
 
 @pytest.fixture(scope="session")
-def export(shared: Callable[..., Path], operators_read_once: None) -> Callable[..., "Pair"]:
+def export(shared: Callable[..., Path], quick_exports: None) -> Callable[..., "Pair"]:
     """export(model_type, recipe, dtype, **options of tiny_checkpoint): a checkpoint beside its bundle, made once."""
     from pairs import PVM, Pair, make_pair
 
@@ -104,12 +103,9 @@ def export(shared: Callable[..., Path], operators_read_once: None) -> Callable[.
 
 
 @pytest.fixture(scope="session")
-def operators_read_once() -> Iterator[None]:
-    """torch.onnx parses every operator of its library anew for each graph, a quarter of a tiny model's export."""
-    patch = pytest.MonkeyPatch()
-    registry: Any = pytest.importorskip("torch.onnx._internal.exporter._registration")
-    library = getattr(registry, "onnxscript_apis", None)
-    if hasattr(library, "get_torchlib_ops"):  # of this torch; where it is called otherwise, tests are slower
-        patch.setattr(library, "get_torchlib_ops", cache(library.get_torchlib_ops))
-    yield
-    patch.undo()
+def quick_exports() -> Iterator[None]:
+    """What is traced for an export is traced once in the whole run."""
+    from traced_once import traced_once
+
+    with traced_once(Path(os.environ[_KERNELS]) / "traces"):
+        yield

@@ -4,5 +4,5 @@ import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quickly(operators_read_once: None) -> None:
+def quickly(quick_exports: None) -> None:
     """Those too that export without the fixture `export`."""
