@@ -110,7 +110,7 @@ def bundle_job(source: str, patched: str, bundle: str, recipe: str, graphs: list
 
 
 @dataclass
-class Memory:
+class MemoryReads:
     """Of a process, in bytes, as /proc tells it."""
 
     total: int = 0
@@ -125,7 +125,7 @@ class ChildMemory(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.at_peak, self.anonymous, self.samples = Memory(), 0, 0
+        self.at_peak, self.anonymous, self.samples = MemoryReads(), 0, 0
         self._end = threading.Event()
 
     def run(self) -> None:
@@ -148,7 +148,7 @@ class ChildMemory(threading.Thread):
         self.samples += 1
         self.anonymous = max(self.anonymous, anonymous + shared)
         if total > self.at_peak.total:
-            self.at_peak = Memory(total, anonymous + shared, files)
+            self.at_peak = MemoryReads(total, anonymous + shared, files)
 
 
 def _read(path: Path) -> str:

@@ -28,6 +28,6 @@ def is_patched(config: PretrainedConfig) -> bool:
     return bool(getattr(config, RECORD, None))
 
 
-def grafts_of(config: PretrainedConfig) -> list[dict[str, Any]]:
+def graft_records(config: PretrainedConfig) -> list[dict[str, Any]]:
     """The grafts that a config records: `{"kind", "layers", ...options}` each; none for a plain model."""
     return list((getattr(config, RECORD, None) or {}).get("grafts", []))

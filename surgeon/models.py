@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import CheckpointError, FamilyError
 from surgeon.families import Family, family
-from surgeon.grafts import graft_class, grafts_of, is_patched
+from surgeon.grafts import graft_class, graft_records, is_patched
 from surgeon.importers import refuse_importable
 from surgeon.memory.decoder_layer import check_parts
 from surgeon.memory.patched import RECORD, patched_config_class, patched_model_class
@@ -68,7 +68,7 @@ def model_class(described: Family, config: PretrainedConfig) -> type[PreTrainedM
     base: Any = getattr(transformers, described.model_class)
     if not is_patched(config):
         return base
-    kinds = sorted({entry["kind"] for entry in grafts_of(config)})
+    kinds = sorted({entry["kind"] for entry in graft_records(config)})
     grafts = [graft_class(kind) for kind in kinds]
     return patched_model_class(
         base, described.text_model, described.norm_placement, described.visual_token_keys, *grafts

@@ -29,7 +29,7 @@ class Layout(_Strict):
     thumbnail: Literal["first", "last"]
 
 
-class Positions(_Strict):
+class PositionScheme(_Strict):
     """How position ids are made where they are not the family's own; the rule is in docs/bundle.md."""
 
     scheme: Literal["rope_dhr"]
@@ -114,7 +114,7 @@ class Record(_Strict):
     version: str | None = None
     source: SourceRecord | None = None
     layout: Layout | None = None
-    positions: Positions | None = None
+    positions: PositionScheme | None = None
     allocation: Allocation = "both"
 
     @model_validator(mode="after")

@@ -16,17 +16,27 @@ from exporters.onnx.digests import sha256_of_files
 from exporters.onnx.embed import embed_graph
 from exporters.onnx.external_data import check_external_data
 from exporters.onnx.graph_file import ports_of
-from exporters.onnx.manifest import PROCESSOR, GraphFile, Manifest, Memory, Precision, Sizes, Source, Tokens, WeightFile
+from exporters.onnx.manifest import (
+    PROCESSOR,
+    GraphFile,
+    Manifest,
+    MemoryEntry,
+    Precision,
+    Sizes,
+    Source,
+    Tokens,
+    WeightFile,
+)
 from exporters.onnx.memory import memory_entries, memory_graph
 from exporters.onnx.precision.policy import Float32Operators
-from exporters.onnx.rope import position_axes
+from exporters.onnx.rope import num_position_axes
 from exporters.onnx.vision import vision_graph
 from exporters.onnx.weights import bind
 from surgeon.checkpoint import Checkpoint, SourceFiles, share_file, staged
 from surgeon.dtypes import PRECISIONS, name_of
 from surgeon.errors import CheckpointError, OptionError
 from surgeon.families import Family, family
-from surgeon.grafts import grafts_of
+from surgeon.grafts import graft_records
 from surgeon.json_file import read_object
 from surgeon.memory.visibility import visibility_of
 from surgeon.models import StoredModel, read_model
@@ -140,7 +150,7 @@ def _write(
             name=checkpoint.directory.resolve().name,
             fingerprint=checkpoint.fingerprint(),
             model_type=described.model_type,
-            grafts=grafts_of(config),
+            grafts=graft_records(config),
             sha256={file.relative_to(checkpoint.directory).as_posix(): sha256[file] for file in checkpoint.files}
             if digests
             else {},
@@ -153,7 +163,7 @@ def _write(
             head_dim=described.head_dim(config),
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,
-            position_axes=position_axes(described, config),
+            position_axes=num_position_axes(described, config),
             deepstack=described.deepstack_layers(config),
         ),
         tokens=_tokens(checkpoint, described, config),
@@ -162,7 +172,7 @@ def _write(
         allocation=record.get("allocation", "both"),
         visibility=visibility_of(record),
         memory=[
-            Memory(layer=e.layer, kind=e.kind, num_key_value_heads=e.num_key_value_heads, head_dim=e.head_dim)
+            MemoryEntry(layer=e.layer, kind=e.kind, num_key_value_heads=e.num_key_value_heads, head_dim=e.head_dim)
             for e in entries
         ],
         graphs={name: _describe(graph, directory / f"{name}.onnx") for name, graph in made.items()},

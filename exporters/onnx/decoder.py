@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from exporters.onnx import functions
 from exporters.onnx.assembly import Assembly
 from exporters.onnx.memory import layer_entries, memory_entries
-from exporters.onnx.rope import GraftRopes, grafts_of, position_axes, rotary
+from exporters.onnx.rope import GraftRopes, layer_grafts, num_position_axes, rotary
 from exporters.onnx.trace import Placeholder, Program, parameter_names, placeholder
 from surgeon import ops
 from surgeon.errors import BundleError
@@ -22,7 +22,7 @@ from surgeon.memory.visibility import visibility_of
 from surgeon.positions import record_of
 
 
-class Positions(nn.Module):
+class PositionTables(nn.Module):
     """What the layers share: rotary angles, the grafts' too, which slots a token sees, and DeepStack features."""
 
     inv_freq: Tensor
@@ -85,7 +85,7 @@ class PreNormLayer(nn.Module):
         memory: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         rotary: Mapping[str, Rotary] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states [B, S, d]; cos, sin, mask as from `Positions`; memory: keys and values by kind of graft;
+        """hidden_states [B, S, d]; cos, sin, mask as from `PositionTables`; memory: keys and values by kind of graft;
         memory_mask [B, M], or of each token [B, S, M]; rotary: cos and sin by kind, of grafts with a rope ->
         hidden_states, present keys, present values."""
         attn, mlp = self.layer.self_attn, self.layer.mlp
@@ -164,8 +164,8 @@ def decoder_graph(
     text = family.text_config(config)
     _check(family, text, max_length)
     decoder: Any = model.get_submodule(family.text_model)
-    parts = _Parts(family, config, dtype, max_length)
-    ropes = GraftRopes.of(graft for layer in decoder.layers for graft in grafts_of(layer))
+    parts = _Programs(family, config, dtype, max_length)
+    ropes = GraftRopes.of(graft for layer in decoder.layers for graft in layer_grafts(layer))
     assembly = Assembly("decoder")
 
     shared = assembly.add(parts.positions(decoder.rotary_emb, ropes).trace(), {}, {})
@@ -207,7 +207,7 @@ def decoder_graph(
     return assembly.finish(names, [logits, *present])
 
 
-class _Parts:
+class _Programs:
     """The programs of the decoder's parts."""
 
     def __init__(self, family: Family, config: PretrainedConfig, dtype: torch.dtype, max_length: int) -> None:
@@ -225,14 +225,14 @@ class _Parts:
             "rope_axes": torch.tensor(tuple(self.family.rope_axes(self.config)), dtype=torch.int64),
         }
         inputs = {
-            "position_ids": placeholder(position_axes(self.family, self.config), "B", "S", dtype=torch.int64),
+            "position_ids": placeholder(num_position_axes(self.family, self.config), "B", "S", dtype=torch.int64),
             "write_indices": placeholder("B", dtype=torch.int64),
         }
         features = range(self.family.deepstack_layers(self.config))
         if features:
             inputs["deepstack"] = placeholder(len(features), "B", "S", self.width, dtype=self.dtype)
         scaling = float(rotary.attention_scaling)
-        module = Positions(constants, scaling, graft_ropes, self.max_length, self.dtype)
+        module = PositionTables(constants, scaling, graft_ropes, self.max_length, self.dtype)
         outputs = ["cos", "sin", "mask", *(f"deepstack.{i}" for i in features)]
         outputs += [f"{part}.{kind}" for kind in graft_ropes.kinds for part in ("cos", "sin")]
         return Program.of(module, inputs, outputs, constants=constants | graft_ropes.constants("graft_ropes."))
@@ -263,7 +263,7 @@ class _Parts:
             }
             names += _MASKS
             names += [f"memory_{part}.{kind}" for kind in entries for part in ("keys", "values")]
-            if ropes := GraftRopes.of(grafts_of(layer)).ropes:
+            if ropes := GraftRopes.of(layer_grafts(layer)).ropes:
                 inputs["rotary"] = {kind: (floats("B", "S", rope.head_dim // 2),) * 2 for kind, rope in ropes.items()}
                 names += [f"{part}.{kind}" for kind in ropes for part in ("cos", "sin")]
         outputs = ["hidden_states", "present_keys", "present_values"]

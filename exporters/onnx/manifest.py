@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from surgeon.checkpoint.headers import header_bytes
 from surgeon.errors import BundleError, CheckpointError
 from surgeon.memory.visibility import Visibility
-from surgeon.record import Allocation, Layout, Positions
+from surgeon.record import Allocation, Layout, PositionScheme
 
 FILE = "bundle.json"
 PROCESSOR = "processor"
@@ -95,7 +95,7 @@ class WeightFile(_Strict):
     how: Literal["reflink", "hardlink", "copy", "converted"]
 
 
-class Memory(_Strict):
+class MemoryEntry(_Strict):
     """A graft's entry in the visual memory: `memory_keys.<layer>.<kind>` and `memory_values.<layer>.<kind>`."""
 
     layer: _Count
@@ -142,7 +142,7 @@ class Manifest(_Strict):
     tokens: Tokens
     layout: Layout | None = None
     """Where tiles matter to positions or to the memory."""
-    positions: Positions | None = None
+    positions: PositionScheme | None = None
     allocation: Allocation = "both"
     """Where an image's tiles go beside its thumbnail: into the sequence and the memory, or into one of them."""
     visibility: Visibility = "all"
@@ -150,7 +150,7 @@ class Manifest(_Strict):
     `memory_mask` is of each token; or all of its row."""
     precision: Precision | None = None
     """Of fp16 bundles."""
-    memory: list[Memory]
+    memory: list[MemoryEntry]
     graphs: dict[str, GraphFile]
     weights: dict[_Inside, WeightFile]
     """By path relative to the bundle."""

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from exporters.onnx import functions
 from exporters.onnx.assembly import single
-from exporters.onnx.rope import GraftRopes, grafts_of, position_axes
+from exporters.onnx.rope import GraftRopes, layer_grafts, num_position_axes
 from exporters.onnx.trace import Program, parameter_names, placeholder
 from surgeon import ops
 from surgeon.families import Family
@@ -48,7 +48,7 @@ def layer_entries(layer: nn.Module, width: int, dtype: torch.dtype) -> dict[str,
     """Kind of graft -> number and size of the heads of its keys, for a layer on the meta device."""
     probe = torch.empty((1, 1, width), dtype=dtype, device="meta")
     found = {}
-    for graft in grafts_of(layer):
+    for graft in layer_grafts(layer):
         rotary = None
         if graft.rope is not None:
             rotary = graft.rope(torch.zeros((max(graft.rope.axes) + 1, 1, 1), dtype=torch.int64, device="meta"))
@@ -57,7 +57,7 @@ def layer_entries(layer: nn.Module, width: int, dtype: torch.dtype) -> dict[str,
     return found
 
 
-class Memory(nn.Module):
+class MemoryProjection(nn.Module):
     """`project` of every graft."""
 
     def __init__(self, grafts: Sequence[Graft], ropes: GraftRopes) -> None:
@@ -80,15 +80,15 @@ class _ExportRMSNorm(RMSNorm):
 def memory_graph(family: Family, config: PretrainedConfig, model: PreTrainedModel, dtype: torch.dtype) -> ir.Model:
     """The graph of a patched `model`, which is on the meta device, of `dtype`, and good for export alone after."""
     decoder = model.get_submodule(family.text_model)
-    grafts = [graft for layer in decoder.layers for graft in grafts_of(layer)]
+    grafts = [graft for layer in decoder.layers for graft in layer_grafts(layer)]
     ropes = GraftRopes.of(grafts)
-    module = Memory(grafts, ropes)
+    module = MemoryProjection(grafts, ropes)
     for child in module.modules():
         if type(child) is RMSNorm:
             child.__class__ = _ExportRMSNorm
     inputs = {"visual_embeds": placeholder("B", "M", family.text_config(config).hidden_size, dtype=dtype)}
     if ropes.kinds:
-        inputs["media_position_ids"] = placeholder(position_axes(family, config), "B", "M", dtype=torch.int64)
+        inputs["media_position_ids"] = placeholder(num_position_axes(family, config), "B", "M", dtype=torch.int64)
     outputs = [f"memory_{part}.{e.name}" for e in memory_entries(decoder) for part in ("keys", "values")]
     program = Program.of(module, inputs, outputs, constants=ropes.constants("ropes."))
     return single("memory", program, parameter_names(module, model))

@@ -53,12 +53,12 @@ def rotary(position_ids: Tensor, inv_freq: Tensor, rope_axes: Tensor) -> Rotary:
     return angles.cos(), angles.sin()
 
 
-def grafts_of(layer: nn.Module) -> list[Graft]:
+def layer_grafts(layer: nn.Module) -> list[Graft]:
     """A decoder layer's grafts, in the order in which they were grafted."""
     return [child for child in layer.children() if isinstance(child, Graft)]
 
 
-def position_axes(family: Family, config: PretrainedConfig) -> int:
+def num_position_axes(family: Family, config: PretrainedConfig) -> int:
     """How many axes the family's position ids have."""
     one = np.ones((1, 1), dtype=np.int64)
     return int(family.position_ids(config, one, one, [[]])[0].shape[0])

@@ -22,7 +22,7 @@ class ImageFeatures:
 
 
 @dataclass(frozen=True)
-class Entering:
+class MemoryInputs:
     """What enters a row's memory: embeds fp32 [M, d], position_ids int64 [A, M], and places int64 [M]: where in the
     row's sequence, counted from its first token, each of them stands."""
 
@@ -31,7 +31,7 @@ class Entering:
     places: np.ndarray
 
 
-def padded(rows: Sequence[Entering | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def padded(rows: Sequence[MemoryInputs | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Embeds [B, M, d], position_ids [A, B, M] and places [B, M], padded with zeros to the longest row, and bool
     [B, M]: what is not padding. None: a row that nothing enters; there is one that something does."""
     lengths = np.array([0 if row is None else len(row.embeds) for row in rows])
@@ -67,7 +67,7 @@ class Placement:
 
     def entering(
         self, images: Sequence[ImageFeatures], grids: Sequence[Grid], position_ids: np.ndarray, places: np.ndarray
-    ) -> Entering | None:
+    ) -> MemoryInputs | None:
         """What of a row's images enters the memory. position_ids int64 [A, n] and places int64 [n]: of what of them
         stands in the sequence."""
         if not images:
@@ -75,23 +75,23 @@ class Placement:
         ends = np.cumsum([len(self.in_sequence(image).features) for image in images])[:-1]
         shown = zip(images, grids, np.split(position_ids, ends, 1), np.split(places, ends), strict=True)
         parts = [self._entering(*each) for each in shown]
-        return Entering(
+        return MemoryInputs(
             np.concatenate([part.embeds for part in parts]),
             np.concatenate([part.position_ids for part in parts], axis=1),
             np.concatenate([part.places for part in parts]),
         )
 
-    def _entering(self, image: ImageFeatures, grid: Grid, position_ids: np.ndarray, places: np.ndarray) -> Entering:
+    def _entering(self, image: ImageFeatures, grid: Grid, position_ids: np.ndarray, places: np.ndarray) -> MemoryInputs:
         """Of one image."""
         if self.allocation == "context":
             part = self._thumbnail
-            return Entering(image.features[part], position_ids[:, part], places[part])
+            return MemoryInputs(image.features[part], position_ids[:, part], places[part])
         if self.allocation == "memory":
             # a tile's token is where the patch is that it covers, having no place of its own in the sequence
             _, rows, columns = grid
             offsets = offsets_from_thumbnail(rows, columns, self.side, self.thumbnail, self.tile_order).numpy()
             position_ids, places = position_ids[:, :1] + offsets, places[:1] + offsets
-        return Entering(image.features, position_ids, places)
+        return MemoryInputs(image.features, position_ids, places)
 
     @property
     def _thumbnail(self) -> slice:

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from exporters.onnx.manifest import PROCESSOR, Manifest
-from exporters.onnx.rope import position_axes
+from exporters.onnx.rope import num_position_axes
 from exporters.runtime.generate import answer
-from exporters.runtime.placement import Entering, ImageFeatures, Placement, padded
+from exporters.runtime.placement import ImageFeatures, MemoryInputs, Placement, padded
 from exporters.runtime.state import State, Tokens, Wanted, rows_of, stack
 from surgeon.errors import BundleError, CheckpointError, InputError, SurgeonError, TooLongError
 from surgeon.families import Family, family
 from surgeon.generation import Generation, OnText, Sampling
-from surgeon.grafts import grafts_of
+from surgeon.grafts import graft_records
 from surgeon.inputs import Inputs, Message, ModelInputs, Prompt
 from surgeon.json_file import read_object
 from surgeon.memory.patched import MODEL_TYPE_PREFIX
@@ -242,7 +242,7 @@ class Runtime(ABC):
         if deepstack is not None:
             deepstack[:, image_mask] = np.concatenate([p.deepstack for p in shown if p.deepstack is not None], axis=1)
 
-    def _write_memory(self, state: State, entering: Sequence[Entering | None]) -> None:
+    def _write_memory(self, state: State, entering: Sequence[MemoryInputs | None]) -> None:
         """Enter each row's visual embeddings into the memory, behind what is there."""
         embeds, position_ids, places, mask = padded(entering)
         behind = state.memory_mask.shape[1] if state.memory_mask.any() else 0
@@ -305,13 +305,13 @@ def _check_agreement(manifest: Manifest, described: Family, config: PretrainedCo
     sizes, tokens = manifest.sizes, manifest.tokens
     compared = {
         "source.model_type": (described.model_type, config.model_type.removeprefix(MODEL_TYPE_PREFIX)),
-        "source.grafts": (manifest.source.grafts, grafts_of(config)),
+        "source.grafts": (manifest.source.grafts, graft_records(config)),
         "sizes.num_hidden_layers": (sizes.num_hidden_layers, text.num_hidden_layers),
         "sizes.num_key_value_heads": (sizes.num_key_value_heads, text.num_key_value_heads),
         "sizes.head_dim": (sizes.head_dim, described.head_dim(config)),
         "sizes.hidden_size": (sizes.hidden_size, text.hidden_size),
         "sizes.vocab_size": (sizes.vocab_size, text.vocab_size),
-        "sizes.position_axes": (sizes.position_axes, position_axes(described, config)),
+        "sizes.position_axes": (sizes.position_axes, num_position_axes(described, config)),
         "sizes.deepstack": (sizes.deepstack, described.deepstack_layers(config)),
         "tokens.image": (tokens.image, described.image_token_id(config)),
         "layout": (manifest.layout and manifest.layout.model_dump(), record.get("layout")),

@@ -13,7 +13,7 @@ from surgeon.checkpoint import Checkpoint
 from surgeon.dtypes import PRECISIONS
 from surgeon.errors import SurgeonError
 from surgeon.families import family
-from surgeon.grafts import grafts_of
+from surgeon.grafts import graft_records
 from surgeon.models import config_of
 from surgeon.parity.runner import Runner
 from surgeon.parity.torch_runner import TorchRunner
@@ -104,7 +104,7 @@ def _check_same_model(a: str | Path, config_a: PretrainedConfig, b: str | Path, 
     for name, value in sizes_a.items():
         if value != sizes_b[name]:
             raise refuse(name, value, sizes_b[name])
-    grafts_a, grafts_b = grafts_of(config_a), grafts_of(config_b)
+    grafts_a, grafts_b = graft_records(config_a), graft_records(config_b)
     fewer, more = sorted((grafts_a, grafts_b), key=len)
     if any(graft not in more for graft in fewer):
         raise refuse("grafts", _said(grafts_a), _said(grafts_b))

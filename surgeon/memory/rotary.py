@@ -40,7 +40,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-def position_axes(position_ids: Tensor, batch_size: int) -> Tensor:
+def split_axes(position_ids: Tensor, batch_size: int) -> Tensor:
     """The position ids that a text model takes, [S], [B, S], [3, B, S], or [4, B, S] whose first is the text's, as
     [A, B, S]."""
     if position_ids.ndim == 1:

@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache
 
 from surgeon.memory.pickled import Rebuilt, named_after
 from surgeon.memory.reading import Reading
-from surgeon.memory.rotary import Rotary, position_axes
+from surgeon.memory.rotary import Rotary, split_axes
 from surgeon.memory.slots import Entering, Slots, token_places_if
 from surgeon.memory.visibility import Visibility
 from surgeon.memory.visual_memory import VisualMemory
@@ -84,7 +84,7 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
                 attention_mask = packed_mask(sample_ids, attention_mask, inputs_embeds.dtype)
 
             places = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-            positions = position_axes(places if position_ids is None else position_ids, inputs_embeds.shape[0])
+            positions = split_axes(places if position_ids is None else position_ids, inputs_embeds.shape[0])
             entering = None
             if memory_embeds is not None:
                 assert memory_position_ids is not None and memory_embeds_mask is not None and memory_places is not None

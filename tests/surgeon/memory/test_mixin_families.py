@@ -12,7 +12,7 @@ from patching import apply, randomise_grafts
 from surgeon import models
 from surgeon.families import supported
 from surgeon.inputs import Inputs, Prompt
-from surgeon.memory.rotary import position_axes
+from surgeon.memory.rotary import split_axes
 
 pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint is not there")
 
@@ -69,6 +69,6 @@ def test_a_batch_is_its_rows_alone_and_keys_turn_with_the_familys_positions(mode
         del text.layers[1].mixin.project
         ids, _ = inputs.family.position_ids(inputs.config, prepared.input_ids, prepared.attention_mask, prepared.grids)
         visual = kwargs["input_ids"][0] == inputs.family.image_token_id(inputs.config)
-        positions = position_axes(torch.from_numpy(ids), 1)[:, :, visual]
+        positions = split_axes(torch.from_numpy(ids), 1)[:, :, visual]
         keys, _ = text.layers[1].mixin.project(entered[0], text.layers[1].mixin.rope(positions))
     torch.testing.assert_close(cache.layers[-1].entries["1.mixin"][0], keys, atol=1e-5, rtol=0)
