@@ -47,7 +47,7 @@ def patch_command(
 
     The source's weights stay as they are, new ones come into a file of their own. Until it is trained the copy computes
     exactly what the source does. OUT appears complete or not at all; the recipe that made it is in
-    OUT/surgeon-recipe.yaml.
+    OUT/surgeon-recipe.yaml, its model card in OUT/README.md.
 
     \b
     surgeon patch CKPT OUT --pass pvm:layers=8,16,24,latent=512

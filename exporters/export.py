@@ -8,7 +8,7 @@ import torch
 
 from exporters.calibration.calibrate import calibrate_float16, not_measured
 from exporters.onnx.bundle import write_bundle
-from exporters.onnx.manifest import Manifest, Precision
+from exporters.onnx.manifest import NOT_ASKED, Manifest, Precision
 from surgeon.progress import Progress
 
 
@@ -49,4 +49,4 @@ def export_bundle(
 
 
 def _unmeasured(directory: Path, progress: Progress | None) -> tuple[Precision, dict[str, ir.Model]]:
-    return not_measured("it was not asked for"), {}
+    return not_measured(NOT_ASKED), {}

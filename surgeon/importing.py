@@ -6,6 +6,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from surgeon.checkpoint.publish import check_target, staged
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.checkpoint.unchanged import SourceFiles
@@ -14,11 +16,14 @@ from surgeon.families import family
 from surgeon.importers._layout import Layout
 from surgeon.importers._registry import importer_of
 from surgeon.importers._tensors import Converted, equal, plan_tensors, write_tensors
+from surgeon.model_card import imported_card
 from surgeon.models import build_meta, read_config
 from surgeon.progress import Progress
 from surgeon.published import check_staged
+from surgeon.record import SourceRecord
 from surgeon.remote_code import patched_config, write_remote_code
 from surgeon.side_files import name_classes
+from surgeon.source_card import README, keep_cards
 from surgeon.version import __version__
 from surgeon.weights import check_dtype
 
@@ -62,7 +67,8 @@ def import_checkpoint(
         name, importer = importer_of(checkpoint)
         layout = importer.read(checkpoint, image_token_id)
         config = _config(layout, checkpoint)
-        planned = _plan(checkpoint, layout, config)
+        model = _model(config)
+        planned = _plan(checkpoint, layout, model)
         report = ImportReport(
             source_type=name,
             model_type=config["model_type"],
@@ -83,6 +89,9 @@ def import_checkpoint(
         with staged(Path(target), overwrite, [checkpoint.directory], needed, verify) as directory:
             # What may fail goes before what takes long.
             _write_files(directory, layout, config, report)
+            keep_cards(checkpoint, directory)
+            card = imported_card(checkpoint, name, model, layout.record, image_token_id, directory)
+            (directory / README).write_text(card, encoding="utf-8")
             report.bytes_written = sum(path.stat().st_size for path in directory.iterdir())
             report.bytes_written += write_tensors(checkpoint, planned, directory, progress)
     return report
@@ -92,22 +101,21 @@ def _config(layout: Layout, source: Checkpoint) -> dict[str, Any]:
     """config.json of the target."""
     if layout.record is None:
         return layout.config
-    origin = {
-        "name": source.directory.resolve().name,
-        "model_type": source.config["model_type"],
-        "fingerprint": source.fingerprint(),
-    }
-    record = {**layout.record, "version": __version__, "source": origin}
+    record = {**layout.record, "version": __version__, "source": SourceRecord.of(source).to_json()}
     return patched_config(layout.config, layout.config["model_type"], record)
 
 
-def _plan(source: Checkpoint, layout: Layout, config: dict[str, Any]) -> list[Converted]:
-    """The target's tensors. A tied output layer that the source stores as well is left out."""
+def _model(config: dict[str, Any]) -> PreTrainedModel:
+    """The target's, on the meta device."""
     try:
-        model = build_meta(read_config(config))
+        return build_meta(read_config(config))
     except (ValueError, KeyError, TypeError) as error:  # sizes that do not divide, an activation that is not there
         reason = " ".join(str(error).split())
         raise CheckpointError(f"no model can be made of config.json: {type(error).__name__}: {reason}") from error
+
+
+def _plan(source: Checkpoint, layout: Layout, model: PreTrainedModel) -> list[Converted]:
+    """The target's tensors. A tied output layer that the source stores as well is left out."""
     state = model.state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     tied: dict[str, str] = model.all_tied_weights_keys

@@ -15,13 +15,17 @@ from surgeon.checkpoint.unchanged import SourceFiles
 from surgeon.checkpoint.writer import PlannedTensor, write_safetensors
 from surgeon.errors import CheckpointError
 from surgeon.graph import LvlmGraph
+from surgeon.memory.graft import Constant
 from surgeon.memory.patched import RECORD
+from surgeon.model_card import Patch, patched_card
 from surgeon.pipeline import Pass, run_passes
 from surgeon.progress import Progress
 from surgeon.published import TensorShapes, check_staged
 from surgeon.recipe import FILE_NAME, Recipe
+from surgeon.record import SourceRecord
 from surgeon.remote_code import foreign_auto_map, patched_config, travelling_file_names, write_remote_code
 from surgeon.side_files import configure_image_processor, copy_side_files, name_classes
+from surgeon.source_card import README, card_files, keep_cards
 from surgeon.version import __version__
 
 WeightsMode = Literal["auto", "copy", "link"]
@@ -88,7 +92,7 @@ def patch(
             check_staged(directory, _planned(graph, checkpoint))
 
         with staged(Path(target), overwrite, [checkpoint.directory], verify=verify) as directory:
-            _write(graph, checkpoint, directory, weights, trust_remote_code, report, progress)
+            _write(graph, checkpoint, directory, passes, weights, trust_remote_code, report, progress)
     return report
 
 
@@ -102,20 +106,13 @@ def _write(
     graph: LvlmGraph,
     source: Checkpoint,
     directory: Path,
+    passes: Sequence[Pass],
     weights: WeightsMode,
     trust_remote_code: bool,
     report: PatchReport,
     progress: Progress | None,
 ) -> None:
-    record = {
-        **graph.record,
-        "version": __version__,
-        "source": {
-            "name": source.directory.resolve().name,
-            "model_type": source.config["model_type"],
-            "fingerprint": source.fingerprint(),
-        },
-    }
+    record = {**graph.record, "version": __version__, "source": SourceRecord.of(source).to_json()}
     weight_map = _share_weights(source, directory, weights, report, progress)
     if graph.new_parameters():
         applied = dict.fromkeys(name for entry in _applied_now(graph, source) for name in entry)
@@ -127,6 +124,17 @@ def _write(
     _write_side_files(graph, source, directory, trust_remote_code, report)
     total = sum(info.nbytes for info in source.tensors.values())
     total += sum(prod(plan.shape) * plan.dtype.itemsize for plan in graph.new_parameters().values())
+    patch = Patch(
+        source=source,
+        before=source.config.get(RECORD) or {},
+        record=record,
+        model=graph.model,
+        passes=passes,
+        seed=graph.seed,
+        trust_remote_code=trust_remote_code,
+        closed=_gates_closed(graph),
+        other_images=bool(graph.image_processor),
+    )
     recipe = Recipe(seed=graph.seed, passes=[dict(entry) for entry in _applied_now(graph, source)])
     texts = {
         "config.json": json.dumps(config, indent=2) + "\n",
@@ -134,18 +142,20 @@ def _write(
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2
         ),
         FILE_NAME: recipe.dump(),
+        README: patched_card(patch, directory),
     }
     for name, text in texts.items():
-        report.bytes_written += (directory / name).write_text(text, encoding="utf-8")
+        report.bytes_written += (directory / name).write_bytes(text.encode())
 
 
 def _write_side_files(
     graph: LvlmGraph, source: Checkpoint, directory: Path, trust_remote_code: bool, report: PatchReport
 ) -> None:
-    """Everything but weights, config and recipe. Warns of the source's code that stays behind."""
+    """Everything but weights, config, recipe and model card. Warns of the source's code that stays behind."""
     code = travelling_file_names(source.config)
-    copied = copy_side_files(source, directory, {FILE_NAME, *code}, trust_remote_code)
-    report.bytes_written += copied.bytes_written
+    cards = [path.name for path in card_files(source)]
+    copied = copy_side_files(source, directory, {FILE_NAME, *code, *cards}, trust_remote_code)
+    report.bytes_written += copied.bytes_written + keep_cards(source, directory)
     report.left_out = copied.left_out
     if not trust_remote_code and (entries := foreign_auto_map(source.config)):
         report.left_out.append(f"auto_map of config.json ({', '.join(sorted(entries))})")
@@ -159,6 +169,12 @@ def _write_side_files(
         configure_image_processor(directory, graph.image_processor)
     name_classes(directory, graph.family)
     report.bytes_written += write_remote_code(directory, graph.config)
+
+
+def _gates_closed(graph: LvlmGraph) -> bool:
+    """Whether every gate of the new grafts is zero."""
+    gates = {f"{path}.{gate}" for path, module in graph.grafts().items() for gate in module.gates}
+    return all(plan.initialiser == Constant(0.0) for name, plan in graph.new_parameters().items() if name in gates)
 
 
 def _applied_now(graph: LvlmGraph, source: Checkpoint) -> list[dict[str, Any]]:

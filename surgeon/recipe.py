@@ -1,6 +1,6 @@
 """Recipes: a YAML file <-> passes with options; and the short form of the command line."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +76,25 @@ def parse_argument(argument: str) -> dict[str, dict[str, Any] | None]:
         else:
             options[last] += "," + piece.strip()
     return {name.strip(): dict(options)}
+
+
+def argument_of(name: str, options: Mapping[str, Any]) -> str | None:
+    """The reverse of `parse_argument`, where options that are None are left out; None where the short form cannot say
+    it."""
+    values = {key: _short(value) for key, value in options.items() if value is not None}
+    argument = f"{name}:{','.join(f'{key}={value}' for key, value in values.items())}" if values else name
+    try:
+        return argument if parse_argument(argument) == {name: values} else None
+    except OptionError:
+        return None
+
+
+def _short(value: Any) -> str | None:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int | float):
+        return str(value)
+    if isinstance(value, list):
+        parts = [_short(part) for part in value]
+        return None if None in parts else ",".join(map(str, parts))
+    return None

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PretrainedConfig
 
+from surgeon.checkpoint.hub import hub_origin
+from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import CheckpointError
 from surgeon.families import Family
 from surgeon.grafts import graft_class
@@ -104,6 +106,22 @@ class SourceRecord(_Strict):
     name: str
     model_type: str
     fingerprint: str
+    revision: str | None = None
+    """The commit, of a model on the hub."""
+
+    @classmethod
+    def of(cls, source: Checkpoint) -> "SourceRecord":
+        origin = hub_origin(source.directory)
+        return cls(
+            name=source.name,
+            model_type=source.config["model_type"],
+            fingerprint=source.fingerprint(),
+            revision=None if origin is None else origin.revision,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the config."""
+        return self.model_dump(exclude_none=True)
 
 
 class Record(_Strict):

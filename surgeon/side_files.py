@@ -26,6 +26,8 @@ TOKENIZER = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 IMAGE_PROCESSOR_FILES = (IMAGE_PROCESSOR, PROCESSOR_CONFIG)
 """Of each list one at least is there, or the checkpoint has no such part."""
+LICENSE_FILES = ("LICENSE", "NOTICE", "USE_POLICY")
+"""How the names begin of those that go with weights wherever they go."""
 AUTO_MAP = "auto_map"
 _CODE = ".py"
 
@@ -58,6 +60,13 @@ def copy_side_files(
             if _edit(directory / name, _drop_auto_map):
                 copied.left_out.append(f"{AUTO_MAP} of {name}")
     return copied
+
+
+def copy_license_files(source: Checkpoint, directory: Path) -> None:
+    """Copy the license, and notices beside it. Raises CheckpointError as `copy_side_files`."""
+    for file in source.side_files:
+        if file.name.upper().startswith(LICENSE_FILES):
+            share_file(file, directory / file.name, "copy")
 
 
 def configure_image_processor(directory: Path, options: dict[str, Any]) -> None:

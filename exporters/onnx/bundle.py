@@ -28,6 +28,7 @@ from exporters.onnx.manifest import (
     WeightFile,
 )
 from exporters.onnx.memory import memory_entries, memory_graph
+from exporters.onnx.model_card import bundle_card
 from exporters.onnx.precision.policy import Float32Operators
 from exporters.onnx.rope import num_position_axes
 from exporters.onnx.vision import vision_graph
@@ -42,7 +43,9 @@ from surgeon.memory.visibility import visibility_of
 from surgeon.models import StoredModel, read_model
 from surgeon.positions import record_of
 from surgeon.progress import Progress
+from surgeon.side_files import copy_license_files
 from surgeon.sizes import GenerationTokens, check
+from surgeon.source_card import README
 from surgeon.version import __version__
 
 GRAPHS = ("embed", "vision", "memory", "decoder")
@@ -88,7 +91,12 @@ def write_bundle(
 
         with staged(target, overwrite, protect=[opened.directory], verify=verify) as directory:
             manifest = _write(opened, described, stored, directory, dtype, max_length, progress, graphs, digests)
-            return _calibrated(directory, manifest, calibrate, progress) if dtype == torch.float16 else manifest
+            if dtype == torch.float16:
+                manifest = _calibrated(directory, manifest, calibrate, progress)
+            copy_license_files(opened, directory)
+            card = bundle_card(opened, manifest, directory, graphs)
+            (directory / README).write_text(card, encoding="utf-8")
+            return manifest
 
 
 def _check_length(max_length: int, text: Any) -> None:
@@ -147,7 +155,7 @@ def _write(
     manifest = Manifest(
         tool_version=__version__,
         source=Source(
-            name=checkpoint.directory.resolve().name,
+            name=checkpoint.name,
             fingerprint=checkpoint.fingerprint(),
             model_type=described.model_type,
             grafts=graft_records(config),

@@ -20,6 +20,10 @@ without `visibility`, which it is read as, and without digests of weight files a
 digests of the checkpoint's files."""
 
 
+NOT_ASKED = "it was not asked for"
+"""Why what overflows fp16 was not measured, where the caller did not want it."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 

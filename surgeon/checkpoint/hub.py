@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 from huggingface_hub import errors
@@ -11,15 +12,38 @@ from huggingface_hub import errors
 from surgeon.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SMALL = ["*.json", "*.txt", "*.jinja", "*.model", "*.py"]
+_SMALL = ["*.json", "*.txt", "*.jinja", "*.model", "*.py", "README.md", "LICENSE*", "NOTICE*"]
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 # The HTTP library of the hub's client, httpx or httpx2 by its version, raises kinds of this.
 _HTTP_ERROR: type[Exception] = errors.HTTPError
 
 
+class HubOrigin(NamedTuple):
+    repo: str
+    """The model's id."""
+    revision: str
+    """A commit."""
+
+
+def is_id(text: str) -> bool:
+    """Whether a hub id may look like this."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
 def is_hub_id(path_or_id: str | Path) -> bool:
     """Whether this is a model on the hub: an id that is no path here. A `Path` is never one."""
-    is_id = isinstance(path_or_id, str) and _HUB_ID.fullmatch(path_or_id) is not None
-    return is_id and not Path(path_or_id).exists()
+    return isinstance(path_or_id, str) and is_id(path_or_id) and not Path(path_or_id).exists()
+
+
+def hub_origin(directory: Path) -> HubOrigin | None:
+    """What a snapshot in the Hugging Face cache is of, `.../models--<org>--<name>/snapshots/<commit>`; None for any
+    other directory."""
+    real = directory.resolve()
+    kind, *parts = real.parent.parent.name.split("--")
+    repo = "/".join(parts)
+    if real.parent.name != "snapshots" or not _COMMIT.fullmatch(real.name) or kind != "models" or not is_id(repo):
+        return None
+    return HubOrigin(repo, real.name)
 
 
 def resolve(path_or_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:

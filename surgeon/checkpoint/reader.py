@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants
 
 from surgeon.checkpoint.headers import TORCH_DTYPES, TensorInfo, header_bytes, read_header
-from surgeon.checkpoint.hub import is_hub_id, resolve
+from surgeon.checkpoint.hub import hub_origin, is_hub_id, resolve
 from surgeon.checkpoint.links import check_link
 from surgeon.checkpoint.remote import RemoteWeights
 from surgeon.errors import CheckpointError
@@ -78,6 +78,12 @@ class Checkpoint:
         if not files and weights == "required":
             raise _no_weights(directory)
         return cls(directory, config, files, tensors)
+
+    @property
+    def name(self) -> str:
+        """What it is called wherever it lies: its id on the hub, or else its directory's name."""
+        origin = hub_origin(self.directory)
+        return self.directory.resolve().name if origin is None else origin.repo
 
     @property
     def side_files(self) -> list[Path]:

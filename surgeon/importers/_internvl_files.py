@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.reader import Checkpoint
-from surgeon.checkpoint.share import share_file
 from surgeon.errors import CheckpointError, OptionError
 from surgeon.importers._templates import IMAGE_TOKEN, Conversation, conversation
 from surgeon.importers._tokenizer import SourceTokenizer
 from surgeon.json_file import read_object
+from surgeon.side_files import copy_license_files
 
-_KEPT_FILES = ("LICENSE", "NOTICE", "USE_POLICY")
 _TOKENS_ADDED = 9
 _IMAGE_TOKEN_PLACE = 2
 
@@ -57,9 +56,7 @@ class InternVLFiles:
                     f"chat_template.jinja that puts {IMAGE_TOKEN} for each image"
                 )
             self.tokenizer.write(directory, published)
-        for file in self.source.side_files:
-            if file.name.upper().startswith(_KEPT_FILES):
-                share_file(file, directory / file.name, "copy")
+        copy_license_files(self.source, directory)
         return warnings
 
     def _generation_config(self, config: dict[str, Any], published: Conversation | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import CheckpointError, OptionError
 from surgeon.importers._layout import Importer, Layout, Rule, rule, setting
 from surgeon.side_files import IMAGE_PROCESSOR_FILES, TOKENIZER_FILES, copy_side_files
+from surgeon.source_card import card_files
 
 _BLOCK = re.compile(r"model\.language_model\.layers\.(\d+)\.pvm_block\..+")
 _LATENT = "model.language_model.layers.{}.pvm_block.text_reducer.weight"
@@ -72,7 +73,8 @@ class QwenFiles:
 
     def write(self, directory: Path, config: dict[str, Any]) -> list[str]:
         """As `SideFiles.write`."""
-        copy_side_files(self.source, directory, own_files=(), trust_remote_code=False)
+        cards = [path.name for path in card_files(self.source)]  # which have other names beside the target's own
+        copy_side_files(self.source, directory, own_files=cards, trust_remote_code=False)
         return []
 
     def missing(self) -> list[str]:

@@ -176,6 +176,7 @@ def test_no_code_comes_along_and_the_licence_does(tmp_path: Path) -> None:
     import_checkpoint(source, tmp_path / "out", image_token_id=500)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "LICENSE",
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -57,6 +57,16 @@ def assert_the_authors_numbers(model: Any) -> None:
     assert tokens[:, -12:].tolist() == expected["greedy"].tolist()
 
 
+def test_cards_of_the_source_stand_beside_the_new_one(tmp_path: Path) -> None:
+    source = published(tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: mit\n---\ntheirs")
+    (source / "README-source.md").write_text("its own source's")
+    import_checkpoint(source, tmp_path / "out")
+    cards = {path.name: path.read_text() for path in (tmp_path / "out").glob("README*")}
+    assert cards["README-source.md"].endswith("theirs") and cards["README-source-2.md"] == "its own source's"
+    assert len(cards) == 3 and "license: mit" in cards["README.md"] and "theirs" not in cards["README.md"]
+
+
 # -- numbers -----------------------------------------------------------------------------------------------------
 def test_the_golden_model_gives_the_authors_numbers(tmp_path: Path) -> None:
     """As it lies there: its tensors alone say that it has PVM, and where."""
