@@ -1,4 +1,18 @@
-"""A sentencepiece BPE model as a `tokenizers` tokenizer that encodes alike."""
+"""A sentencepiece BPE model as a `tokenizers` tokenizer that encodes alike.
+
+transformers puts the tokenizer together (`build_tokenizer_from_spm_proto`). Done here is only what its own loaders get
+wrong, in transformers 5.15 as in 5.23:
+
+- Merges are ordered by the pieces' scores, as sentencepiece merges. `from_pretrained` orders them by id: pieces that
+  extend a vocabulary, whose score of 0 is the best, then come last.
+- Where the model says so, a dummy prefix is added (and taken away again in decoding) and extra spaces are removed.
+  `TokenizersBackend.from_pretrained` does neither; `LlamaTokenizer` always adds the prefix, except to a text that
+  begins with a space, and never removes spaces.
+- Pieces with spaces that a user defined are matched after spaces are replaced. `from_pretrained` lets merges make them.
+
+The converters of slow tokenizers (`LlamaConverter`) convert no BPE model at all: they raise AttributeError.
+tests/surgeon/importers/test_sentencepiece.py has a text for each of these.
+"""
 
 import warnings
 from collections.abc import Mapping
@@ -8,7 +22,7 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
-from tokenizers.models import BPE
+from transformers.convert_slow_tokenizer import SpmConverter, generate_merges
 
 from surgeon.errors import CheckpointError
 
@@ -59,17 +73,12 @@ def convert(file: Path, added: Mapping[int, AddedToken]) -> Tokenizer:
         if vocab.setdefault(token.content, i) != i:
             raise CheckpointError(f"token {token.content!r} is added with id {i}, and has id {vocab[token.content]}")
     scores = {p.piece: p.score for p in proto.pieces if p.type in (_NORMAL, _UNUSED) and p.piece in vocab}
-    tokenizer = Tokenizer(
-        BPE(
-            vocab,
-            _merges(scores, vocab),
-            unk_token=trainer.unk_piece,
-            fuse_unk=True,
-            byte_fallback=trainer.byte_fallback,
-        )
-    )
-    tokenizer.normalizer = _normalizer(normaliser)
-    tokenizer.decoder = _decoder(normaliser.add_dummy_prefix)
+    merges = generate_merges(vocab, vocab_scores=scores)
+    tokenizer: Tokenizer = SpmConverter.build_tokenizer_from_spm_proto(proto, vocab, merges)
+    if normaliser.add_dummy_prefix or normaliser.remove_extra_whitespaces:
+        tokenizer.normalizer = _normalizer(normaliser)
+        prefix = Regex(r"\A +" if normaliser.remove_extra_whitespaces else r"\A ")
+        tokenizer.decoder = decoders.Sequence([tokenizer.decoder, decoders.Fuse(), decoders.Replace(prefix, "")])
     own = {
         i: AddedToken(piece.piece, normalized=SPACE in piece.piece, special=piece.type == _CONTROL)
         for i, piece in enumerate(proto.pieces)
@@ -86,32 +95,21 @@ def convert(file: Path, added: Mapping[int, AddedToken]) -> Tokenizer:
     return tokenizer
 
 
-def _merges(scores: Mapping[str, float], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two others, best piece first, as sentencepiece would merge them."""
-    found = [
-        (-score, vocab[piece], piece[:i], piece[i:])
-        for piece, score in scores.items()
-        for i in range(1, len(piece))
-        if piece[:i] in scores and piece[i:] in scores
-    ]
-    return [(left, right) for _, _, left, right in sorted(found)]
-
-
 def _normalizer(spec: sentencepiece_model_pb2.NormalizerSpec) -> normalizers.Normalizer:
+    """A model's normaliser. transformers' has only the table, and marks spaces."""
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         # not Strip, for which other characters are spaces too
-        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-
-
-def _decoder(dummy_prefix: bool) -> decoders.Decoder:
-    steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if dummy_prefix else steps)
+    steps.append(normalizers.Replace(" ", SPACE))
+    if spec.remove_extra_whitespaces:
+        # sentencepiece removes what ends a text only now, and with it the mark itself where a text ends with one
+        steps.append(normalizers.Replace(Regex(rf"{SPACE}+\z"), ""))
+    return normalizers.Sequence(steps)
 
 
 def _check(file: Path, tokenizer: Tokenizer) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 import transformers
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from surgeon.errors import CheckpointError
 from surgeon.importers._templates import IMAGE_TOKEN, Conversation
@@ -58,6 +57,7 @@ class SourceTokenizer:
         return found
 
     def _read_added(self) -> None:
+        # Not left to transformers: where tokenizer_config.json lists added tokens, it does not read added_tokens.json.
         special = {self.name(key) for key in _NAMED} | set(IMAGE_TOKENS)
         for entry in self.settings.get("additional_special_tokens") or []:
             special.add(entry["content"] if isinstance(entry, dict) else str(entry))
@@ -93,14 +93,19 @@ class SourceTokenizer:
         if self._has("tokenizer.model"):
             from surgeon.importers._sentencepiece import convert
 
-            tokenizer = convert(self.directory / "tokenizer.model", self.added)
-            bos = self.name("bos_token")
-            if self.settings.get("add_bos_token", True) and bos is not None:  # as the sentencepiece classes do
-                tokenizer.post_processor = TemplateProcessing(
-                    single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-                )
-            return tokenizer
+            return self._with_bos_and_eos(convert(self.directory / "tokenizer.model", self.added))
         return self._from_vocabulary()
+
+    def _with_bos_and_eos(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer, adding the tokens at both ends that the sentencepiece classes add."""
+        added: dict[str, Any] = {}
+        for key, default in (("bos_token", True), ("eos_token", False)):
+            if self.settings.get(f"add_{key}", default):
+                token = self.name(key)
+                if token is not None and tokenizer.token_to_id(token) is None:
+                    raise CheckpointError(f"{self.directory}: {key} is {token!r}, which the tokenizer does not have")
+                added |= {key: token, f"add_{key}": True}
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **added).backend_tokenizer
 
     def _from_vocabulary(self) -> Tokenizer:
         name = str(self.settings.get("tokenizer_class", "")).removesuffix("Fast")

@@ -1,9 +1,6 @@
-"""Tokenizers that come along: sentencepiece's ids, added tokens where they were, prompts as the published chat."""
+"""Tokenizers that come along: added tokens where they were, prompts as the published chat."""
 
-import io
 import json
-import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +8,14 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
-from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TokenizersBackend
 
 from checkpoints import DEMO
 from published import golden_checkpoint
+from sentencepiece_models import sentencepiece_model
 from surgeon import models
 from surgeon.errors import CheckpointError, OptionError
-from surgeon.importers import _sentencepiece
 from surgeon.importing import import_checkpoint
 from surgeon.inputs import Inputs, Prompt
 
@@ -30,41 +23,6 @@ IMAGE, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
 SYSTEM = "You see images."
 # InternLM2's way: chat tokens in the places of unused pieces, InternVL's image tokens behind the last piece.
 ADDED = {3: "<|im_start|>", 4: "<|im_end|>", 500: IMAGE, 501: START, 502: END}
-INTERNLM2 = {
-    "normalization_rule_name": "identity",
-    "add_dummy_prefix": False,
-    "remove_extra_whitespaces": False,
-    "allow_whitespace_only_pieces": True,
-    "user_defined_symbols": ["[UNUSED_TOKEN_0]", "[UNUSED_TOKEN_1]", "[UNUSED_TOKEN_2]"],
-}
-LLAMA = {
-    "normalization_rule_name": "identity",
-    "add_dummy_prefix": True,
-    "remove_extra_whitespaces": False,
-    "split_digits": True,
-}
-KINDS: dict[str, dict[str, Any]] = {"internlm2": INTERNLM2, "llama": LLAMA, "sentencepiece's defaults": {}}
-# a word that no merge may touch, behind which sentencepiece puts no further dummy prefix
-INEXACT = {**LLAMA, "user_defined_symbols": ["----"]}
-
-
-@cache
-def sentencepiece_model(kind: str, model_type: str = "bpe") -> bytes:
-    """A tokenizer.model of 500 pieces, 256 of them bytes."""
-    text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
-    lines = [*text.splitlines(), *_sentencepiece.SAMPLES, *(" " * n + "x" for n in range(9)), "aaaaaaaa ------"] * 3
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        vocab_size=500,
-        model_type=model_type,
-        byte_fallback=True,
-        character_coverage=0.98,
-        minloglevel=2,
-        **{**KINDS, "inexact": INEXACT}[kind],
-    )
-    return model.getvalue()
 
 
 def write_internlm2(directory: Path, **settings: Any) -> Path:
@@ -104,58 +62,6 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "out"
 
 
-# -- sentencepiece -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", KINDS)
-def test_encodes_and_decodes_as_sentencepiece(kind: str, tmp_path: Path) -> None:
-    file = tmp_path / "tokenizer.model"
-    file.write_bytes(sentencepiece_model(kind))
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    by_table = bool(
-        sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes()).normalizer_spec.precompiled_charsmap
-    )
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        converted = _sentencepiece.convert(file, {})
-    assert [True for each in told if "normalises text by a table" in str(each.message)] == [True] * by_table
-    control = st.sampled_from("\n\t\r\0\x01\u200d\ufffd" if not by_table else "\n\t\0\x01\ufffd")
-    words = st.sampled_from(["the", "def ", "import", "  ", " ", "aaa", "----", "0x7f", "图片", "é", "🙂"])
-    # with a table, what makes one cluster of several characters is left out, as far as Unicode's categories tell it:
-    # the same texts every time, then
-    characters = st.characters(exclude_categories=["Cs", *["Mn", "Mc", "Me", "Cf", "Sk"] * by_table])
-
-    @settings(derandomize=by_table)
-    @given(st.lists(st.one_of(words, characters, control), max_size=40).map("".join))
-    def check(text: str) -> None:
-        ids = reference.encode(text)
-        assert converted.encode(text, add_special_tokens=False).ids == ids
-        assert converted.decode(ids) == reference.decode(ids)
-
-    check()
-    for code in (*range(1, 0x300), *range(0x2000, 0x2100), 0x3000, 0xFEFF):  # whatever may pass for a space
-        for text in (chr(code), f" {chr(code)} a{chr(code)}"):
-            assert converted.encode(text, add_special_tokens=False).ids == reference.encode(text), hex(code)
-    for run in (" ", "a", "-", "\n", "图"):
-        for n in range(1, 40):
-            assert converted.encode(run * n, add_special_tokens=False).ids == reference.encode(run * n)
-
-
-def test_what_cannot_be_had_exactly_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "tokenizer.model"
-    file.write_bytes(sentencepiece_model("internlm2", model_type="unigram"))
-    with pytest.raises(CheckpointError, match="no sentencepiece BPE model"):
-        _sentencepiece.convert(file, {})
-    file.write_bytes(sentencepiece_model("inexact"))
-    with pytest.raises(CheckpointError, match="cannot be converted exactly: 'aaa"):
-        _sentencepiece.convert(file, {})
-    file.write_bytes(b"\xff\xff not a model")
-    with pytest.raises(CheckpointError, match="cannot be read as a sentencepiece model"):
-        _sentencepiece.convert(file, {})
-    file.write_bytes(sentencepiece_model("internlm2"))
-    piece = sentencepiece.SentencePieceProcessor(model_file=str(file)).id_to_piece(450)
-    with pytest.raises(CheckpointError, match="is added with id 500, and has id 450"):
-        _sentencepiece.convert(file, {500: AddedToken(piece)})
-
-
 # -- in a checkpoint ---------------------------------------------------------------------------------------------
 def test_added_tokens_keep_their_ids(imported: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(imported)
@@ -175,6 +81,12 @@ def test_added_tokens_keep_their_ids(imported: Path) -> None:
     assert tokenizer.context_image_token_id == 500
     assert len(tokenizer) <= 600 and tokenizer.video_token_id < 600
     assert not list(imported.glob("*.py")) and not (imported / "tokenizer.model").exists()
+
+
+def test_why_transformers_does_not_read_the_added_tokens(tmp_path: Path) -> None:
+    """Once this fails, so may we let it."""
+    tokenizer = TokenizersBackend.from_pretrained(write_internlm2(tmp_path))
+    assert [tokenizer.encode(token, add_special_tokens=False) == [i] for i, token in ADDED.items()] == [False] * 5
 
 
 def test_a_prompt_is_what_the_published_chat_makes_of_it(imported: Path) -> None:
@@ -281,8 +193,24 @@ def test_an_unknown_template_is_a_warning(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
 
 
-def test_without_a_bos_token(tmp_path: Path) -> None:
-    source = write_internlm2(golden_checkpoint(tmp_path / "source"), add_bos_token=False)
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, False), (True, True), (False, True)])
+def test_tokens_at_both_ends(bos: bool, eos: bool, tmp_path: Path) -> None:
+    source = write_internlm2(golden_checkpoint(tmp_path / "source"), add_bos_token=bos, add_eos_token=eos)
     import_checkpoint(source, tmp_path / "out")
+    text = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model("internlm2")).encode("Hi")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("Hi")["input_ids"] == [1] * bos + text + [2] * eos
     (row,) = Inputs.from_directory(tmp_path / "out").prepare([Prompt("Hi")]).input_ids
-    assert row[0] == 3 and 1 not in row
+    assert row[: 1 + bos].tolist() == [1] * bos + [3]
+    assert (row == 1).sum() == bos
+
+
+def test_no_bos_token_named(tmp_path: Path) -> None:
+    source = write_internlm2(golden_checkpoint(tmp_path / "source"), bos_token=None)
+    import_checkpoint(source, tmp_path / "out")
+    assert 1 not in AutoTokenizer.from_pretrained(tmp_path / "out")("Hi")["input_ids"]
+
+
+def test_a_bos_token_that_the_tokenizer_lacks(tmp_path: Path) -> None:
+    source = write_internlm2(golden_checkpoint(tmp_path / "source"), bos_token="<bos>")
+    with pytest.raises(CheckpointError, match="bos_token is '<bos>', which the tokenizer does not have"):
+        import_checkpoint(source, tmp_path / "out")
