@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from PIL import Image
@@ -53,6 +54,10 @@ class Pair:
     @cached_property
     def manifest(self) -> Manifest:
         return Manifest.load(self.bundle)
+
+    def graph(self, name: str) -> onnx.GraphProto:
+        """As it is in its file, without weights."""
+        return onnx.load(self.bundle / self.manifest.graphs[name].file, load_external_data=False).graph
 
     def session(self, graph: str) -> ort.InferenceSession:
         """A graph as it is, without rewrites."""

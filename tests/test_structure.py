@@ -1,4 +1,4 @@
-"""Imports run one way: between the top-level packages, between the rooms of `exporters`, and in no circle of files."""
+"""Imports run one way: between the top-level packages, between those of `exporters`, and in no circle of files."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["surgeon", "passes", "exporters", "commands", "cli"]
-ROOMS = [
+WITHIN_EXPORTERS = [
     "artifact", "child_process", "operators", "kernels", "onnx", "fusion", "runtime", "onnxruntime", "tensorrt",
     "generation", "calibration", "export", "validation", "bench", "serving",
 ]  # fmt: skip
@@ -54,11 +54,11 @@ def test_packages_import_those_below(arrows: dict[str, set[str]]) -> None:
 
 
 def test_rooms_of_exporters_import_those_below(arrows: dict[str, set[str]]) -> None:
-    rooms = {path.stem for path in (ROOT / "exporters").glob("[!_]*") if path.suffix in ("", ".py")}
-    assert rooms == set(ROOMS)
+    packages = {path.stem for path in (ROOT / "exporters").glob("[!_]*") if path.suffix in ("", ".py")}
+    assert packages == set(WITHIN_EXPORTERS)
 
     def place(module: str) -> int:
-        return ROOMS.index(module.split(".")[1])
+        return WITHIN_EXPORTERS.index(module.split(".")[1])
 
     inside = {name: below for name, below in arrows.items() if name.startswith("exporters.")}
     up = [(a, b) for a, below in inside.items() for b in below if b in inside and place(b) > place(a)]

@@ -1,7 +1,8 @@
 """Exports of tiny models, made quick: what one worker has traced, all of a run take.
 
 Most of an export's time is spent tracing modules of a few layers, which the next test's model has too. A trace is known
-by the pickled module, on the meta device, its inputs and their names: equal bytes are an equal module.
+by the pickled module, on the meta device, its inputs and their names, and the
+grafts that are functions: equal bytes are an equal module.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ import pytest
 from filelock import FileLock
 from transformers import PretrainedConfig
 
+from exporters.onnx import functions
 from exporters.onnx import trace as tracing
 
 
@@ -85,7 +87,7 @@ def traced_once(folder: Path) -> Iterator[None]:
 
     def quick(module: Any, example: Any, dynamic_shapes: Any, *names: Any) -> ir.Model:
         dims = repr(dynamic_shapes)
-        key = _key(module.eval(), dict(example), dims, *map(list, names))
+        key = _key(module.eval(), dict(example), dims, sorted(functions.registry()), *map(list, names))
         path = folder / key
         with FileLock(folder / f"{key}.lock"):
             if not path.exists():

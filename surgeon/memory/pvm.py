@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.memory.graft import Graft
-from surgeon.memory.reference import matrix, norm
+from surgeon.memory.reference import matrix, rms_norm_layer
 from surgeon.memory.rms_norm import RMSNorm, rms_norm
 from surgeon.memory.rotary import Rotary
 
@@ -76,11 +76,11 @@ def persistent_visual_memory(
     reference implementation that every kernel must agree with."""
     weights = SimpleNamespace(
         text_proj=matrix(text_proj),
-        input_norm=norm(input_norm, eps),
+        input_norm=rms_norm_layer(input_norm, eps),
         q_proj=matrix(q_proj),
-        q_norm=norm(q_norm, eps),
+        q_norm=rms_norm_layer(q_norm, eps),
         o_proj=matrix(o_proj),
-        post_attention_norm=norm(post_attention_norm, eps),
+        post_attention_norm=rms_norm_layer(post_attention_norm, eps),
         gate_proj=matrix(gate_proj),
         up_proj=matrix(up_proj),
         down_proj=matrix(down_proj),
@@ -106,7 +106,10 @@ def pvm_memory(
 ) -> tuple[Tensor, Tensor]:
     """`keys_and_values` of weights [out, in] and a norm [hd], contiguous; the reference implementation."""
     weights = SimpleNamespace(
-        visual_proj=matrix(visual_proj), k_proj=matrix(k_proj), v_proj=matrix(v_proj), k_norm=norm(k_norm, eps)
+        visual_proj=matrix(visual_proj),
+        k_proj=matrix(k_proj),
+        v_proj=matrix(v_proj),
+        k_norm=rms_norm_layer(k_norm, eps),
     )
     keys, values = keys_and_values(weights, visual_embeds, k_norm.shape[0])
     return keys.contiguous(), values.contiguous()

@@ -28,7 +28,7 @@ def matrix(weight: Tensor) -> Layer:
     return partial(F.linear, weight=weight)
 
 
-def norm(weight: Tensor, eps: float) -> Layer:
+def rms_norm_layer(weight: Tensor, eps: float) -> Layer:
     """The RMS norm over the last axis with a weight [d]."""
     return partial(rms_norm, weight=weight, eps=eps)
 

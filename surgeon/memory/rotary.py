@@ -36,7 +36,8 @@ class Rope:
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """x [B, H, S, hd], turned by its token's angles; computed in x's dtype, as transformers does."""
     cos, sin = (part.to(x.dtype)[:, None] for part in rotary)
-    first, second = x.chunk(2, -1)
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half:]  # not by `chunk`, which exports as a sequence
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
