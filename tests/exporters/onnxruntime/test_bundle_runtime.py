@@ -89,17 +89,6 @@ def test_logits_and_greedy_tokens_are_those_of_torch(
     assert runtime.vision.rewrites["PackedMultiHeadAttention"] == {"qwen3_vl": 3, "qwen2_5_vl": 1}[model_type]
 
 
-def test_images_whose_tokens_are_not_square(export: Export) -> None:
-    """LLaVA-OneVision: plain positions, rows of features with a newline behind each."""
-    pair = export("llava_onevision", MIXIN + PVM)
-    runtime = BundleRuntime(pair.bundle, threads=1)
-    prompts = [Prompt("Compare.", (image(60, 60, 1), image(160, 40, 2))), Prompt("A star is a")]
-    tokens, logits = decode(runtime, runtime.prepare(prompts), STEPS)
-    expected_tokens, expected = pair.greedy(pair.inputs.prepare(prompts), STEPS)
-    close(logits, expected)
-    assert tokens.tolist() == expected_tokens.tolist()
-
-
 @pytest.mark.parametrize("model_type", QWEN_TYPES)
 def test_an_image_as_the_first_and_the_last_thing(export: Export, model_type: str) -> None:
     """Compared with one pass over prompt and answer: behind a prompt whose last token is an image's, transformers'

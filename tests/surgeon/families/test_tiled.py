@@ -85,19 +85,6 @@ def test_another_text_model_is_refused():
 # ---------------------------------------------------------------- decoder positions
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_position_ids_are_those_of_transformers(model, side):
-    rng = np.random.default_rng(0)
-    grids = [[GRIDS[i] for i in rng.integers(0, len(GRIDS), n)] for n in (1, 3, 0, 2)]
-    ids, mask = padded([prompt_rows(rng, row) for row in grids], side)
-    positions, following = family_of(model).position_ids(model.config, ids, mask, grids)
-    kwargs = {"attention_mask": torch.from_numpy(mask)}
-    expected = model._prepare_position_ids_for_generation(torch.from_numpy(ids), kwargs)
-    assert positions.dtype == following.dtype == np.int64
-    np.testing.assert_array_equal(positions, expected[None].numpy())
-    np.testing.assert_array_equal(following, mask.sum(1))
-
-
 @pytest.mark.parametrize(
     ("ids", "grids", "message"),
     [
@@ -117,14 +104,6 @@ def test_a_row_without_tokens(model):
     ids = np.array([[5], [5]])
     with pytest.raises(InputError, match="row 1 has no tokens"):
         family_of(model).position_ids(model.config, ids, np.array([[1], [0]]), [[], []])
-
-
-def test_rope_axes_turn_each_frequency_as_the_model_does(model):
-    axes = family_of(model).rope_axes(model.config)
-    rotary = model.model.language_model.rotary_emb
-    cos, _ = rotary(torch.zeros(1), torch.tensor([[700]]))
-    assert set(axes) == {0}
-    assert torch.equal(cos[0, 0, : len(axes)], (700 * rotary.inv_freq).cos())
 
 
 # ---------------------------------------------------------------- tiles
@@ -190,17 +169,6 @@ def test_internvl_towers_of_every_kind(vision, options):
     assert len(features) == found.image_tokens(model.config, (1, 1, 2))
 
 
-def test_export_names_every_parameter_of_the_tower(model):
-    found = family_of(model)
-    export = found.vision_export(model, torch.float32)
-    parts = (found.vision_tower + ".", found.projector + ".")
-    whole = {name: p for name, p in model.named_parameters() if name.startswith(parts)}
-    assert sorted(export.parameters.values()) == sorted(whole)
-    for name, parameter in export.module.named_parameters():
-        assert parameter is whole[export.parameters[name]], name
-    assert export.constants.keys() == dict(export.module.named_buffers()).keys()
-
-
 def test_torch_export_from_meta_takes_any_number_of_tiles(model):
     found = family_of(model)
     with torch.device("meta"):
@@ -217,17 +185,6 @@ def test_torch_export_from_meta_takes_any_number_of_tiles(model):
         with torch.no_grad():
             features = program.module()(pixel_values=torch.from_numpy(pixels))[0]
         torch.testing.assert_close(features, run_export(real, pixels), rtol=0, atol=1e-6)
-
-
-def test_export_module_in_bf16_is_as_near_to_fp32_as_transformers(model):
-    low = tiny_model(model.config.model_type, torch.bfloat16)
-    pixels = torch.from_numpy(image((1, 3, 2))).bfloat16()
-    exact = features_of(model, pixels.float().numpy())
-    with torch.no_grad():
-        ours = family_of(model).vision_export(low, torch.bfloat16).module(pixels)[0]
-        theirs = low.model.get_image_features(pixels).pooler_output.flatten(0, 1)
-    assert ours.dtype == torch.bfloat16
-    assert (ours.float() - exact).abs().mean() < 1.2 * (theirs.float() - exact).abs().mean()
 
 
 @pytest.mark.parametrize(
