@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.memory import reference
 from surgeon.memory.graft import Graft
 from surgeon.memory.reference import matrix
+from surgeon.memory.reference import norm as norm_of
 from surgeon.memory.rms_norm import RMSNorm
 from surgeon.memory.rotary import Rope, Rotary, rotate
 
@@ -66,11 +66,11 @@ def mixin(
     """`gated_cross_attention` of weights [out, in] and norms [d], contiguous; the reference implementation that every
     kernel must agree with."""
     weights = SimpleNamespace(
-        norm=reference.norm(norm, eps),
+        norm=norm_of(norm, eps),
         q_proj=matrix(q_proj),
         o_proj=matrix(o_proj),
         attn_gate=attn_gate,
-        ffn_norm=reference.norm(ffn_norm, eps),
+        ffn_norm=norm_of(ffn_norm, eps),
         gate_proj=matrix(gate_proj),
         up_proj=matrix(up_proj),
         down_proj=matrix(down_proj),
@@ -93,7 +93,7 @@ def mixin_memory(
     visual_embeds: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, k_proj: Tensor, v_proj: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`keys_and_values` of weights [out, in] and a norm [d], contiguous; the reference implementation."""
-    weights = SimpleNamespace(norm=reference.norm(norm, eps), k_proj=matrix(k_proj), v_proj=matrix(v_proj))
+    weights = SimpleNamespace(norm=norm_of(norm, eps), k_proj=matrix(k_proj), v_proj=matrix(v_proj))
     keys, values = keys_and_values(weights, visual_embeds, (cos, sin))
     return keys.contiguous(), values.contiguous()
 
