@@ -10,7 +10,7 @@ import torch
 from command import assert_refused, run
 from exporters.kernels import autotune
 from exporters.kernels.autotune import TunedCheckpoint, TunedGraft
-from exporters.kernels.kernel import Blocks
+from exporters.kernels.kernel import TileConfig
 from exporters.kernels.tuned import Measured
 
 
@@ -22,7 +22,7 @@ def test_without_a_gpu_it_says_that_it_needs_one(source: Path) -> None:
 
 def test_it_prints_what_was_measured(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
-    launches = {"pvm_text x=bfloat16[1,1,4096]": Measured(Blocks(outputs=32), 2e-6, 3.5e-6, 7)}
+    launches = {"pvm_text x=bfloat16[1,1,4096]": Measured(TileConfig(outputs=32), 2e-6, 3.5e-6, 7)}
     kept = TunedCheckpoint("NVIDIA Test 9000", tmp_path / "blocks.json", [TunedGraft("pvm", "batch 1 x 1", launches)])
 
     def tune_checkpoint(checkpoint: str, **options: Any) -> TunedCheckpoint:

@@ -19,7 +19,7 @@ import passes
 from checkpoints import has_tokenizer, tiny_checkpoint
 from command import run
 from hub_stand_in import COMMIT, hub
-from pairs import open_gates, picture
+from pairs import image, open_gates
 from passes.pvm import PvmPass
 from patching import apply
 from published import golden_checkpoint
@@ -457,7 +457,7 @@ def test_the_validation_that_it_names_passes(source: Path, tmp_path: Path) -> No
 # -- how it is used -------------------------------------------------------------------------------------------------
 def run_use(directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The Python of the card, where it would be typed. -> its names."""
-    picture(60, 60).save(directory.parent / "image.png")
+    image(60, 60).save(directory.parent / "image.png")
     monkeypatch.chdir(directory.parent)
     (block,) = blocks(section(directory, "Use"), "python")
     names: dict[str, Any] = {}

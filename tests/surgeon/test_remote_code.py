@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import surgeon.remote_code
 from checkpoints import FAMILIES, tiny_checkpoint, tiny_model
 from patching import apply
 from surgeon import models
@@ -104,3 +105,9 @@ def test_an_auto_map_that_is_none_is_as_if_it_were_not_there(entries: Any, tmp_p
     assert set(written.values()) <= {f"modeling_surgeon.{name}" for name in ("SurgeonConfig", "SurgeonModel")} | {
         "modeling_surgeon.SurgeonQwen3VLModel"
     }
+
+
+def test_a_package_does_not_travel() -> None:
+    """transformers copies what `from .file import name` leads to, and nothing of `from . import file`."""
+    with pytest.raises(AssertionError, match=r"surgeon\.memory is a package"):
+        surgeon.remote_code._travelling("surgeon.memory", {})

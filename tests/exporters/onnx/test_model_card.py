@@ -13,11 +13,11 @@ from huggingface_hub import ModelCard
 
 from checkpoints import has_tokenizer, tiny_checkpoint
 from command import run
-from exporters.calibration.fit import not_measured
+from exporters.calibration.calibrate import not_measured
 from exporters.export import export_bundle
 from exporters.onnx.manifest import NOT_ASKED, Activation, Manifest, Precision
 from exporters.onnx.model_card import bundle_card
-from pairs import open_gates, picture
+from pairs import image, open_gates
 from patching import apply
 from surgeon.checkpoint import Checkpoint
 
@@ -107,7 +107,7 @@ def test_the_recipe_makes_the_same_bundle(fresh: Path, bundle: Path, tmp_path: P
 
 
 def test_what_it_names_runs(fresh: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture(60, 60).save(tmp_path / "image.png")
+    image(60, 60).save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     (ask,) = commands(bundle, "Use", BUNDLE=bundle)
     compared, bytes_too = commands(bundle, "Validation", BUNDLE=bundle, patched=fresh)
