@@ -14,7 +14,7 @@ from command import run
 from exporters.kernels import tuned
 from exporters.kernels.folder import VARIABLE
 from exporters.kernels.plan import plan as launches
-from exporters.kernels.workload import Size, reading
+from exporters.kernels.workload import Size, attention_workload
 from exporters.tensorrt import build
 from exporters.tensorrt.build import Options, plan_engines
 from exporters.tensorrt.library import Gpu
@@ -58,7 +58,7 @@ def tile_configs(grafted: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         model = build_meta(read_config(checkpoint.config))
     graft = next(module for module in model.modules() if isinstance(module, Graft))
     decode = plan_engines(grafted.bundle, Options(target="sm80", graphs=("decoder",))).graphs[0].profiles[0]
-    chain, types = reading(graft, Size(slots=decode.sizes["M"].opt, dtype="float16"))
+    chain, types = attention_workload(graft, Size(slots=decode.sizes["M"].opt, dtype="float16"))
     found = {}
     for launch in launches(chain, types):
         best = dataclasses.replace(launch.tile_config, num_warps=2)
