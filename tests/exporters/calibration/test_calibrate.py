@@ -80,7 +80,7 @@ def made(request: pytest.FixtureRequest, make: Callable[[str], Made]) -> Made:
     return make(request.param)
 
 
-def test_without_fp32_it_is_infinite_and_with_it_the_rung_holds(made: Made) -> None:
+def test_without_fp32_it_is_infinite_and_with_it_the_level_holds(made: Made) -> None:
     broken = validate_pair(made.checkpoint, made.plain, steps=3)
     with_image = [case for case in broken.comparisons[0].cases if case.images]
     assert with_image and all("infinite" in case.failures[0] for case in with_image)

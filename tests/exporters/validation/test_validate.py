@@ -215,7 +215,7 @@ def test_unrelated_checkpoints_of_one_shape_fail_and_are_not_judged_by_request(t
     done = run("validate", a, b, *own, "--backbone-tuned")
     assert done.exit_code == 1
     assert "NOT JUDGED in" in done.stdout and "leave it out" in done.stdout
-    assert "passed" not in done.stdout and "held" not in done.stdout
+    assert "passed" not in done.stdout
     assert run("validate", a, a, *own).exit_code == 0
 
 
@@ -506,7 +506,7 @@ def test_the_command_exits_with_the_verdict_and_writes_the_report(export: Export
     own = ("--prompt", "What is this?", "--steps", 3)
     held = run("validate", pair.checkpoint, pair.bundle, *own, "--report", file)
     assert held.exit_code == 0, held.output
-    assert "held" in held.stdout and "passed in" in held.stdout
+    assert held.stdout.count("passed") > 1 and "passed in" in held.stdout
     written = json.loads(file.read_text())
     assert written["passed"] is True and written["comparisons"][0]["cases"][0]["tokens_equal"] == 3
 
