@@ -65,7 +65,7 @@ def autotune(
     from surgeon.progress import progress_bars
 
     with progress_bars() as progress:
-        found = tune_checkpoint(
+        tuned = tune_checkpoint(
             checkpoint,
             batches=batches,
             lengths=lengths,
@@ -74,15 +74,15 @@ def autotune(
             progress=progress,
         )
     if as_json:
-        print_json({**dataclasses.asdict(found), "file": str(found.file)})
+        print_json({**dataclasses.asdict(tuned), "file": str(tuned.file)})
         return
     rows: list[tuple[Any, ...]] = []
-    for graft in found.grafts:
-        for name, each in graft.launches.items():
-            times = [f"{1e6 * seconds:.2f} us" for seconds in (each.rule_seconds, each.seconds)]
-            rows.append((graft.size, name.split()[0], *times, each.tried))
+    for graft in tuned.grafts:
+        for name, launch in graft.launches.items():
+            times = [f"{1e6 * seconds:.2f} us" for seconds in (launch.rule_seconds, launch.seconds)]
+            rows.append((graft.size, name.split()[0], *times, launch.tried))
     console.print_table(("size", "launch", "heuristic", "measured best", "ways tried"), rows)
-    click.echo(f"kept for {found.gpu} in {found.file}")
+    click.echo(f"kept for {tuned.gpu} in {tuned.file}")
 
 
 COMMAND = autotune

@@ -49,10 +49,10 @@ def bench(
     provider = provider_of(backend, *paths)
     workload = Workload(prompt or own.text, images, tokens, batch, rounds, threads, provider)
     with progress_bars() as progress:
-        found = measure(paths, workload, progress)
+        measurements = measure(paths, workload, progress)
     if out is not None:
-        draw(found, out)
-    figures = [each.as_dict() for each in found]
+        draw(measurements, out)
+    figures = [measurement.as_dict() for measurement in measurements]
     print_json(figures) if as_json else console.report_bench(figures)
 
 

@@ -29,8 +29,8 @@ def doctor(directory: Path, as_json: bool) -> None:
     from surgeon.console import report_diagnosis
     from surgeon.doctor import diagnose
 
-    found = diagnose(directory)
-    print_json(dataclasses.asdict(found)) if as_json else report_diagnosis(found)
+    diagnosis = diagnose(directory)
+    print_json(dataclasses.asdict(diagnosis)) if as_json else report_diagnosis(diagnosis)
 
 
 COMMAND = doctor

@@ -74,8 +74,8 @@ def export(
         )
     if measure and manifest.precision is not None and manifest.precision.skipped is not None:
         click.echo(f"warning: what overflows fp16 was not measured: {manifest.precision.skipped}", err=True)
-    written = manifest.model_dump(mode="json")
-    print_json(written) if as_json else console.report_bundle(target, written)
+    manifest_json = manifest.model_dump(mode="json")
+    print_json(manifest_json) if as_json else console.report_bundle(target, manifest_json)
 
 
 COMMAND = export

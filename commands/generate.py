@@ -50,7 +50,7 @@ def generate(
     from surgeon.generation import Sampling
     from surgeon.inputs import Prompt
 
-    asked, sampling = Prompt(prompt, images, system), Sampling(temperature, top_k, top_p, seed)
+    request, sampling = Prompt(prompt, images, system), Sampling(temperature, top_k, top_p, seed)
 
     from exporters.generation import open_generator
 
@@ -59,8 +59,8 @@ def generate(
             click.echo(text, nl=False)
 
     generator = open_generator(path, provider_of(backend, path))
-    (found,) = generator.generate([asked], max_new_tokens, sampling, show, positions)
-    print_json(dataclasses.asdict(found)) if as_json else click.echo()
+    (generation,) = generator.generate([request], max_new_tokens, sampling, show, positions)
+    print_json(dataclasses.asdict(generation)) if as_json else click.echo()
 
 
 COMMAND = generate

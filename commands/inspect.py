@@ -37,9 +37,9 @@ def inspect(path: str, as_json: bool, image: Path | None, out: Path | None) -> N
     if artifact_kind(path) == "engines":
         from exporters.tensorrt.report import inspect_engines
 
-        found_engines = inspect_engines(path, show=not as_json)
+        engines = inspect_engines(path, show=not as_json)
         if as_json:
-            print_json(found_engines.model_dump(mode="json"))
+            print_json(engines.model_dump(mode="json"))
     elif artifact_kind(path) == "bundle":
         from exporters.onnx.manifest import Manifest
 
@@ -48,8 +48,8 @@ def inspect(path: str, as_json: bool, image: Path | None, out: Path | None) -> N
     else:
         from surgeon.inspect import inspect_checkpoint
 
-        found = inspect_checkpoint(path)
-        print_json(found.model_dump(mode="json")) if as_json else console.report_inspection(found)
+        inspection = inspect_checkpoint(path)
+        print_json(inspection.model_dump(mode="json")) if as_json else console.report_inspection(inspection)
 
 
 COMMAND = inspect

@@ -20,7 +20,9 @@ def passes(as_json: bool) -> None:
     from surgeon.inspect import describe_passes
 
     described = describe_passes(registry())
-    print_json([each.model_dump(mode="json") for each in described]) if as_json else report_passes(described)
+    print_json([description.model_dump(mode="json") for description in described]) if as_json else report_passes(
+        described
+    )
 
 
 COMMAND = passes

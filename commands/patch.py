@@ -67,9 +67,9 @@ def patch_command(
     from passes import registry
     from surgeon.recipe import Recipe
 
-    chosen = Recipe.read(recipe) if recipe else Recipe.from_arguments(arguments)
-    seed = chosen.seed if seed is None else seed
-    to_run = chosen.make_passes(registry())
+    parsed_recipe = Recipe.read(recipe) if recipe else Recipe.from_arguments(arguments)
+    seed = parsed_recipe.seed if seed is None else seed
+    to_run = parsed_recipe.make_passes(registry())
 
     # Only now what takes seconds to import: a misspelt option is told at once.
     from surgeon import console

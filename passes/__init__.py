@@ -8,4 +8,4 @@ _PASSES = Extensions("passes", "PASS", group="surgeon.passes")
 
 def registry() -> dict[str, type[Pass]]:
     """Every pass, of this package or of another that is installed, by the name that recipes call it."""
-    return {each.name: each for each in _PASSES.all().values()}
+    return {pass_class.name: pass_class for pass_class in _PASSES.all().values()}

@@ -63,17 +63,17 @@ class MixinPass(GraftPass):
 
     def graft_options(self, graph: "LvlmGraph") -> dict[str, Any]:
         text = graph.family.text_config(graph.config)
-        chosen = self.options
+        options = self.options
 
         def own(value: Any, backbone: Any) -> Any:
             return backbone if value is None else value
 
         return {
-            "num_heads": own(chosen.num_heads, text.num_attention_heads),
-            "head_dim": own(chosen.head_dim, graph.family.head_dim(graph.config)),
-            "intermediate": own(chosen.intermediate, text.intermediate_size),
-            "rope_theta": float(own(chosen.rope_theta, text.rope_parameters["rope_theta"])),
-            "eps": own(chosen.eps, text.rms_norm_eps),
+            "num_heads": own(options.num_heads, text.num_attention_heads),
+            "head_dim": own(options.head_dim, graph.family.head_dim(graph.config)),
+            "intermediate": own(options.intermediate, text.intermediate_size),
+            "rope_theta": float(own(options.rope_theta, text.rope_parameters["rope_theta"])),
+            "eps": own(options.eps, text.rms_norm_eps),
         }
 
     def resolved(self, graph: "LvlmGraph") -> dict[str, Any]:

@@ -90,10 +90,10 @@ def facts(source: Checkpoint, fingerprint: str, model_type: str, *more: tuple[st
 def options_text(options: Mapping[str, Any]) -> str:
     """Every option with its value, in a line."""
 
-    def shown(value: Any) -> str:
+    def value_text(value: Any) -> str:
         return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    return "; ".join(f"{plain(key)} {plain(shown(value))}" for key, value in options.items()) or "no options"
+    return "; ".join(f"{plain(key)} {plain(value_text(value))}" for key, value in options.items()) or "no options"
 
 
 def grafts_text(record: Mapping[str, Any]) -> str:
@@ -128,11 +128,11 @@ def license_text(source: SourceCard, kept: bool) -> list[str]:
     """What the source's card says of it. kept: whether that card is beside this one."""
     where = f" ([{KEPT}]({KEPT}), which is about the source alone)" if kept and source.exists else ""
     if "license" not in source.inherited:
-        what = "has no model card" if not source.exists else f"has a model card{where} that names no license"
-        return ["## License", f"Not known: the source {what}. Look its terms up before you publish this."]
+        state = "has no model card" if not source.exists else f"has a model card{where} that names no license"
+        return ["## License", f"Not known: the source {state}. Look its terms up before you publish this."]
     licenses, name = source.inherited["license"], source.inherited.get("license_name")
-    said = listed([licenses] if isinstance(licenses, str) else licenses)
-    return ["## License", f"As the source's card says{where}: {said}{f', {plain(name)}' if name else ''}."]
+    licenses_text = listed([licenses] if isinstance(licenses, str) else licenses)
+    return ["## License", f"As the source's card says{where}: {licenses_text}{f', {plain(name)}' if name else ''}."]
 
 
 def untrained(checkpoint: Checkpoint) -> bool:
@@ -160,7 +160,9 @@ def made_by(checkpoint: Checkpoint) -> list[list[str]]:
         recipe = Recipe.read(checkpoint.directory / FILE_NAME)
     except (SurgeonError, RecursionError):
         return []
-    arguments = [argument_of(each, options or {}) for entry in recipe.passes for each, options in entry.items()]
+    arguments = [
+        argument_of(pass_name, options or {}) for entry in recipe.passes for pass_name, options in entry.items()
+    ]
     if recipe.passes != record["passes"] or None in arguments:
         return []
     passes = [word for each in arguments for word in ("--pass", str(each))]

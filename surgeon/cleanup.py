@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @contextmanager
-def cleaning_up(action: Callable[[], object], what: str) -> Iterator[None]:
+def cleaning_up(action: Callable[[], object], description: str) -> Iterator[None]:
     """Run `action` when the `with` ends, however it ends.
 
     After an exception that exception goes on, and an error of `action` is added to it as a note ("could not <what>:
@@ -16,17 +16,17 @@ def cleaning_up(action: Callable[[], object], what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        add_cleanup_errors(error, action, what)
+        add_cleanup_errors(error, action, description)
         raise
     action()
 
 
-def add_cleanup_errors(error: BaseException, action: Callable[[], object], what: str) -> None:
+def add_cleanup_errors(error: BaseException, action: Callable[[], object], description: str) -> None:
     """Run `action` because of `error`; what it raises itself becomes a note on `error`."""
     try:
         action()
     except Exception as second:  # whatever it is, the first one is why we are here
-        error.add_note(f"could not {what}: {type(second).__name__}: {second}")
+        error.add_note(f"could not {description}: {type(second).__name__}: {second}")
 
 
 @contextmanager

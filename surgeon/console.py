@@ -34,24 +34,25 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def report_inspection(found: Inspection) -> None:
-    text, vision, sites = found.text, found.vision, found.graft_sites
-    print(f"{found.path}: {found.family}, {'patched' if found.grafts else 'plain'}, {found.dtype}")
+def report_inspection(inspection: Inspection) -> None:
+    text, vision, sites = inspection.text, inspection.vision, inspection.graft_sites
+    print(f"{inspection.path}: {inspection.family}, {'patched' if inspection.grafts else 'plain'}, {inspection.dtype}")
     print(
         f"decoder  {text.layers} layers, hidden {text.hidden_size}, intermediate {text.intermediate_size}, "
         f"{text.attention_heads} heads ({text.key_value_heads} of keys and values) of {text.head_dim}, "
-        f"vocabulary {text.vocab_size:,}{', tied to lm_head' if found.tied_embeddings else ''}"
+        f"vocabulary {text.vocab_size:,}{', tied to lm_head' if inspection.tied_embeddings else ''}"
     )
     print(
         f"vision   {vision.layers} layers, hidden {vision.hidden_size}, {vision.attention_heads} heads, patches of "
-        f"{vision.patch_size}" + (f", DeepStack into {found.deepstack_layers} layers" if found.deepstack_layers else "")
+        f"{vision.patch_size}"
+        + (f", DeepStack into {inspection.deepstack_layers} layers" if inspection.deepstack_layers else "")
     )
     print(f"grafts   layers {sites.first_layer} to {sites.last_layer}; latent: multiples of {sites.latent_multiple}")
-    for graft in found.grafts:
+    for graft in inspection.grafts:
         options = "".join(f", {key} {value}" for key, value in graft.options.items())
         print(f"grafted  {graft.kind} at layers {', '.join(map(str, graft.layers))}{options}")
-    if found.tiles is not None:
-        tiles = found.tiles
+    if inspection.tiles is not None:
+        tiles = inspection.tiles
         order = f" in {tiles.tile_order} order" if tiles.tile_order else ""
         allocation = "" if tiles.allocation == "both" else f"; tiles go to the {tiles.allocation} alone"
         print(
@@ -59,11 +60,11 @@ def report_inspection(found: Inspection) -> None:
             f"positions {tiles.positions}{order}{allocation}"
         )
     print()
-    print_table(("part", "parameters", "size"), [(p.name, p.parameters, decimal(p.bytes)) for p in found.parts])
-    print(f"total    {found.parameters:,} parameters, {decimal(found.bytes)}")
+    print_table(("part", "parameters", "size"), [(p.name, p.parameters, decimal(p.bytes)) for p in inspection.parts])
+    print(f"total    {inspection.parameters:,} parameters, {decimal(inspection.bytes)}")
     print()
-    if found.files:
-        print_table(("file", "tensors", "size"), [(f.name, f.tensors, decimal(f.bytes)) for f in found.files])
+    if inspection.files:
+        print_table(("file", "tensors", "size"), [(f.name, f.tensors, decimal(f.bytes)) for f in inspection.files])
     else:
         print("no weights here: a config alone")
 
@@ -102,17 +103,17 @@ def _report_precision(precision: Mapping[str, Any]) -> None:
     limit, margin = f"{precision['limit']:,.0f}", f"{precision['margin']:g}"
     print(f"overflow largest values over {precision['prompts']} prompts; fp16 ends at {limit}, margin {margin}")
 
-    def row(each: Mapping[str, Any]) -> tuple[str, ...]:
-        return each["graph"], each["layer"], each["operator"], f"{each['max_abs']:,.4g}"
+    def row(entry: Mapping[str, Any]) -> tuple[str, ...]:
+        return entry["graph"], entry["layer"], entry["operator"], f"{entry['max_abs']:,.4g}"
 
-    largest = sorted(precision["largest"], key=lambda each: -float(each["max_abs"]))[:5]
-    print_table(("graph", "layer", "operator", "largest"), [row(each) for each in largest])
+    largest = sorted(precision["largest"], key=lambda entry: -float(entry["max_abs"]))[:5]
+    print_table(("graph", "layer", "operator", "largest"), [row(entry) for entry in largest])
     if not precision["widened"]:
         print("all of it fits: no layer needs fp32 for its range")
         return
     print()
     print(f"fp32, because {margin} times the value is beyond fp16:")
-    print_table(("graph", "layer", "operator", "largest"), [row(each) for each in precision["widened"]])
+    print_table(("graph", "layer", "operator", "largest"), [row(entry) for entry in precision["widened"]])
 
 
 def report_passes(passes: Sequence[PassDescription]) -> None:
@@ -159,8 +160,8 @@ def report_validation(report: "Report") -> None:
         print()
         _report_comparison(comparison)
     print()
-    shown = {"passed": "passed", "failed": "FAILED", "not judged": "NOT JUDGED"}[report.verdict]
-    print(f"{shown} in {report.seconds:.1f} s" + (f": {report.remedy}" if report.verdict == "not judged" else ""))
+    verdict = {"passed": "passed", "failed": "FAILED", "not judged": "NOT JUDGED"}[report.verdict]
+    print(f"{verdict} in {report.seconds:.1f} s" + (f": {report.remedy}" if report.verdict == "not judged" else ""))
 
 
 def _report_comparison(comparison: "Comparison") -> None:
@@ -192,42 +193,43 @@ def _report_comparison(comparison: "Comparison") -> None:
             print(f"{case.name}: first wrong tensor {case.first_wrong}")
 
 
-def report_bench(found: Sequence[Mapping[str, Any]]) -> None:
+def report_bench(measurements: Sequence[Mapping[str, Any]]) -> None:
     """Forms side by side, each what `surgeon bench --json` gives; speeds are compared to the first's."""
     rows = []
-    for each in found:
-        low, high = min(each["tokens_per_second"]), max(each["tokens_per_second"])
-        memory = decimal(each["peak_memory"])
+    for measurement in measurements:
+        low, high = min(measurement["tokens_per_second"]), max(measurement["tokens_per_second"])
+        memory = decimal(measurement["peak_memory"])
         rows.append(
             (
-                each["path"],
-                f"{each['stage']}, {each['dtype']}, {each['device']}",
-                f"{each['first_token'] * 1e3:,.1f} ms",
-                f"{each['step'] * 1e3:,.2f} ms",
-                f"{each['step_p95'] * 1e3:,.2f} ms",
-                f"{each['speed']:,.1f} ({low:,.1f} to {high:,.1f})",
-                f"{each['speed'] / found[0]['speed']:.2f} x",
-                memory + (f" + {decimal(each['device_memory'])}" if each["device_memory"] else ""),
+                measurement["path"],
+                f"{measurement['stage']}, {measurement['dtype']}, {measurement['device']}",
+                f"{measurement['first_token'] * 1e3:,.1f} ms",
+                f"{measurement['step'] * 1e3:,.2f} ms",
+                f"{measurement['step_p95'] * 1e3:,.2f} ms",
+                f"{measurement['speed']:,.1f} ({low:,.1f} to {high:,.1f})",
+                f"{measurement['speed'] / measurements[0]['speed']:.2f} x",
+                memory + (f" + {decimal(measurement['device_memory'])}" if measurement["device_memory"] else ""),
             )
         )
     columns = ("what", "form", "first token", "step", "step p95", "tokens/s", "of the first", "peak memory")
     print_table(columns, rows)
 
 
-def report_diagnosis(found: Diagnosis) -> None:
+def report_diagnosis(diagnosis: Diagnosis) -> None:
     print_table(
-        ("package", "version", ""), [(p.name, p.version or "not installed", p.problem or "") for p in found.packages]
+        ("package", "version", ""),
+        [(p.name, p.version or "not installed", p.problem or "") for p in diagnosis.packages],
     )
     print()
-    print_table(("backend", "works", ""), [(b.name, "yes" if b.works else "no", b.detail) for b in found.backends])
-    for backend in found.backends:
+    print_table(("backend", "works", ""), [(b.name, "yes" if b.works else "no", b.detail) for b in diagnosis.backends])
+    for backend in diagnosis.backends:
         if backend.remedy:
             print(f"{backend.name}: {backend.remedy}")
     print()
-    storage = found.storage
+    storage = diagnosis.storage
     if storage.free_bytes is not None:
         print(f"{storage.directory}: {decimal(storage.free_bytes)} free")
     links = (f"{name}: {'yes' if yes else 'no'}" for name, yes in storage.links.items())
     print(storage.problem or ", ".join(links))
-    for leftover in found.leftovers:
+    for leftover in diagnosis.leftovers:
         print(f"{leftover.path}: {leftover.remedy}")

@@ -135,14 +135,14 @@ def _cause_of_death(code: int, stderr: str) -> str | None:
 
 
 def _packages(imports: _Outcome) -> list[Package]:
-    found = [Package("python", platform.python_version())]
+    packages = [Package("python", platform.python_version())]
     for name, module in PACKAGES.items():
         version = installed_version(name)
         problem = imports.results.get(module, f"not tried: {imports.died}")
         if problem == BEGUN:
             problem = imports.died
-        found.append(Package(name, version, problem if version else None))
-    return found
+        packages.append(Package(name, version, problem if version else None))
+    return packages
 
 
 def _backend(name: str, outcome: _Outcome) -> Backend:
@@ -169,7 +169,7 @@ def _storage(directory: Path) -> Storage:
 
 def _leftovers(directory: Path) -> list[Leftover]:
     try:
-        found = leftovers.find(directory.resolve())
+        entries = leftovers.find(directory.resolve())
     except OSError:  # which the storage check says
         return []
-    return [Leftover(str(each.path), str(each.target), leftovers.use(each), each.only_copy) for each in found]
+    return [Leftover(str(each.path), str(each.target), leftovers.use(each), each.only_copy) for each in entries]

@@ -79,10 +79,10 @@ def _draw(logits: np.ndarray, sampling: Sampling, draw: float) -> int:
     probabilities = np.exp(scores[candidates] - scores[candidates[0]])
     cumulative = np.cumsum(probabilities)
     if sampling.top_p is not None:
-        kept = 1 + int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1], side="left"))
-        candidates, cumulative = candidates[:kept], cumulative[:kept]
-    chosen = int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))
-    return int(candidates[min(chosen, len(candidates) - 1)])
+        num_kept = 1 + int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1], side="left"))
+        candidates, cumulative = candidates[:num_kept], cumulative[:num_kept]
+    index = int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))
+    return int(candidates[min(index, len(candidates) - 1)])
 
 
 class Rows:
@@ -134,12 +134,12 @@ class TextStream:
         return self._advance(final=True)
 
     def _advance(self, final: bool) -> str:
-        known = self._decode(self._ids[self._context : self._done])
+        previous_text = self._decode(self._ids[self._context : self._done])
         text = self._decode(self._ids[self._context :])
-        if (text.endswith(_INCOMPLETE) and not final) or len(text) <= len(known):
+        if (text.endswith(_INCOMPLETE) and not final) or len(text) <= len(previous_text):
             return ""
         self._context, self._done = self._done, len(self._ids)
-        return text[len(known) :]
+        return text[len(previous_text) :]
 
 
 class Answers:

@@ -73,18 +73,20 @@ def import_checkpoint(
             source_type=name,
             model_type=config["model_type"],
             text_model=layout.text_model,
-            parameters=sum(prod(each.shape) for each in planned),
+            parameters=sum(prod(converted.shape) for converted in planned),
             tensors=len(planned),
             bytes_written=0,
             image_token_id=layout.image_token_id,
             grafts={entry["kind"]: entry["layers"] for entry in (layout.record or {}).get("grafts", [])},
             warnings=list(layout.warnings),
         )
-        needed = sum(each.nbytes for each in planned)
+        needed = sum(converted.nbytes for converted in planned)
 
         def verify(directory: Path) -> None:
             files.check()
-            check_staged(directory, {each.name: (each.source.torch_dtype, each.shape) for each in planned})
+            check_staged(
+                directory, {converted.name: (converted.source.torch_dtype, converted.shape) for converted in planned}
+            )
 
         with staged(Path(target), overwrite, [checkpoint.directory], needed, verify) as directory:
             # What may fail goes before what takes long.
@@ -119,20 +121,20 @@ def _plan(source: Checkpoint, layout: Layout, model: PreTrainedModel) -> list[Co
     state = model.state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     tied: dict[str, str] = model.all_tied_weights_keys
-    stored = {rule_target for info in source.tensors for rule_target in _names(layout, info)}
-    absent = {name for name, other in tied.items() if name not in stored and other in stored}
+    stored_names = {rule_target for info in source.tensors for rule_target in _names(layout, info)}
+    absent = {name for name, other in tied.items() if name not in stored_names and other in stored_names}
     planned = plan_tensors(
         source.tensors, layout.rules, {name: shape for name, shape in expected.items() if name not in absent}
     )
-    for each in planned:
-        check_dtype(each.source.name, each.source.torch_dtype, state[each.name].dtype)
-    by_name = {each.name: each.source.name for each in planned}
+    for converted in planned:
+        check_dtype(converted.source.name, converted.source.torch_dtype, state[converted.name].dtype)
+    by_name = {converted.name: converted.source.name for converted in planned}
     doubled = {name for name, other in tied.items() if name in by_name and other in by_name}
     for name in sorted(doubled):
         first, second = by_name[tied[name]], by_name[name]
         if not equal(source, first, second):
             raise CheckpointError(f"tie_word_embeddings is on in config.json, and {first} and {second} are different")
-    return [each for each in planned if each.name not in doubled]
+    return [converted for converted in planned if converted.name not in doubled]
 
 
 def _names(layout: Layout, key: str) -> list[str]:

@@ -159,7 +159,7 @@ class Inputs:
     ) -> ModelInputs:
         """A batch of prompts, or of conversations as lists of messages. `positions`: dhr or plain, for a checkpoint
         with RoPE-DHR, whose default is dhr. Raises InputError for what cannot be used."""
-        chosen = choose_positions(self.config, positions)
+        chosen_positions = choose_positions(self.config, positions)
         if not prompts:
             raise InputError("there is no prompt: pass at least one")
         rows, pixel_values, grids = [], [], []
@@ -185,7 +185,7 @@ class Inputs:
             mm_token_type_ids=image_mask.astype(np.int64),
             pixel_values=pixel_values,
             grids=grids,
-            positions=chosen,
+            positions=chosen_positions,
             needs_tile_grids="layout" in record_of(self.config),
         )
 
@@ -203,9 +203,11 @@ class Inputs:
         """The chat template's text, with one placeholder for each image."""
         template = self.template()
         # as transformers gives them to a template: what is None is left out
-        told = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        template_messages = [
+            {key: value for key, value in message.items() if value is not None} for message in messages
+        ]
         variables = {**self.tokenizer.special_tokens_map, "add_generation_prompt": add_generation_prompt}
-        return rendering.render(template, told, variables)
+        return rendering.render(template, template_messages, variables)
 
     def template(self) -> str:
         """The chat template in use. Raises CheckpointError where there are several and none is to be chosen."""
@@ -262,17 +264,17 @@ class Inputs:
             getattr(self.config, "eos_token_id", None),
             self.tokenizer.eos_token_id,
         )
-        for found in candidates:
-            if found is not None:
-                return tuple(found) if isinstance(found, list | tuple) else (int(found),)
+        for token_ids in candidates:
+            if token_ids is not None:
+                return tuple(token_ids) if isinstance(token_ids, list | tuple) else (int(token_ids),)
         return ()
 
     @property
     def pad_token_id(self) -> int:
         """The id that rows are padded with."""
-        for found in (self.tokenizer.pad_token_id, self.generation_config.get("pad_token_id"), *self.eos_token_ids):
-            if found is not None:
-                return int(found)
+        for token_id in (self.tokenizer.pad_token_id, self.generation_config.get("pad_token_id"), *self.eos_token_ids):
+            if token_id is not None:
+                return int(token_id)
         return 0
 
 
@@ -303,8 +305,8 @@ def _take_image(item: Message, images: list[ImageSource]) -> Message:
         return item
     source = item.get("image", item.get("path"))
     if not isinstance(source, Image.Image | Path | str):
-        found = sorted(item)
-        raise InputError(f"an image of the conversation has no file or image under 'image' (its keys: {found})")
+        keys = sorted(item)
+        raise InputError(f"an image of the conversation has no file or image under 'image' (its keys: {keys})")
     if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
         raise InputError(f"image {source[:80]} is not a file: images are read from files only, download it first")
     images.append(source)
@@ -316,14 +318,14 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return read_object(path, CheckpointError) if path.is_file() else None
 
 
-def _load(what: str, path: Path, loader: Callable[..., Any]) -> Any:
+def _load(part: str, path: Path, loader: Callable[..., Any]) -> Any:
     """A part that transformers loads. Raises CheckpointError."""
     try:
         return loader(path)
     except Exception as error:  # all of it is transformers' own, and what it trips over is the files
-        raise CheckpointError(f"the {what} in {path} cannot be loaded: {one_line(error)}") from error
+        raise CheckpointError(f"the {part} in {path} cannot be loaded: {one_line(error)}") from error
 
 
-def _require(path: Path, names: Sequence[str], what: str) -> None:
+def _require(path: Path, names: Sequence[str], part: str) -> None:
     if not any((path / name).is_file() for name in names):
-        raise CheckpointError(f"{path} has no {what} ({' or '.join(names)}): copy it from the model's source")
+        raise CheckpointError(f"{path} has no {part} ({' or '.join(names)}): copy it from the model's source")

@@ -185,14 +185,16 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
 
 
 def _files(checkpoint: "Checkpoint") -> list[WeightFile]:
-    held = {file: [info for info in checkpoint.tensors.values() if info.file == file] for file in checkpoint.files}
+    infos_by_file = {
+        file: [info for info in checkpoint.tensors.values() if info.file == file] for file in checkpoint.files
+    }
     return [
         WeightFile(
             name=str(file.relative_to(checkpoint.directory)),
             bytes=max((info.offset + info.nbytes for info in infos), default=0),  # the file may be on the hub
             tensors=len(infos),
         )
-        for file, infos in held.items()
+        for file, infos in infos_by_file.items()
     ]
 
 
@@ -226,8 +228,8 @@ def _parts(graph: "LvlmGraph") -> list[Part]:
     parameters, sizes = dict.fromkeys(order, 0), dict.fromkeys(order, 0)
     for name, parameter in graph.model.named_parameters():  # a tied one once
         part = next((part for prefix, part in prefixes.items() if name.startswith(prefix + ".")), "other")
-        stored = graph.weights[name]
-        dtype = getattr(stored, "dtype", parameter.dtype)
+        weight_source = graph.weights[name]
+        dtype = getattr(weight_source, "dtype", parameter.dtype)
         parameters[part] = parameters.get(part, 0) + parameter.numel()
         sizes[part] = sizes.get(part, 0) + parameter.numel() * dtype.itemsize
     return [Part(name=name, parameters=count, bytes=sizes[name]) for name, count in parameters.items()]
@@ -243,9 +245,12 @@ def describe_passes(registry: "Registry") -> list[PassDescription]:
     """Every pass of a registry with its options, by name."""
     return [
         PassDescription(
-            name=name, summary=each.summary, identity=each.identity, options=_options(each.Options.model_fields)
+            name=name,
+            summary=pass_class.summary,
+            identity=pass_class.identity,
+            options=_options(pass_class.Options.model_fields),
         )
-        for name, each in sorted(registry.items())
+        for name, pass_class in sorted(registry.items())
     ]
 
 

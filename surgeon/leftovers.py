@@ -90,9 +90,9 @@ def recover(target: Path) -> None:
     except OSError:  # no such directory, or one that cannot be listed: whoever writes there says what is wrong
         return
     # the last that was set aside first: the others are then no longer all that is left
-    for each in sorted(leftovers, key=_changed, reverse=True):
+    for leftover in sorted(leftovers, key=_changed, reverse=True):
         with suppress(BlockingIOError, FileNotFoundError):  # in use, or gone by now
-            _recover(each)
+            _recover(leftover)
 
 
 def _recover(leftover: Leftover) -> None:

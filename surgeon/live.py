@@ -91,13 +91,13 @@ def _check_graftable(model: Any) -> None:
 def _check_plain(model: PreTrainedModel, expected: PreTrainedModel) -> None:
     """Raises OptionError unless every module is of the class that the model's config makes: what a subclass, an adapter
     or a removed layer changes would be lost, or would not fit."""
-    own, made = (dict(each.named_modules()) for each in (model, expected))
-    for path in [*made, *own.keys() - made.keys()]:
-        found, plain = (type(modules[path]).__name__ if path in modules else "none" for modules in (own, made))
-        if type(own.get(path)) is not type(made.get(path)):
+    own, plain = (dict(each.named_modules()) for each in (model, expected))
+    for path in [*plain, *own.keys() - plain.keys()]:
+        names = [type(modules[path]).__name__ if path in modules else "none" for modules in (own, plain)]
+        if type(own.get(path)) is not type(plain.get(path)):
             raise OptionError(
                 f"cannot graft into this {type(model).__name__}: its module {path or 'of the whole model'!r} is "
-                f"{found}, and its config makes {plain}; graft into the plain model first, and change the result"
+                f"{names[0]}, and its config makes {names[1]}; graft into the plain model first, and change the result"
             )
 
 

@@ -254,8 +254,8 @@ def _use(record: Mapping[str, Any] | None, directory: Path) -> list[str]:
     if with_processor:
         sections.append("`AutoProcessor` needs torchvision for a family with a video processor, such as Qwen-VL.")
     if prompted:
-        asked = command("generate", ["OUT"], "--image", "image.png", "--prompt", "Describe the image.")
-        sections.append(f"With surgeon's command:\n\n{commands(asked)}")
+        generate_command = command("generate", ["OUT"], "--image", "image.png", "--prompt", "Describe the image.")
+        sections.append(f"With surgeon's command:\n\n{commands(generate_command)}")
     else:
         sections.append(
             "It cannot be prompted as it is: a tokenizer, a chat template or an image processor is missing, as it is "
@@ -273,19 +273,19 @@ def _has_processor(directory: Path) -> bool:
 
 
 def _validation(patch: Patch) -> list[str]:
-    written = (
+    read_back = (
         "`surgeon patch` read back what it had written: the index, and each tensor's dtype and shape against the "
         "config. Logits were not compared, and nothing was evaluated."
     )
     if patch.other_tokens or patch.other_images:
         return [
-            f"{written} The model is asked with other tokens or images than its source, so it is compared with its own "
-            "exports:",
+            f"{read_back} The model is asked with other tokens or images than its source, so it is compared with its "
+            "own exports:",
             commands(command("validate", ["OUT", "BUNDLE"])),
         ]
     tuned = ", `--grafts-tuned` where grafts that the source had already were" if patch.before.get("grafts") else ""
     return [
-        f"{written} To prove that every tensor of the source is here, and that the logits are the source's while the "
+        f"{read_back} To prove that every tensor of the source is here, and that the logits are the source's while the "
         "gates of the new grafts are closed:",
         commands(command("validate", [patch.source.name, "OUT"])),
         "That holds before the grafts are tuned and after. Add `--backbone-tuned` where the backbone was tuned "

@@ -82,9 +82,9 @@ def build_meta(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> 
     are not what the family says.
     """
     described = family(config.model_type)
-    chosen: Any = model_class(described, config)
+    lvlm_class: Any = model_class(described, config)
     try:
-        model: PreTrainedModel = _on_meta(chosen, config, dtype)
+        model: PreTrainedModel = _on_meta(lvlm_class, config, dtype)
     except Exception as error:
         if not is_patched(config) or not _builds(described, config, dtype):
             raise _unusable(described, error) from error
@@ -98,9 +98,9 @@ def build_meta(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> 
     return model.eval()
 
 
-def _on_meta(chosen: Any, config: PretrainedConfig, dtype: torch.dtype) -> Any:
+def _on_meta(lvlm_class: Any, config: PretrainedConfig, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
-        return chosen._from_config(config, dtype=dtype)
+        return lvlm_class._from_config(config, dtype=dtype)
 
 
 def _builds(described: Family, config: PretrainedConfig, dtype: torch.dtype) -> bool:
@@ -163,10 +163,10 @@ def load(
         config = config_of(checkpoint)
         if getattr(config, "quantization_config", None) is None:  # else transformers' quantiser knows the tensors
             stored_weights(build_meta(config, checkpoint.dtype), checkpoint, key_mapping)
-    chosen: Any = model_class(family(config.model_type), config)
+    lvlm_class: Any = model_class(family(config.model_type), config)
     if is_patched(config):
-        chosen = with_remote_code(*chosen.made_by)
-    model, loading = chosen.from_pretrained(
+        lvlm_class = with_remote_code(*lvlm_class.made_by)
+    model, loading = lvlm_class.from_pretrained(
         directory, config=config, dtype=dtype, key_mapping=key_mapping, output_loading_info=True, **kwargs
     )
     _check_loaded(directory, loading)
@@ -176,7 +176,7 @@ def load(
 def _check_loaded(directory: Path, loading: dict[str, Any]) -> None:
     """What transformers says of the loading itself: keywords may have led it to other files than those that were
     checked. Raises CheckpointError."""
-    for what, report in (
+    for problem, report in (
         ("found no values for", loading["missing_keys"]),
         ("found no place for", loading["unexpected_keys"]),
         ("found other shapes for", {key for key, *_ in loading["mismatched_keys"]}),
@@ -185,4 +185,6 @@ def _check_loaded(directory: Path, loading: dict[str, Any]) -> None:
         if report:
             names = sorted(map(str, report))
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise CheckpointError(f"{directory}: transformers {what} {', '.join(names[:3])}{more}; nothing was loaded")
+            raise CheckpointError(
+                f"{directory}: transformers {problem} {', '.join(names[:3])}{more}; nothing was loaded"
+            )

@@ -98,8 +98,8 @@ def patch(
 
 def _planned(graph: LvlmGraph, source: Checkpoint) -> TensorShapes:
     """Every tensor of the output: the source's as they are, and the new ones."""
-    stored = {key: (info.torch_dtype, info.shape) for key, info in source.tensors.items()}
-    return stored | {name: (plan.dtype, plan.shape) for name, plan in graph.new_parameters().items()}
+    source_tensors = {key: (info.torch_dtype, info.shape) for key, info in source.tensors.items()}
+    return source_tensors | {name: (plan.dtype, plan.shape) for name, plan in graph.new_parameters().items()}
 
 
 def _write(
@@ -216,7 +216,7 @@ def _write_new(graph: LvlmGraph, file: Path, report: PatchReport, progress: Prog
     total = sum(prod(plan.shape) * plan.dtype.itemsize for plan in new.values())
     done = 0
 
-    def written(count: int) -> None:
+    def count_bytes(count: int) -> None:
         nonlocal done
         done += count
         if progress is not None:
@@ -226,14 +226,14 @@ def _write_new(graph: LvlmGraph, file: Path, report: PatchReport, progress: Prog
         PlannedTensor(name, plan.dtype, plan.shape, lambda name=name, plan=plan: plan.values(name))  # type: ignore[misc]
         for name, plan in sorted(new.items())
     ]
-    report.bytes_written += write_safetensors(file, tensors, {"format": "pt"}, written)
+    report.bytes_written += write_safetensors(file, tensors, {"format": "pt"}, count_bytes)
     return {name: file.name for name in new}
 
 
 def _unused(stem: str, weight_map: dict[str, str]) -> str:
-    taken = set(weight_map.values())
+    used_names = set(weight_map.values())
     name, n = f"{stem}.safetensors", 1
-    while name in taken:
+    while name in used_names:
         n += 1
         name = f"{stem}-{n}.safetensors"
     return name

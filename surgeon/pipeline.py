@@ -87,15 +87,15 @@ def make_pass(registry: Registry, name: str, options: Mapping[str, Any]) -> Pass
         raise OptionError(f"pass {name}: {_explain(error, pass_class)}") from error
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, choices: Sequence[str]) -> str:
     """`; did you mean ...?` or the list of what there is."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    close = difflib.get_close_matches(word, choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(choices)}"
 
 
 def _explain(error: ValidationError, pass_class: type[Pass]) -> str:
     # an option that is misspelt is why another is missing
-    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
     option = ".".join(str(part) for part in first["loc"][:1])
     if first["type"] == "extra_forbidden":
         return f"unknown option {option!r}{nearest(option, list(pass_class.Options.model_fields))}"
@@ -110,40 +110,40 @@ def run_passes(graph: "LvlmGraph", passes: Sequence[Pass]) -> list[PassResult]:
     Raises PreconditionError, PostconditionError, PassCrash.
     """
     results = []
-    for each in passes:
-        each.requires(graph)
-        resolved = each.resolved(graph)
-        check_replay(graph, each, resolved)
+    for pass_ in passes:
+        pass_.requires(graph)
+        resolved = pass_.resolved(graph)
+        check_replay(graph, pass_, resolved)
         try:
-            result = each.rewrite(graph)
+            result = pass_.rewrite(graph)
         except SurgeonError:
             raise
         except Exception as error:
-            raise PassCrash(f"pass {each.name} crashed: {type(error).__name__}: {error}") from error
+            raise PassCrash(f"pass {pass_.name} crashed: {type(error).__name__}: {error}") from error
         if result.modified:
-            graph.record = {**graph.record, "passes": [*graph.record["passes"], {each.name: resolved}]}
+            graph.record = {**graph.record, "passes": [*graph.record["passes"], {pass_.name: resolved}]}
             graph.sync_record()
-        each.ensures(graph, result)
-        check(graph, each)
+        pass_.ensures(graph, result)
+        check(graph, pass_)
         results.append(result)
     return results
 
 
-def check_replay(graph: "LvlmGraph", each: Pass, resolved: dict[str, Any]) -> None:
+def check_replay(graph: "LvlmGraph", pass_: Pass, resolved: dict[str, Any]) -> None:
     """What the record and the recipe will hold must give the same pass again: written and read, `resolved` is accepted
     as the pass's options, and they resolve to themselves. Raises PostconditionError."""
 
     def fail(why: str) -> PostconditionError:
-        return PostconditionError(f"pass {each.name} would record options that do not replay: {why}")
+        return PostconditionError(f"pass {pass_.name} would record options that do not replay: {why}")
 
     read = yaml.safe_load(yaml.safe_dump(resolved))
     if not read == resolved == json.loads(json.dumps(resolved)):
         raise fail(f"{resolved} are read back as {read}")
     try:
-        again = type(each)(each.Options(**read))
+        again = type(pass_)(pass_.Options(**read))
         again.requires(graph)
     except ValidationError as error:
-        raise fail(_explain(error, type(each))) from error
+        raise fail(_explain(error, type(pass_))) from error
     except PreconditionError as error:
         raise fail(str(error)) from error
     if (replayed := again.resolved(graph)) != resolved:
@@ -151,14 +151,14 @@ def check_replay(graph: "LvlmGraph", each: Pass, resolved: dict[str, Any]) -> No
         raise fail(f"option {option!r} is {resolved.get(option)!r}, and then {replayed.get(option)!r}")
 
 
-def check(graph: "LvlmGraph", each: Pass) -> None:
+def check(graph: "LvlmGraph", pass_: Pass) -> None:
     """What holds after any pass: one source per parameter, of its shape and dtype; a config that round-trips; and,
     where the pass promises identity, a zero gate in front of everything new. Raises PostconditionError."""
     from surgeon.memory.graft import Constant
     from surgeon.weights import Initialised, Tied
 
-    def fail(what: str) -> PostconditionError:
-        return PostconditionError(f"pass {each.name} left a broken graph: {what}")
+    def fail(defect: str) -> PostconditionError:
+        return PostconditionError(f"pass {pass_.name} left a broken graph: {defect}")
 
     state = graph.model.state_dict()
     for name in sorted(state.keys() ^ graph.weights.keys()):
@@ -172,7 +172,7 @@ def check(graph: "LvlmGraph", each: Pass) -> None:
             raise fail(f"{name} is initialised as {source.dtype}, the checkpoint is {graph.dtype}")
     if type(graph.config).from_dict(graph.config.to_dict()).to_dict() != graph.config.to_dict():
         raise fail("the config does not survive being written and read")
-    if each.identity:
+    if pass_.identity:
         for path, module in graph.grafts().items():
             for gate in module.gates:
                 source = graph.weights[f"{path}.{gate}"]

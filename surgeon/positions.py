@@ -20,15 +20,15 @@ def record_of(config: PretrainedConfig) -> dict[str, Any]:
     return getattr(config, RECORD, None) or {}
 
 
-def choose_positions(config: PretrainedConfig, wanted: Positions | None) -> Positions | None:
+def choose_positions(config: PretrainedConfig, positions: Positions | None) -> Positions | None:
     """The positions of a request; None where there is nothing to choose. Raises InputError for a choice that the
     checkpoint does not offer."""
     offered = record_of(config).get("positions") is not None
-    if wanted not in (None, "dhr", "plain"):
-        raise InputError(f"unknown positions {wanted!r}; there are dhr and plain")
-    if wanted == "dhr" and not offered:
+    if positions not in (None, "dhr", "plain"):
+        raise InputError(f"unknown positions {positions!r}; there are dhr and plain")
+    if positions == "dhr" and not offered:
         raise InputError("this checkpoint has no RoPE-DHR positions; patch it with --pass rope-dhr, or use plain ones")
-    return (wanted or "dhr") if offered else None
+    return (positions or "dhr") if offered else None
 
 
 def grid_in_sequence(config: PretrainedConfig, grid: Grid) -> Grid:

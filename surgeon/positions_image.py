@@ -37,19 +37,19 @@ class TilePositions:
             raise InputError(
                 f"family {family.model_type} does not cut images into tiles beside a thumbnail: nothing to draw"
             )
-        chosen = choose_positions(config, positions) or "plain"
+        used_positions = choose_positions(config, positions) or "plain"
         grid, side = (1, rows, columns), layout.side
         count = layout.tiles(grid) * side * side
         tokens = np.full((1, count), family.image_token_id(config))
         present = np.ones_like(tokens)
-        ids, end = position_ids(family, config, tokens, present, [[grid]], chosen)
+        ids, end = position_ids(family, config, tokens, present, [[grid]], used_positions)
         own = ids[0, 0].reshape(-1, side, side)
         if rows * columns == 1:
             thumbnail, tiles = own[0], own
         else:
             thumbnail, tiles = (own[0], own[1:]) if layout.thumbnail == "first" else (own[-1], own[:-1])
         laid_out = tiles.reshape(rows, columns, side, side).transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
-        return cls(rows, columns, laid_out, thumbnail, int(end[0]), count, chosen)
+        return cls(rows, columns, laid_out, thumbnail, int(end[0]), count, used_positions)
 
     def describe(self) -> str:
         """In a line."""
@@ -75,40 +75,40 @@ def draw_positions(
     if inputs.family.tile_layout(inputs.config) is None:
         TilePositions.of(inputs.family, inputs.config, 1, 1)  # which says why not
     _, (_, rows, columns) = inputs.process_image(source)
-    found = TilePositions.of(inputs.family, inputs.config, rows, columns, positions)
-    _draw(found, image.convert("RGB"), out)
-    return found
+    tile_positions = TilePositions.of(inputs.family, inputs.config, rows, columns, positions)
+    _draw(tile_positions, image.convert("RGB"), out)
+    return tile_positions
 
 
-def _draw(found: TilePositions, image: Image.Image, out: Path) -> None:
+def _draw(tile_positions: TilePositions, image: Image.Image, out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    known = canvas.get_supported_filetypes()
-    if out.suffix.removeprefix(".").lower() not in known:
-        raise InputError(f"cannot write {out}: choose a name that ends in .{', .'.join(sorted(known))}")
-    side = len(found.thumbnail)
+    file_types = canvas.get_supported_filetypes()
+    if out.suffix.removeprefix(".").lower() not in file_types:
+        raise InputError(f"cannot write {out}: choose a name that ends in .{', .'.join(sorted(file_types))}")
+    side = len(tile_positions.thumbnail)
     whole, tiles, thumbnail = figure.subplots(1, 3)
-    stretched = image.resize((found.columns * 224, found.rows * 224))
-    whole.imshow(stretched, extent=(0, found.columns, found.rows, 0))
-    whole.set_title(f"the image as it is cut, {found.rows} x {found.columns}")
-    limits = {"vmin": 0, "vmax": found.ids - 1, "cmap": "viridis"}
-    drawn = tiles.imshow(found.tiles, extent=(0, found.columns, found.rows, 0), **limits)
+    stretched = image.resize((tile_positions.columns * 224, tile_positions.rows * 224))
+    whole.imshow(stretched, extent=(0, tile_positions.columns, tile_positions.rows, 0))
+    whole.set_title(f"the image as it is cut, {tile_positions.rows} x {tile_positions.columns}")
+    limits = {"vmin": 0, "vmax": tile_positions.ids - 1, "cmap": "viridis"}
+    drawn = tiles.imshow(tile_positions.tiles, extent=(0, tile_positions.columns, tile_positions.rows, 0), **limits)
     tiles.set_title(f"position ids of the tiles, {side} x {side} tokens each")
-    thumbnail.imshow(found.thumbnail, extent=(0, 1, 1, 0), **limits)
+    thumbnail.imshow(tile_positions.thumbnail, extent=(0, 1, 1, 0), **limits)
     thumbnail.set_title("position ids of the thumbnail")
     for axes in (whole, tiles, thumbnail):
         axes.set_xticks([])
         axes.set_yticks([])
     for axes in (whole, tiles):
-        for row in range(1, found.rows):
+        for row in range(1, tile_positions.rows):
             axes.axhline(row, color="white", linewidth=1.5)
-        for column in range(1, found.columns):
+        for column in range(1, tile_positions.columns):
             axes.axvline(column, color="white", linewidth=1.5)
     figure.colorbar(drawn, ax=[tiles, thumbnail], label="position id, from the image's first")
-    figure.suptitle(found.describe())
+    figure.suptitle(tile_positions.describe())
     try:
         figure.savefig(out, dpi=110)
     except OSError as error:

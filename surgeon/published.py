@@ -20,13 +20,12 @@ def check_staged(directory: Path, planned: TensorShapes) -> None:
     """
     with Checkpoint.open(directory) as staged:
         read_model(staged)
-        written = {name: (info.torch_dtype, info.shape) for name, info in staged.tensors.items()}
-    for name in sorted(written.keys() | planned.keys()):
-        if written.get(name) != planned.get(name):
-            raise CheckpointError(
-                f"{directory}: {name} was to be {_shown(planned.get(name))} and is {_shown(written.get(name))}"
-            )
+        written_tensors = {name: (info.torch_dtype, info.shape) for name, info in staged.tensors.items()}
+    for name in sorted(written_tensors.keys() | planned.keys()):
+        if written_tensors.get(name) != planned.get(name):
+            expected, actual = _dtype_and_shape(planned.get(name)), _dtype_and_shape(written_tensors.get(name))
+            raise CheckpointError(f"{directory}: {name} was to be {expected} and is {actual}")
 
 
-def _shown(tensor: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+def _dtype_and_shape(tensor: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
     return "left out" if tensor is None else f"{str(tensor[0]).removeprefix('torch.')} {list(tensor[1])}"

@@ -24,9 +24,9 @@ def _flat_name(module: str) -> str:
     return "surgeon_" + module.removeprefix("surgeon.").replace(".", "_")
 
 
-def _travelling(module: str, found: dict[str, str]) -> None:
+def _travelling(module: str, files: dict[str, str]) -> None:
     """Add a module and what it imports of surgeon to `found`: flat file name -> source with flat imports."""
-    if _flat_name(module) in found:
+    if _flat_name(module) in files:
         return
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
@@ -41,20 +41,20 @@ def _travelling(module: str, found: dict[str, str]) -> None:
             top = name.split(".")[0]
             if top != "surgeon" and top not in _ALLOWED:
                 raise AssertionError(f"{module} travels with checkpoints and may not import {name}")
-    found[_flat_name(module)] = _OWN_IMPORT.sub(lambda m: f"{m[1]}from .{_flat_name(m[2])} import ", source)
+    files[_flat_name(module)] = _OWN_IMPORT.sub(lambda m: f"{m[1]}from .{_flat_name(m[2])} import ", source)
     for match in _OWN_IMPORT.finditer(source):
-        _travelling(match[2], found)
+        _travelling(match[2], files)
 
 
 def travelling_files(described: Family, kinds: list[str]) -> dict[str, str]:
     """File name -> text of everything that a checkpoint of this family with grafts of these kinds needs to load."""
-    found: dict[str, str] = {}
+    files: dict[str, str] = {}
     grafts = [graft_class(kind) for kind in kinds]
     for module in (patched.__name__, *(graft.__module__ for graft in grafts)):
-        _travelling(module, found)
+        _travelling(module, files)
     within_base_model = described.text_model.split(".", 1)[1]
 
-    def made(maker: str, base: str, text_model: str) -> list[str]:
+    def class_call(maker: str, base: str, text_model: str) -> list[str]:
         arguments = [base, repr(text_model), repr(described.norm_placement), repr(described.visual_token_keys)]
         return [
             f"{maker}(",
@@ -62,8 +62,8 @@ def travelling_files(described: Family, kinds: list[str]) -> dict[str, str]:
             ")",
         ]
 
-    first, *model = made("patched_model_class", described.model_class, described.text_model)
-    base_model = made("patched_base_model_class", described.base_model_class, within_base_model)
+    first, *model = class_call("patched_model_class", described.model_class, described.text_model)
+    base_model = class_call("patched_base_model_class", described.base_model_class, within_base_model)
     lines = [
         '"""Loads this checkpoint in transformers, grafts included. Written by surgeon; see surgeon-recipe.yaml."""',
         "",
@@ -88,8 +88,8 @@ def travelling_files(described: Family, kinds: list[str]) -> dict[str, str]:
         '    """The model without its head, which `AutoModel` gives."""',
         "",
     ]
-    found[ENTRY] = "\n".join(lines)
-    return {f"{name}.py": text for name, text in found.items()}
+    files[ENTRY] = "\n".join(lines)
+    return {f"{name}.py": text for name, text in files.items()}
 
 
 def travelling_file_names(config: dict[str, Any]) -> list[str]:

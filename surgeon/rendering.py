@@ -91,12 +91,12 @@ class _Renderer:
                 raise
             if not answer:
                 raise _ended(self._stop(), seconds)
-        told: dict[str, str] = json.loads(answer)
-        if "broken" in told:
-            raise RenderingError(f"chat templates cannot be rendered: {told['broken']}")
-        if "failed" in told:
-            raise InputError(f"the chat template does not take this conversation: {told['failed']}")
-        return told["text"]
+        reply: dict[str, str] = json.loads(answer)
+        if "broken" in reply:
+            raise RenderingError(f"chat templates cannot be rendered: {reply['broken']}")
+        if "failed" in reply:
+            raise InputError(f"the chat template does not take this conversation: {reply['failed']}")
+        return reply["text"]
 
     def _running(self) -> "subprocess.Popen[str]":
         if self._child is None or self._child.poll() is not None:

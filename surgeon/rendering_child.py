@@ -53,8 +53,8 @@ def _used() -> int:
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())[:300]
     # what a template raises on purpose says enough
-    named = type(error).__module__.startswith("jinja2") and text
-    return text if named else f"{type(error).__name__}: {text}".removesuffix(": ")
+    raised_on_purpose = type(error).__module__.startswith("jinja2") and text
+    return text if raised_on_purpose else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 if __name__ == "__main__":

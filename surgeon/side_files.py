@@ -122,9 +122,9 @@ def _name_image_processor(directory: Path, config_class: Any) -> None:
         if "image_processor_type" not in described and "feature_extractor_type" not in described:
             # of several backends, each named as the first with a suffix; the plain name lets transformers choose
             backends = IMAGE_PROCESSOR_MAPPING.get(config_class, None) or {}
-            found = backends.get("pil") or backends.get("torchvision")
-            if found is not None:
-                described["image_processor_type"] = found.__name__.removesuffix("Pil").removesuffix("Fast")
+            processor_class = backends.get("pil") or backends.get("torchvision")
+            if processor_class is not None:
+                described["image_processor_type"] = processor_class.__name__.removesuffix("Pil").removesuffix("Fast")
 
     _edit(path, name)
 
@@ -138,12 +138,14 @@ def _name_video_processor(directory: Path, class_name: str) -> None:
     inferred = str(described.get("image_processor_type")).replace("ImageProcessor", "VideoProcessor")
     if not described or "video_processor_type" in described or hasattr(transformers, inferred):
         return
-    named = {key: value for key, value in described.items() if key not in ("image_processor_type", "processor_class")}
-    named["video_processor_type"] = class_name
+    settings = {
+        key: value for key, value in described.items() if key not in ("image_processor_type", "processor_class")
+    }
+    settings["video_processor_type"] = class_name
     if nested:
-        _write(directory / PROCESSOR_CONFIG, {**processor, "video_processor": named})
+        _write(directory / PROCESSOR_CONFIG, {**processor, "video_processor": settings})
     else:
-        _write(directory / VIDEO_PROCESSOR, named)
+        _write(directory / VIDEO_PROCESSOR, settings)
 
 
 def _drop_auto_map(content: dict[str, Any]) -> None:

@@ -39,9 +39,11 @@ class SourceCard:
         if "license_link" in inherited:
             inherited["license_link"] = _link(inherited["license_link"], source, directory)
         origin = hub_origin(source.directory)
-        named = metadata.get("base_model")
-        named = [named] if isinstance(named, str) else named if isinstance(named, list) else []
-        bases = [origin.repo] if origin else [each for each in named if isinstance(each, str) and is_id(each)]
+        base_models = metadata.get("base_model")
+        base_models = (
+            [base_models] if isinstance(base_models, str) else base_models if isinstance(base_models, list) else []
+        )
+        bases = [origin.repo] if origin else [each for each in base_models if isinstance(each, str) and is_id(each)]
         return cls(path.is_file(), {key: value for key, value in inherited.items() if value}, bases)
 
 

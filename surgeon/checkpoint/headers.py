@@ -179,14 +179,14 @@ def _check_coverage(path: Path, infos: list[TensorInfo], data_start: int, file_s
     end, last = data_start, "the header"
     for info in infos:
         if info.offset != end:
-            what = "overlaps" if info.offset < end else "leaves a hole after"
+            defect = "overlaps" if info.offset < end else "leaves a hole after"
             raise CheckpointError(
-                f"{path}: corrupt safetensors header: {info.name} starts at byte {info.offset} and {what} {last}, "
+                f"{path}: corrupt safetensors header: {info.name} starts at byte {info.offset} and {defect} {last}, "
                 f"which ends at {end}; download or copy it again"
             )
         end, last = info.offset + info.nbytes, info.name
     if end != file_size:
-        what = "truncated" if file_size < end else "followed by bytes of no tensor"
+        defect = "truncated" if file_size < end else "followed by bytes of no tensor"
         raise CheckpointError(
-            f"{path}: {what}: its header says {end} bytes, the file has {file_size}; download or copy it again"
+            f"{path}: {defect}: its header says {end} bytes, the file has {file_size}; download or copy it again"
         )

@@ -41,9 +41,9 @@ def check_target(target: Path, overwrite: bool = False, protect: Sequence[Path] 
             raise TargetError(f"{target} exists and is not a {kind}; name another place")
         if not overwrite:
             raise TargetError(f"{target} exists; name another place, or overwrite it with --overwrite")
-        for kept in (Path.cwd(), Path(os.path.realpath(os.path.expanduser("~")))):
-            if real == kept or real in kept.parents:
-                raise TargetError(f"{target} holds {kept}, so it is not overwritten; name another place")
+        for protected in (Path.cwd(), Path(os.path.realpath(os.path.expanduser("~")))):
+            if real == protected or real in protected.parents:
+                raise TargetError(f"{target} holds {protected}, so it is not overwritten; name another place")
     parent = next(path for path in real.parents if os.path.exists(path))
     if not parent.is_dir():
         raise TargetError(f"{target} cannot be written: {parent} is not a directory")
@@ -125,9 +125,9 @@ def _staging(target: Path, real: Path, needed: int | None) -> Iterator[Path]:
     except BaseException as error:
         first: BaseException = error
         if isinstance(error, OSError) and error.errno in _FULL:
-            wanted = f" of {needed:,} needed" if needed is not None else ""
+            of_needed = f" of {needed:,} needed" if needed is not None else ""
             first = TargetError(
-                f"the disk is full: {target} was not written ({free:,} bytes{wanted} were free at the start); "
+                f"the disk is full: {target} was not written ({free:,} bytes{of_needed} were free at the start); "
                 f"make room or name another place ({error})"
             )
         add_cleanup_errors(first, lambda: remove(staging), f"remove {staging}")

@@ -90,11 +90,11 @@ class Checkpoint:
         """Raises CheckpointError for a link that leads out of the directory and of the Hugging Face cache, or to
         nothing; see `check_link`."""
 
-        def wanted(path: Path) -> bool:
+        def is_side_file(path: Path) -> bool:
             name = path.name
             return not (name.startswith(".") or name == CONFIG or name.endswith((*WEIGHTS, ".index.json")))
 
-        files = [path for path in sorted(filter(wanted, self.directory.iterdir())) if not path.is_dir()]
+        files = [path for path in sorted(filter(is_side_file, self.directory.iterdir())) if not path.is_dir()]
         for path in files:
             check_link(path, self.directory)
         return [path for path in files if path.is_file()]
@@ -116,10 +116,10 @@ class Checkpoint:
             return (wide or counts).most_common(1)[0][0]
         text = self.config.get("text_config")
         for part in (self.config, text if isinstance(text, dict) else {}):
-            named = part.get("dtype") or part.get("torch_dtype")
-            found = getattr(torch, named, None) if isinstance(named, str) else None
-            if isinstance(found, torch.dtype):
-                return found
+            dtype_name = part.get("dtype") or part.get("torch_dtype")
+            config_dtype = getattr(torch, dtype_name, None) if isinstance(dtype_name, str) else None
+            if isinstance(config_dtype, torch.dtype):
+                return config_dtype
         return torch.float32
 
     def read(self, name: str) -> torch.Tensor:
@@ -223,11 +223,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
     config = read_object(path, CheckpointError)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path}: no model_type, so this is not a transformers checkpoint")
-    named = config.get("transformers_weights")
-    if named not in (None, SINGLE, INDEX):
+    weights_name = config.get("transformers_weights")
+    if weights_name not in (None, SINGLE, INDEX):
         raise CheckpointError(
-            f"{path}: transformers_weights names other weights than {SINGLE} or {INDEX}, {named!r}, which transformers "
-            "alone would load: rename the file, and remove the key"
+            f"{path}: transformers_weights names other weights than {SINGLE} or {INDEX}, {weights_name!r}, which "
+            "transformers alone would load: rename the file, and remove the key"
         )
     return config
 
@@ -303,8 +303,8 @@ def _header(path: Path, remote: RemoteWeights | None, named_by: str = "") -> dic
 
 def _check_present(path: Path, named_by: str = "") -> None:
     if not path.is_file():
-        what = "is a link to a file that is gone" if path.is_symlink() else "is missing"
-        raise CheckpointError(f"{path}{named_by}, {what}; download or copy it again")
+        state = "is a link to a file that is gone" if path.is_symlink() else "is missing"
+        raise CheckpointError(f"{path}{named_by}, {state}; download or copy it again")
 
 
 def _no_weights(directory: Path) -> CheckpointError:
@@ -317,5 +317,5 @@ def _no_weights(directory: Path) -> CheckpointError:
             "run any code in it; convert them once, where you trust them, with "
             "save_pretrained(..., safe_serialization=True)"
         )
-    found = f"; found {', '.join(others[:3])}" if others else ""
-    return CheckpointError(f"{directory} has no weights: neither {SINGLE} nor {INDEX}{found}")
+    other_files = f"; found {', '.join(others[:3])}" if others else ""
+    return CheckpointError(f"{directory} has no weights: neither {SINGLE} nor {INDEX}{other_files}")

@@ -38,13 +38,13 @@ class RemoteWeights:
         name, size = path.relative_to(self.snapshot).as_posix(), self.sizes[path]
         try:
             with explain(self.repo):
-                found = HfApi().parse_safetensors_file_metadata(self.repo, name, revision=self.snapshot.name).tensors
+                tensors = HfApi().parse_safetensors_file_metadata(self.repo, name, revision=self.snapshot.name).tensors
         except (errors.SafetensorsParsingError, errors.NotASafetensorsRepoError) as error:
             raise CheckpointError(f"{self.repo}: {name} on the hub is not safetensors, or is corrupt") from error
         entries = {
             key: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
-            for key, info in found.items()
+            for key, info in tensors.items()
         }
         # The data is what follows the header, whose length the hub's client keeps to itself.
-        data = max((info.data_offsets[1] for info in found.values()), default=0)
+        data = max((info.data_offsets[1] for info in tensors.values()), default=0)
         return tensor_infos(path, entries, size - data, size)

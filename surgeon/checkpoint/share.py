@@ -91,7 +91,7 @@ def _hardlink(source: Path, target: Path) -> bool:
         return False
 
 
-def _copy(source: int, named: Path, target: Path, progress: Callable[[int], None] | None) -> int:
+def _copy(source: int, source_path: Path, target: Path, progress: Callable[[int], None] | None) -> int:
     size = os.fstat(source).st_size
     out = _create(target)
     try:
@@ -112,7 +112,7 @@ def _copy(source: int, named: Path, target: Path, progress: Callable[[int], None
                 step = _copy_plain
             else:
                 raise CheckpointError(
-                    f"{named}: ended at byte {done} of {size} while it was copied; is it being written?"
+                    f"{source_path}: ended at byte {done} of {size} while it was copied; is it being written?"
                 )
         return done
     except BaseException as error:
@@ -129,7 +129,7 @@ def _copy_range(source: int, out: int, count: int) -> int:
 
 def _copy_plain(source: int, out: int, count: int) -> int:
     data = memoryview(os.read(source, min(count, 1 << 20)))
-    written = 0
-    while written < len(data):
-        written += os.write(out, data[written:])
-    return written
+    count_written = 0
+    while count_written < len(data):
+        count_written += os.write(out, data[count_written:])
+    return count_written

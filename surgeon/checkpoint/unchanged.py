@@ -26,8 +26,8 @@ class SourceFiles:
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> Self:
         """Config, index, weight files and side files."""
-        named = [checkpoint.directory / name for name in (CONFIG, INDEX)]
-        return cls.of([*filter(os.path.lexists, named), *checkpoint.files, *checkpoint.side_files])
+        config_files = [checkpoint.directory / name for name in (CONFIG, INDEX)]
+        return cls.of([*filter(os.path.lexists, config_files), *checkpoint.files, *checkpoint.side_files])
 
     @property
     def sizes(self) -> dict[Path, int]:

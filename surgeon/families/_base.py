@@ -183,9 +183,11 @@ class Family(ABC):
     def vision_model(self, model: PreTrainedModel, dtype: torch.dtype) -> Any:
         """The vision tower of `model`. Raises ValueError where the model is not of the dtype the graph is to have."""
         tower = model.get_submodule(self.vision_tower)
-        found = next(tower.parameters()).dtype
-        if found != dtype:
-            raise ValueError(f"the vision tower is of {found}, the graph is to be {dtype}: make the model in {dtype}")
+        tower_dtype = next(tower.parameters()).dtype
+        if tower_dtype != dtype:
+            raise ValueError(
+                f"the vision tower is of {tower_dtype}, the graph is to be {dtype}: make the model in {dtype}"
+            )
         return tower
 
     @abstractmethod

@@ -18,10 +18,11 @@ class PlainPositionsFamily(Family):
 
     def text_config(self, config: PretrainedConfig) -> Any:
         """Raises FamilyError for a text model of a type whose layers are not known."""
-        found = config.text_config.model_type
-        if found not in TEXT_MODELS:
+        text_model_type = config.text_config.model_type
+        if text_model_type not in TEXT_MODELS:
             raise FamilyError(
-                f"{self.model_type} with text model {found!r} is not supported; supported: {', '.join(TEXT_MODELS)}"
+                f"{self.model_type} with text model {text_model_type!r} is not supported; supported: "
+                + ", ".join(TEXT_MODELS)
             )
         return config.text_config
 
@@ -41,10 +42,11 @@ class PlainPositionsFamily(Family):
         images = (input_ids == self.image_token_id(config)) & present
         for row, row_grids in enumerate(grids):
             expected = sum(self.image_tokens(config, grid) for grid in row_grids)
-            found = int(images[row].sum())
-            if found != expected:
+            num_image_tokens = int(images[row].sum())
+            if num_image_tokens != expected:
                 raise InputError(
-                    f"prompt row {row} has {found} image token(s), its {len(row_grids)} image(s) become {expected}"
+                    f"prompt row {row} has {num_image_tokens} image token(s), "
+                    f"its {len(row_grids)} image(s) become {expected}"
                 )
         following = present.sum(1).astype(np.int64)
         position_ids = np.where(present, present.cumsum(1) - 1, 0).astype(np.int64)
@@ -54,9 +56,9 @@ class PlainPositionsFamily(Family):
 def check_image_processor_class(image_processor: Any, expected: str) -> None:
     """Raises CheckpointError unless it is of the class `expected`, which may have a suffix for the library it computes
     with."""
-    found = type(image_processor).__name__
-    if not found.startswith(expected):
+    class_name = type(image_processor).__name__
+    if not class_name.startswith(expected):
         raise CheckpointError(
-            f"the image processor is a {found}, which does not cut images as this family takes them: "
+            f"the image processor is a {class_name}, which does not cut images as this family takes them: "
             f"preprocessor_config.json should name {expected}"
         )

@@ -69,11 +69,11 @@ class TiledFamily(PlainPositionsFamily):
         if frames != 1:
             raise InputError(f"grid {tuple(grid)} has {frames} frames: video is not supported yet, pass images")
         expected = self.tile_layout(config).tiles(grid)
-        found = len(pixel_values)
-        if found != expected:
-            missing = ", one short: the thumbnail is missing" if found == rows * columns else ""
+        num_tiles = len(pixel_values)
+        if num_tiles != expected:
+            missing = ", one short: the thumbnail is missing" if num_tiles == rows * columns else ""
             raise InputError(
-                f"an image of {rows} x {columns} tiles was given as {found} tile(s), expected {expected}{missing}"
+                f"an image of {rows} x {columns} tiles was given as {num_tiles} tile(s), expected {expected}{missing}"
             )
         size = self.tile_size(config)
         if pixel_values.shape[2:] != size:

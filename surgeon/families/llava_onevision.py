@@ -55,8 +55,8 @@ class LlavaOnevision(PlainPositionsFamily):
 
     def tiles(self, config: PretrainedConfig, grid: Grid) -> tuple[int, int]:
         """Rows and columns of tiles that a lone image of this grid's size is cut into."""
-        found = select_best_resolution(list(grid[1:]), config.image_grid_pinpoints)
-        rows, columns = (math.ceil(size / self.vision_config(config).image_size) for size in found)
+        resolution = select_best_resolution(list(grid[1:]), config.image_grid_pinpoints)
+        rows, columns = (math.ceil(size / self.vision_config(config).image_size) for size in resolution)
         return rows, columns
 
     def image_tokens(self, config: PretrainedConfig, grid: Grid) -> int:
@@ -78,10 +78,10 @@ class LlavaOnevision(PlainPositionsFamily):
             top = (rows - int(round(height * (columns / width), 7))) // 2
         else:
             left = (columns - int(round(width * (rows / height), 7))) // 2
-        kept = slice(top, rows - top), slice(left, columns - left)
+        inside = slice(top, rows - top), slice(left, columns - left)
         rows, columns = rows - 2 * top, columns - 2 * left
         ratio = math.sqrt(rows * columns / (self.max_tiles(config) * side**2))
-        return kept, (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+        return inside, (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
 
     def max_tiles(self, config: PretrainedConfig) -> int:
         """How many tiles' worth of features an image has at most. Raises FamilyError where the config does not say."""
@@ -152,8 +152,8 @@ class LlavaOnevision(PlainPositionsFamily):
             index, weight = _taken_as_they_are(np.append(whole, line_break))
         else:
             tiles = np.arange(side * side, line_break).reshape(*self.tiles(config, grid), side, side)
-            kept, scaled = self.feature_map(config, grid)
-            features = tiles.transpose(0, 2, 1, 3).reshape(tiles.shape[0] * side, -1)[kept]
+            inside, scaled = self.feature_map(config, grid)
+            features = tiles.transpose(0, 2, 1, 3).reshape(tiles.shape[0] * side, -1)[inside]
             index, weight = _taken_as_they_are(features) if features.shape == scaled else _bilinear(features, scaled)
             ends, one = _taken_as_they_are(np.full((scaled[0], 1), line_break))
             index, weight = np.concatenate((index, ends), 1), np.concatenate((weight, one), 1)

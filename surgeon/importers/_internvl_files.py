@@ -71,15 +71,15 @@ class InternVLFiles:
         if turn_end is not None and turn_end not in ends:
             ends = [turn_end, *ends]
         tokens = {key: settings.get(key, text.get(key)) for key in ("bos_token_id", "pad_token_id")}
-        kept = {
+        inherited = {
             key: value for key, value in settings.items() if key not in ("_from_model_config", "transformers_version")
         }
-        generation = {**kept, **tokens, "eos_token_id": ends}
+        generation = {**inherited, **tokens, "eos_token_id": ends}
         return {key: value for key, value in generation.items() if value is not None and value != []}
 
 
 def _image_token_id(
-    config: dict[str, Any], tokenizer: SourceTokenizer | None, asked: int | None, warnings: list[str]
+    config: dict[str, Any], tokenizer: SourceTokenizer | None, requested_id: int | None, warnings: list[str]
 ) -> int:
     """The id of the token that images take the place of. Only the tokenizer knows; without one it is asked for, or
     the place that it has in every published checkpoint."""
@@ -87,22 +87,22 @@ def _image_token_id(
     size = llm.get("vocab_size") if isinstance(llm, dict) else None
     if type(size) is not int:
         raise CheckpointError("vocab_size is missing in llm_config of config.json")
-    if asked is not None and not 0 <= asked < size:
-        raise OptionError(f"image token id {asked} is outside the vocabulary of {size}")
+    if requested_id is not None and not 0 <= requested_id < size:
+        raise OptionError(f"image token id {requested_id} is outside the vocabulary of {size}")
     if tokenizer is not None:
         token_id = tokenizer.token_id(IMAGE_TOKEN)
         if token_id is None or token_id >= size:
-            what = "has no" if token_id is None else f"gives id {token_id}, outside the vocabulary of {size}, to"
-            raise CheckpointError(f"the tokenizer {what} {IMAGE_TOKEN}, the token that images take the place of")
-        if asked is not None and asked != token_id:
+            verb = "has no" if token_id is None else f"gives id {token_id}, outside the vocabulary of {size}, to"
+            raise CheckpointError(f"the tokenizer {verb} {IMAGE_TOKEN}, the token that images take the place of")
+        if requested_id is not None and requested_id != token_id:
             raise OptionError(
-                f"image token id {asked} was asked for, and the tokenizer gives {IMAGE_TOKEN} id {token_id}"
+                f"image token id {requested_id} was asked for, and the tokenizer gives {IMAGE_TOKEN} id {token_id}"
             )
         return token_id
     without = "the checkpoint has no tokenizer, so the imported one has none"
-    if asked is not None:
-        warnings.append(f"{without}: add one that gives {IMAGE_TOKEN} id {asked} before prompting it")
-        return asked
+    if requested_id is not None:
+        warnings.append(f"{without}: add one that gives {IMAGE_TOKEN} id {requested_id} before prompting it")
+        return requested_id
     # Training adds nine tokens to the text model's: <img>, </img>, <IMG_CONTEXT>, and three more pairs.
     guessed = size - _TOKENS_ADDED + _IMAGE_TOKEN_PLACE
     warnings.append(

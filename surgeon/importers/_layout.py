@@ -86,10 +86,10 @@ class Importer(ABC):
 
 def setting(config: Mapping[str, Any], key: str, kind: type[T], where: str = "config.json") -> T:
     """A config value that must be there and of its kind. Raises CheckpointError."""
-    found = config.get(key)
-    if kind is float and type(found) is int:
-        found = float(found)
-    if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
-        what = "is missing" if found is None else f"is {found!r}"
-        raise CheckpointError(f"{key} {what} in {where}, where a {kind.__name__} is needed")
-    return found
+    value = config.get(key)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        problem = "is missing" if value is None else f"is {value!r}"
+        raise CheckpointError(f"{key} {problem} in {where}, where a {kind.__name__} is needed")
+    return value

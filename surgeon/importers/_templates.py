@@ -109,16 +109,16 @@ def _defined(file: Path, name: str | None) -> Conversation | None:
         return None
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Conversation":
-            found = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
-            style = found.get("sep_style")
-            if _literal(found.get("name")) == name and isinstance(style, ast.Attribute) and style.attr == "MPT":
-                return _conversation({key: _literal(value) for key, value in found.items()})
+            arguments = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+            style = arguments.get("sep_style")
+            if _literal(arguments.get("name")) == name and isinstance(style, ast.Attribute) and style.attr == "MPT":
+                return _conversation({key: _literal(value) for key, value in arguments.items()})
     return None
 
 
-def _conversation(found: dict[str, Any]) -> Conversation | None:
-    system, message, end = found.get("system_template"), found.get("system_message", ""), found.get("sep")
-    match found.get("roles"):
+def _conversation(arguments: dict[str, Any]) -> Conversation | None:
+    system, message, end = arguments.get("system_template"), arguments.get("system_message", ""), arguments.get("sep")
+    match arguments.get("roles"):
         case (str(user), str(assistant)) if all(isinstance(text, str) for text in (system, message, end)):
             return Conversation(str(system), str(message), user, assistant, str(end))
     return None

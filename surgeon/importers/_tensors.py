@@ -66,7 +66,7 @@ def _targets(name: str, info: TensorInfo, rules: Iterable[Rule]) -> list[Convert
     for rule in rules:
         if not (match := rule.pattern.fullmatch(name)):
             continue
-        found = []
+        converted = []
         for template, take in rule.targets.items():
             try:
                 shape = take(torch.empty(info.shape, dtype=info.torch_dtype, device="meta")).shape
@@ -74,8 +74,8 @@ def _targets(name: str, info: TensorInfo, rules: Iterable[Rule]) -> list[Convert
                 raise CheckpointError(
                     f"{name} is {list(info.shape)}, which does not divide into the heads that config.json names"
                 ) from None
-            found.append(Converted(match.expand(template), info, take, tuple(shape)))
-        return found
+            converted.append(Converted(match.expand(template), info, take, tuple(shape)))
+        return converted
     raise _leftover(name, info)
 
 
@@ -93,7 +93,7 @@ def write_tensors(
 
     One tensor is in memory at a time; the source's pages are given back as soon as they were used.
     """
-    total, done, written = sum(each.nbytes for each in planned), 0, 0
+    total, done, bytes_written = sum(converted.nbytes for converted in planned), 0, 0
     last: str | None = None
 
     def report(count: int) -> None:
@@ -102,29 +102,29 @@ def write_tensors(
         if progress is not None:
             progress("weights", done, total)
 
-    def planned_tensor(each: Converted) -> PlannedTensor:
+    def planned_tensor(converted: Converted) -> PlannedTensor:
         def make() -> torch.Tensor:
             nonlocal last
-            if last is not None and last != each.source.name:
+            if last is not None and last != converted.source.name:
                 source.release(last)
-            last = each.source.name
-            return each.take(source.read(last))
+            last = converted.source.name
+            return converted.take(source.read(last))
 
-        return PlannedTensor(each.name, each.source.torch_dtype, each.shape, make)
+        return PlannedTensor(converted.name, converted.source.torch_dtype, converted.shape, make)
 
     weight_map: dict[str, str] = {}
     for file in source.files:
-        tensors = [planned_tensor(each) for each in planned if each.source.file == file]
+        tensors = [planned_tensor(converted) for converted in planned if converted.source.file == file]
         if not tensors:
             continue
         name = str(file.relative_to(source.directory))
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        written += write_safetensors(directory / name, tensors, progress=report)
+        bytes_written += write_safetensors(directory / name, tensors, progress=report)
         weight_map |= {tensor.name: name for tensor in tensors}
     if set(weight_map.values()) != {SINGLE}:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        written += (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return written
+        bytes_written += (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return bytes_written
 
 
 def equal(source: Checkpoint, first: str, second: str) -> bool:

@@ -35,14 +35,14 @@ def text_model(llm_config: dict[str, Any]) -> tuple[str, TextModel]:
     """
     architecture = next(iter(llm_config.get("architectures") or []), None)
     name = llm_config.get("model_type")
-    for known, found in TEXT_MODELS.items():
+    for model_type, candidate in TEXT_MODELS.items():
         # the same model_type may stand for several architectures, of which one is known
-        if name in (known, None) and architecture in (found.architecture, None) and (name or architecture):
-            return known, found
+        if name in (model_type, None) and architecture in (candidate.architecture, None) and (name or architecture):
+            return model_type, candidate
     described = " / ".join(str(part) for part in (name, architecture) if part) or "nothing"
     raise CheckpointError(
         f"the text model is {described}, which cannot be converted; known: "
-        + ", ".join(f"{known} / {found.architecture}" for known, found in TEXT_MODELS.items())
+        + ", ".join(f"{model_type} / {candidate.architecture}" for model_type, candidate in TEXT_MODELS.items())
     )
 
 
@@ -51,12 +51,12 @@ def _native_config(config_class: Any) -> Callable[[dict[str, Any]], dict[str, An
     def convert(llm: dict[str, Any]) -> dict[str, Any]:
         # Configs of that time list every default of every model: take what the class has, and no more.
         common = {f.name for f in dataclasses.fields(transformers.PretrainedConfig)}
-        wanted = {f.name for f in dataclasses.fields(config_class)} - common
+        own_fields = {f.name for f in dataclasses.fields(config_class)} - common
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             setting(llm, key, int, _WHERE)
-        found = {key: value for key, value in llm.items() if key in wanted and value is not None}
-        found.setdefault("rope_parameters", rope_parameters(llm, theta=10000.0))
-        return {**found, "model_type": config_class.model_type}
+        text_config = {key: value for key, value in llm.items() if key in own_fields and value is not None}
+        text_config.setdefault("rope_parameters", rope_parameters(llm, theta=10000.0))
+        return {**text_config, "model_type": config_class.model_type}
 
     return convert
 

@@ -35,9 +35,9 @@ class SourceTokenizer:
 
     def name(self, key: str) -> str | None:
         """A named token ("bos_token"), None where it has none."""
-        found = self.settings.get(key)
-        found = found.get("content") if isinstance(found, dict) else found
-        return found if isinstance(found, str) else None
+        token = self.settings.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else None
 
     def _has(self, name: str) -> bool:
         return (self.directory / name).is_file()
@@ -49,12 +49,12 @@ class SourceTokenizer:
         if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             return None
         settings = {**_json(directory / "special_tokens_map.json"), **_json(directory / "tokenizer_config.json")}
-        found = cls(directory, settings, {})
-        if found._has("tokenizer.model") and not found._has("tokenizer.json"):
+        tokenizer = cls(directory, settings, {})
+        if tokenizer._has("tokenizer.model") and not tokenizer._has("tokenizer.json"):
             for key, default in zip(_NAMED, ("<s>", "</s>", "<unk>", "</s>"), strict=True):
                 settings.setdefault(key, default)
-        found._read_added()
-        return found
+        tokenizer._read_added()
+        return tokenizer
 
     def _read_added(self) -> None:
         # Not left to transformers: where tokenizer_config.json lists added tokens, it does not read added_tokens.json.
@@ -160,11 +160,11 @@ class SourceTokenizer:
     def _check(self, directory: Path) -> None:
         loaded = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         for i, token in sorted(self.added.items()):
-            found = loaded.convert_tokens_to_ids(token.content)
-            if found != i or loaded.encode(token.content, add_special_tokens=False) != [i]:
+            token_id = loaded.convert_tokens_to_ids(token.content)
+            if token_id != i or loaded.encode(token.content, add_special_tokens=False) != [i]:
                 raise CheckpointError(
                     f"{self.directory}: the tokenizer cannot be converted: token {token.content!r} has id {i}, and "
-                    f"would have {found}"
+                    f"would have {token_id}"
                 )
 
 

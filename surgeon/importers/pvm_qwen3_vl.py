@@ -112,9 +112,11 @@ def _blocks(source: Checkpoint) -> tuple[list[int], int]:
     (latent, *others) = sorted(set(latents.values()))
     if others:
         raise CheckpointError(f"the pvm_blocks are of different widths, by layer: {latents}")
-    said = _declared(source.config, _LATENT_KEY)
-    if said not in (None, latent):
-        raise CheckpointError(f"{_LATENT_KEY} is {said!r} in config.json, and the tensors' width is {latent}")
+    declared_latent = _declared(source.config, _LATENT_KEY)
+    if declared_latent not in (None, latent):
+        raise CheckpointError(
+            f"{_LATENT_KEY} is {declared_latent!r} in config.json, and the tensors' width is {latent}"
+        )
     return layers, latent
 
 

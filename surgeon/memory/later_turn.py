@@ -47,13 +47,13 @@ def drop_cached_images(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) ->
         if kwargs.get("position_ids") is None:
             # without the cache: beside one, transformers may go on from the offset left by the model's last pass, which
             # knows no new image and may be another conversation's
-            known = {name: value for name, value in kwargs.items() if name != "past_key_values"}
-            known["input_ids"] = input_ids
-            kwargs["position_ids"] = model._prepare_position_ids_for_generation(input_ids, known)
+            whole_prompt = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+            whole_prompt["input_ids"] = input_ids
+            kwargs["position_ids"] = model._prepare_position_ids_for_generation(input_ids, whole_prompt)
         kwargs["image_grid_thw"] = grids[new.to(grids.device)] if bool(new.any()) else None
     parts = pixel_values.split([rows * length // tokens for _, length in runs])
-    kept = [part for part, is_new in zip(parts, new.tolist(), strict=True) if is_new]
-    kwargs["pixel_values"] = torch.cat(kept) if kept else None
+    new_parts = [part for part, is_new in zip(parts, new.tolist(), strict=True) if is_new]
+    kwargs["pixel_values"] = torch.cat(new_parts) if new_parts else None
     return {name: value for name, value in kwargs.items() if value is not None}
 
 

@@ -86,24 +86,24 @@ def position_ids(
     """
     present = torch.ones_like(visual_token_mask) if attention_mask is None else attention_mask.bool()
     grids = iter(_tiles(tile_grids))
-    found = torch.zeros(visual_token_mask.shape, dtype=torch.int64)
-    for row, (visual, kept) in enumerate(zip(visual_token_mask.cpu(), present.cpu(), strict=True)):
-        found[row, kept] = _row(visual[kept], grids, side, thumbnail, tile_order, row)
-    left = sum(1 for _ in grids)
-    if left:
-        raise ValueError(f"{len(tile_grids)} tile grids were given, {left} more than the prompts have images for")
-    return found.to(visual_token_mask.device)
+    ids = torch.zeros(visual_token_mask.shape, dtype=torch.int64)
+    for row, (visual, row_present) in enumerate(zip(visual_token_mask.cpu(), present.cpu(), strict=True)):
+        ids[row, row_present] = _row(visual[row_present], grids, side, thumbnail, tile_order, row)
+    unused = sum(1 for _ in grids)
+    if unused:
+        raise ValueError(f"{len(tile_grids)} tile grids were given, {unused} more than the prompts have images for")
+    return ids.to(visual_token_mask.device)
 
 
 def thumbnail_mask(visual_token_mask: Tensor, tile_grids: Tensor, side: int, thumbnail: Thumbnail) -> Tensor:
     """Which visual tokens are a thumbnail's (an image of one tile is its own), bool [B, S]. Arguments and errors are
     those of `position_ids`."""
     grids = iter(_tiles(tile_grids))
-    found = visual_token_mask.cpu().clone()
-    for row, visual in enumerate(found):
+    mask = visual_token_mask.cpu().clone()
+    for row, visual in enumerate(mask):
         for image in _images(visual.clone(), grids, side, thumbnail, row):
             visual[image.parts] = False
-    return found.to(visual_token_mask.device)
+    return mask.to(visual_token_mask.device)
 
 
 class _Image(NamedTuple):

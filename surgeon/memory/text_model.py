@@ -154,8 +154,10 @@ def packed_mask(sample_ids: Tensor, attention_mask: Tensor | None, dtype: torch.
     but for padding, where attention_mask [B, S] is zero."""
     length = sample_ids.shape[1]
     causal = torch.ones((length, length), dtype=torch.bool, device=sample_ids.device).tril()
-    seen = causal & (sample_ids[:, :, None] == sample_ids[:, None])
+    visible = causal & (sample_ids[:, :, None] == sample_ids[:, None])
     if attention_mask is not None:
-        seen = seen & attention_mask.bool()[:, None]
-    blocked = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        visible = visible & attention_mask.bool()[:, None]
+    blocked = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+        ~visible, torch.finfo(dtype).min
+    )
     return blocked[:, None]

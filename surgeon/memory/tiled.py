@@ -20,8 +20,8 @@ IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 
 def has_images(kwargs: dict[str, Any]) -> bool:
     """Whether a call brings images. `generate` passes outputs of encoders that had nothing to encode, too."""
-    given = [kwargs.get(name) for name in IMAGES]
-    return any(any(v is not None for v in x.values()) if isinstance(x, dict) else x is not None for x in given)
+    image_inputs = [kwargs.get(name) for name in IMAGES]
+    return any(any(v is not None for v in x.values()) if isinstance(x, dict) else x is not None for x in image_inputs)
 
 
 def resolve_tiles(model: Any, record: dict[str, Any], visual: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -30,14 +30,14 @@ def resolve_tiles(model: Any, record: dict[str, Any], visual: Tensor | None, kwa
     Raises ValueError where the model needs `tile_grids` and they are missing or do not match the images.
     """
     kwargs = dict(kwargs)
-    tile_grids, chosen = kwargs.pop("tile_grids", None), kwargs.pop("positions", None)
-    if chosen not in (None, "dhr", "plain"):
-        raise ValueError(f"positions={chosen!r}: choose 'dhr' or 'plain'")
+    tile_grids, positions = kwargs.pop("tile_grids", None), kwargs.pop("positions", None)
+    if positions not in (None, "dhr", "plain"):
+        raise ValueError(f"positions={positions!r}: choose 'dhr' or 'plain'")
     layout, scheme = record.get("layout"), record.get("positions")
     resolved = any(kwargs.get(name) is not None for name in ROW_ALIGNED)
     if layout is None or visual is None or resolved:
         return kwargs
-    compress = scheme is not None and chosen != "plain" and kwargs.get("position_ids") is None
+    compress = scheme is not None and positions != "plain" and kwargs.get("position_ids") is None
     allocation = record.get("allocation", "both")
     if tile_grids is None:
         if compress or allocation != "both":
@@ -120,11 +120,11 @@ def _into_memory_alone(
 
 
 def _split(items: list[Tensor], counts: list[int]) -> list[list[Tensor]]:
-    found, start = [], 0
+    chunks, start = [], 0
     for count in counts:
-        found.append(items[start : start + count])
+        chunks.append(items[start : start + count])
         start += count
-    return found
+    return chunks
 
 
 def _plain_positions(visual: Tensor, attention_mask: Tensor | None) -> Tensor:

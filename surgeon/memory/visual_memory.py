@@ -96,26 +96,26 @@ class VisualMemory(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget what stands in the last tokens: as many as the negative number says, or (older releases of
         transformers) all behind the first ones."""
-        kept = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(self.length, tokens_to_remove)
+        new_length = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(self.length, tokens_to_remove)
         if self.slots is not None:
-            slots = self.slots.before(kept)
+            slots = self.slots.before(new_length)
             if bool(slots.mask.any()):
                 self.slots = slots
             else:
                 self.entries, self.slots = {}, None
-        self.length = kept
+        self.length = new_length
         if self.next_position is not None:
-            self._crop_positions(kept)
+            self._crop_positions(new_length)
 
-    def _crop_positions(self, kept: int | Tensor) -> None:
+    def _crop_positions(self, new_length: int | Tensor) -> None:
         """Tokens fed one by one count on from the last call of several."""
-        while self.position_spans and self.position_spans[-1][0] >= kept:
+        while self.position_spans and self.position_spans[-1][0] >= new_length:
             self.position_spans.pop()
         if not self.position_spans:
             self.next_position = None
             return
         place, ids = self.position_spans[-1]
-        remaining = int(kept - place)
+        remaining = int(new_length - place)
         one_by_one = max(0, remaining - ids.shape[1])
         self.next_position = ids[:, :remaining].max(-1).values + 1 + one_by_one
 

@@ -33,22 +33,23 @@ class Level:
         limits = (self.max_abs, self.min_cosine, self.max_kl_mean, self.min_top1, self.max_flip_margin)
         return self.bit_equal or any(limit is not None for limit in limits)
 
-    def failures(self, found: LogitDifference) -> list[str]:
+    def failures(self, difference: LogitDifference) -> list[str]:
         """What this difference breaks, in words; empty where the level holds."""
-        if found.non_finite:
-            return [f"{found.non_finite} NaN or infinite logits"]
-        if math.isnan(found.max_abs):
+        if difference.non_finite:
+            return [f"{difference.non_finite} NaN or infinite logits"]
+        if math.isnan(difference.max_abs):
             return ["no logits to compare"]
         checks = [
-            (self.bit_equal and not found.equal, f"max abs {found.max_abs:.3g}, bit-equality is promised"),
-            (_over(found.max_abs, self.max_abs), f"max abs {found.max_abs:.3g} > {self.max_abs}"),
-            (_over(self.min_cosine, found.cosine), f"cosine {found.cosine:.6f} < {self.min_cosine}"),
-            (_over(found.kl_mean, self.max_kl_mean), f"mean KL {found.kl_mean:.3g} > {self.max_kl_mean}"),
+            (self.bit_equal and not difference.equal, f"max abs {difference.max_abs:.3g}, bit-equality is promised"),
+            (_over(difference.max_abs, self.max_abs), f"max abs {difference.max_abs:.3g} > {self.max_abs}"),
+            (_over(self.min_cosine, difference.cosine), f"cosine {difference.cosine:.6f} < {self.min_cosine}"),
+            (_over(difference.kl_mean, self.max_kl_mean), f"mean KL {difference.kl_mean:.3g} > {self.max_kl_mean}"),
             (
-                _over(found.flip_margin, self.max_flip_margin),
-                f"another token where the reference's led by {found.flip_margin:.3g} nats > {self.max_flip_margin}",
+                _over(difference.flip_margin, self.max_flip_margin),
+                f"another token where the reference's led by {difference.flip_margin:.3g} nats > "
+                f"{self.max_flip_margin}",
             ),
-            (_over(self.min_top1, found.top1), f"top-1 {found.top1:.4f} < {self.min_top1}"),
+            (_over(self.min_top1, difference.top1), f"top-1 {difference.top1:.4f} < {self.min_top1}"),
         ]
         return [text for broken, text in checks if broken]
 

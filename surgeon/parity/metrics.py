@@ -75,8 +75,8 @@ def compare_logits(reference: np.ndarray, other: np.ndarray) -> LogitDifference:
         kls.append(max(0.0, float(np.exp(log_p) @ (log_p - log_q))))
         cosines.append(compare(a, b).cosine)
     top1 = float((reference.argmax(-1) == other.argmax(-1)).mean())
-    chosen = np.take_along_axis(reference, other.argmax(-1)[:, None], -1)[:, 0]
-    flip_margin = float((reference.max(-1) - chosen).max())
+    other_top_logits = np.take_along_axis(reference, other.argmax(-1)[:, None], -1)[:, 0]
+    flip_margin = float((reference.max(-1) - other_top_logits).max())
     values = {**vars(plain), "cosine": min(cosines)}
     return LogitDifference(**values, kl_mean=float(np.mean(kls)), kl_max=max(kls), top1=top1, flip_margin=flip_margin)
 

@@ -39,10 +39,10 @@ def check_inputs(inputs: Inputs, folder: Path, cases: Sequence[Case]) -> tuple[s
         own_images = processor.image_processor
         processor.image_processor = image_processor_of(folder, inputs.config)
         failures = [text for case in cases for text in _differences(inputs, processor, case)]
-        said = f"token ids, pixel values and grids are those of transformers' own {type(processor).__name__}"
+        summary = f"token ids, pixel values and grids are those of transformers' own {type(processor).__name__}"
         if type(own_images) is not type(processor.image_processor):
-            said += f", with its {IMAGE_BACKEND} image processor"
-    return said, failures
+            summary += f", with its {IMAGE_BACKEND} image processor"
+    return summary, failures
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def _processor(inputs: Inputs, folder: Path) -> Iterator[Any]:
 
 
 def _differences(inputs: Inputs, processor: Any, case: Case) -> list[str]:
-    found = inputs.prepare(case.prompts).model_kwargs()
+    own_inputs = inputs.prepare(case.prompts).model_kwargs()
     try:
         expected = processor.apply_chat_template(
             [_as_conversation(prompt) for prompt in case.prompts],
@@ -79,8 +79,8 @@ def _differences(inputs: Inputs, processor: Any, case: Case) -> list[str]:
         )
     except _NOT_MADE as error:
         raise ProcessorUnavailable(f"it fails on {case.name!r}: {_reason(error)}") from error
-    said = (_difference(name, theirs, found.get(name)) for name, theirs in expected.items())
-    return [f"{case.name}: {text}" for text in said if text]
+    differences = (_difference(name, theirs, own_inputs.get(name)) for name, theirs in expected.items())
+    return [f"{case.name}: {text}" for text in differences if text]
 
 
 def _difference(name: str, theirs: Tensor, ours: Tensor | None) -> str | None:

@@ -24,7 +24,7 @@ def compare_record(source: Checkpoint, patched: Checkpoint, registry: Registry) 
     except SurgeonError as error:
         return [f"config.json: the passes that {patched.directory} records do not apply to {source.directory}: {error}"]
     replayed, recorded = (
-        {k: v for k, v in each.items() if k not in _NOT_OF_PASSES} for each in (graph.record, _record(patched))
+        {k: v for k, v in record.items() if k not in _NOT_OF_PASSES} for record in (graph.record, _record(patched))
     )
     return [
         f"config.json: {name} is {b!r} in {patched.directory}, and its recorded passes make it {a!r}"

@@ -53,7 +53,9 @@ class Report:
 
     def all_notes(self) -> list[str]:
         """Each once: those of the pair, then those of the comparisons."""
-        return list(dict.fromkeys([*self.notes, *(note for each in self.comparisons for note in each.notes)]))
+        return list(
+            dict.fromkeys([*self.notes, *(note for comparison in self.comparisons for note in comparison.notes)])
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -26,8 +26,8 @@ class _Forced(LogitsProcessor):
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        wanted = self.tokens[:, input_ids.shape[1] - self.prompt_length]
-        return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None].to(scores.device), 0.0)
+        step_tokens = self.tokens[:, input_ids.shape[1] - self.prompt_length]
+        return torch.full_like(scores, -torch.inf).scatter(1, step_tokens[:, None].to(scores.device), 0.0)
 
 
 _ALIGNMENT = 64
@@ -102,11 +102,11 @@ class TorchRunner:
     @torch.inference_mode()
     def tensors(self, prompts: Sequence[Prompt]) -> dict[str, list[np.ndarray]]:
         inputs, kwargs = self._prepare(prompts, "right")
-        found: dict[str, torch.Tensor] = {}
+        outputs: dict[str, torch.Tensor] = {}
 
         def keep(name: str) -> Any:
             def hook(module: Any, args: Any, output: Any) -> None:
-                found[name] = output.float()
+                outputs[name] = output.float()
 
             return hook
 
@@ -115,11 +115,11 @@ class TorchRunner:
         try:
             self.model(**kwargs, use_cache=False)
         finally:
-            for each in hooks:
-                each.remove()
+            for handle in hooks:
+                handle.remove()
         return {
             name: [row[:n].numpy(force=True) for row, n in zip(value, inputs.lengths, strict=True)]
-            for name, value in found.items()
+            for name, value in outputs.items()
         }
 
     def _prompt_logits(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:

@@ -62,9 +62,9 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         names = ("level", "state", "cases", "failures", "notes")
-        shown = {name: getattr(self, name) for name in names}
-        shown |= {"level": asdict(self.level), "cases": [asdict(case) for case in self.cases]}
-        return {"verdict": self.verdict, **shown}
+        fields = {name: getattr(self, name) for name in names}
+        fields |= {"level": asdict(self.level), "cases": [asdict(case) for case in self.cases]}
+        return {"verdict": self.verdict, **fields}
 
 
 def validate(
@@ -99,15 +99,15 @@ def validate(
 def _run(comparison: Comparison, reference: Runner, candidate: Runner, case: Case, steps: int) -> None:
     level = comparison.level
     expected = reference.trace(case.prompts, steps)
-    found = candidate.trace(case.prompts, steps, expected.tokens)
-    mismatch = _other_questions(expected, found) or _other_shapes(expected, found)
+    actual = candidate.trace(case.prompts, steps, expected.tokens)
+    mismatch = _other_questions(expected, actual) or _other_shapes(expected, actual)
     prefill = decode = not_compared()
     if not mismatch:
         vocab = expected.step_logits.shape[-1]
-        prefill = compare_logits(np.concatenate(expected.prompt_logits), np.concatenate(found.prompt_logits))
-        decode = compare_logits(expected.step_logits.reshape(-1, vocab), found.step_logits.reshape(-1, vocab))
+        prefill = compare_logits(np.concatenate(expected.prompt_logits), np.concatenate(actual.prompt_logits))
+        decode = compare_logits(expected.step_logits.reshape(-1, vocab), actual.step_logits.reshape(-1, vocab))
         images = [row for row, prompt in enumerate(case.prompts) if prompt.images]
-        comparison.after_images.append((expected.step_logits[images, 0], found.step_logits[images, 0]))
+        comparison.after_images.append((expected.step_logits[images, 0], actual.step_logits[images, 0]))
     result = CaseResult(
         name=case.name,
         rows=len(case.prompts),
@@ -116,7 +116,7 @@ def _run(comparison: Comparison, reference: Runner, candidate: Runner, case: Cas
         steps=steps,
         prefill=prefill,
         decode=decode,
-        tokens_equal=0 if mismatch else int((found.step_logits.argmax(-1) == expected.tokens).sum()),
+        tokens_equal=0 if mismatch else int((actual.step_logits.argmax(-1) == expected.tokens).sum()),
     )
     result.failures = mismatch or [
         f"{part}: {failure}"
@@ -128,31 +128,31 @@ def _run(comparison: Comparison, reference: Runner, candidate: Runner, case: Cas
     comparison.cases.append(result)
 
 
-def _other_questions(expected: Trace, found: Trace) -> list[str]:
+def _other_questions(expected: Trace, actual: Trace) -> list[str]:
     """The two must be asked the same: other tokens mean another tokenizer, template or image size."""
-    if len(expected.prompt_ids) != len(found.prompt_ids):
-        return [f"{len(expected.prompt_ids)} rows in one and {len(found.prompt_ids)} in the other"]
-    for row, (a, b) in enumerate(zip(expected.prompt_ids, found.prompt_ids, strict=True)):
+    if len(expected.prompt_ids) != len(actual.prompt_ids):
+        return [f"{len(expected.prompt_ids)} rows in one and {len(actual.prompt_ids)} in the other"]
+    for row, (a, b) in enumerate(zip(expected.prompt_ids, actual.prompt_ids, strict=True)):
         if not np.array_equal(a, b):
             return [f"row {row}: the prompt becomes {len(a)} tokens in one and {len(b)} in the other, or other ones"]
     return []
 
 
-def _other_shapes(expected: Trace, found: Trace) -> list[str]:
+def _other_shapes(expected: Trace, actual: Trace) -> list[str]:
     """Logits that cannot be set against each other: of another vocabulary, or of fewer positions or steps."""
-    shapes = [[list(part.shape) for part in (*trace.prompt_logits, trace.step_logits)] for trace in (expected, found)]
+    shapes = [[list(part.shape) for part in (*trace.prompt_logits, trace.step_logits)] for trace in (expected, actual)]
     return [f"logits of other shapes: {a} and {b}" for a, b in zip(*shapes, strict=False) if a != b][:1]
 
 
 def first_wrong(reference: Runner, candidate: Runner, case: Case, level: Level) -> str | None:
     """The first tensor of the prefill in which the two differ by more than the level's `layer_relative`."""
-    expected, found = reference.tensors(case.prompts), candidate.tensors(case.prompts)
-    if expected is None or found is None:  # an engine shows nothing of what it computes
+    expected, actual = reference.tensors(case.prompts), candidate.tensors(case.prompts)
+    if expected is None or actual is None:  # an engine shows nothing of what it computes
         return None
     for name, rows in expected.items():
-        if name not in found:
+        if name not in actual:
             return f"{name}: missing"
-        for row, (a, b) in enumerate(zip(rows, found[name], strict=True)):
+        for row, (a, b) in enumerate(zip(rows, actual[name], strict=True)):
             if a.shape != b.shape:
                 return f"{name}, row {row}: {list(b.shape)} instead of {list(a.shape)}"
             difference = compare(a, b)

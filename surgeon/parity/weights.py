@@ -22,21 +22,21 @@ class WeightDifference:
 def compare_weights(reference: nn.Module, other: nn.Module) -> WeightDifference:
     """Every tensor of `reference` in `other`. Where the dtypes differ, the reference's values as the other's dtype
     rounds them. Tensors that `other` alone has are not looked at."""
-    expected, found = reference.state_dict(), other.state_dict()
-    missing = [name for name in expected if name not in found]
-    changed = [name for name, tensor in expected.items() if name in found and not _equal(tensor, found[name])]
+    expected, actual = reference.state_dict(), other.state_dict()
+    missing = [name for name in expected if name not in actual]
+    changed = [name for name, tensor in expected.items() if name in actual and not _equal(tensor, actual[name])]
     tensors = {id(tensor) for tensor in reference.state_dict(keep_vars=True).values()}
-    there = [name for name in expected if name in found and name not in changed]
-    rounded = [name for name in there if not torch.equal(expected[name], found[name].to(expected[name].dtype))]
+    unchanged = [name for name in expected if name in actual and name not in changed]
+    rounded = [name for name in unchanged if not torch.equal(expected[name], actual[name].to(expected[name].dtype))]
     return WeightDifference(len(tensors), changed, missing, rounded)
 
 
-def _equal(expected: Tensor, found: Tensor) -> bool:
-    if expected.shape != found.shape:
+def _equal(expected: Tensor, actual: Tensor) -> bool:
+    if expected.shape != actual.shape:
         return False
-    expected = expected.to(found.device, found.dtype).contiguous().flatten()
+    expected = expected.to(actual.device, actual.dtype).contiguous().flatten()
     # as bytes: NaN is equal to itself then, and zero has its sign
-    return torch.equal(expected.view(torch.uint8), found.contiguous().flatten().view(torch.uint8))
+    return torch.equal(expected.view(torch.uint8), actual.contiguous().flatten().view(torch.uint8))
 
 
 @torch.no_grad()
