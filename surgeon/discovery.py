@@ -27,7 +27,7 @@ class Extensions:
         spec = importlib.util.find_spec(self.package)
         assert spec is not None
         files = (module.name for module in pkgutil.iter_modules(spec.submodule_search_locations))
-        return sorted({name for name in files if not name.startswith("_")} | _brought(self.group).keys())
+        return sorted({name for name in files if not name.startswith("_")} | _installed_entry_points(self.group).keys())
 
     def get(self, name: str) -> Any | None:
         """The one of this name, this project's own before another's; None where there is none."""
@@ -35,7 +35,7 @@ class Extensions:
             module = f"{self.package}.{name}"
             if importlib.util.find_spec(module) is not None:
                 return getattr(importlib.import_module(module), self.attribute, None)
-        entry = _brought(self.group).get(name)
+        entry = _installed_entry_points(self.group).get(name)
         return None if entry is None else entry.load()
 
     def all(self) -> dict[str, Any]:
@@ -44,5 +44,5 @@ class Extensions:
 
 
 @cache
-def _brought(group: str) -> dict[str, EntryPoint]:
+def _installed_entry_points(group: str) -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=group)}

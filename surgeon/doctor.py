@@ -116,22 +116,22 @@ def _run(check: str, *arguments: str) -> _Outcome:
     code = "import sys; sys.path.append(sys.argv[1]); from surgeon.probes import run_check; run_check(*sys.argv[2:])"
     command = [sys.executable, "-P", "-c", code, str(Path(__file__).resolve().parents[1]), check, *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
         return _Outcome({}, f"gave no answer in {TIMEOUT:.0f} seconds", "")
     results: dict[str, Any] = {}
-    for line in done.stdout.splitlines():
+    for line in completed.stdout.splitlines():
         if line.startswith(MARK):
             results |= json.loads(line.removeprefix(MARK))
-    return _Outcome(results, _cause_of_death(done.returncode, done.stderr), done.stderr)
+    return _Outcome(results, _cause_of_death(completed.returncode, completed.stderr), completed.stderr)
 
 
 def _cause_of_death(code: int, stderr: str) -> str | None:
     if code == 0:
         return None
-    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    cause = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
     lines = stderr.strip().splitlines()
-    return f"the process ended {how}" + (f": {lines[-1].strip()[:300]}" if lines else "")
+    return f"the process ended {cause}" + (f": {lines[-1].strip()[:300]}" if lines else "")
 
 
 def _packages(imports: _Outcome) -> list[Package]:

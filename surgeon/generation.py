@@ -112,14 +112,14 @@ class Rows:
 
 
 class TextStream:
-    """One row's text as its tokens come. What it gives out, put together, is the decoded whole, and a character that
-    several tokens spell is given out with the last of them."""
+    """One row's text as its tokens arrive. The pieces it emits add up to the decoded text; a character that spans several
+    tokens is emitted with the last of them."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         """`decode`: the text of token ids, e.g. `Inputs.decode`."""
         self._decode = decode
         self._ids: list[int] = []
-        self._done = 0  # ids whose text was given out
+        self._emitted = 0  # how many ids have had their text emitted
         self._context = (
             0  # where decoding starts: some of those, because a tokenizer may treat a text's start otherwise
         )
@@ -134,11 +134,11 @@ class TextStream:
         return self._advance(final=True)
 
     def _advance(self, final: bool) -> str:
-        previous_text = self._decode(self._ids[self._context : self._done])
+        previous_text = self._decode(self._ids[self._context : self._emitted])
         text = self._decode(self._ids[self._context :])
         if (text.endswith(_INCOMPLETE) and not final) or len(text) <= len(previous_text):
             return ""
-        self._context, self._done = self._done, len(self._ids)
+        self._context, self._emitted = self._emitted, len(self._ids)
         return text[len(previous_text) :]
 
 
@@ -165,9 +165,9 @@ class Answers:
 
     def push(self, tokens: np.ndarray) -> None:
         """Append tokens [B] to the rows that go on."""
-        going_on = np.flatnonzero(self.active).tolist()
+        active_rows = np.flatnonzero(self.active).tolist()
         self._rows.push(tokens)
-        for row in going_on:
+        for row in active_rows:
             self._add(row, self._streams[row].push(int(tokens[row])))
             if not self._rows.active[row]:
                 self._add(row, self._streams[row].finish())

@@ -175,8 +175,8 @@ class Inputs:
         input_ids = np.full((len(rows), length), self.pad_token_id, dtype=np.int64)
         attention_mask = np.zeros_like(input_ids)
         for i, ids in enumerate(rows):
-            where = slice(length - len(ids), None) if padding_side == "left" else slice(len(ids))
-            input_ids[i, where], attention_mask[i, where] = ids, 1
+            span = slice(length - len(ids), None) if padding_side == "left" else slice(len(ids))
+            input_ids[i, span], attention_mask[i, span] = ids, 1
         image_mask = (input_ids == self.family.image_token_id(self.config)) & (attention_mask == 1)
         return ModelInputs(
             family=self.family,

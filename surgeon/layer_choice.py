@@ -41,12 +41,12 @@ def resolve_layers(choice: list[int] | str, depth: int, pass_name: str) -> list[
         if form == "every":
             return [i for i in range(depth) if (i + 1) % n == 0]
         return [min(k * depth // (n + 1), depth - 1) for k in range(1, n + 1)] if n < depth else list(range(depth))
-    outside = [i for i in choice if not 0 <= i < depth]
-    if outside:
+    out_of_range = [i for i in choice if not 0 <= i < depth]
+    if out_of_range:
         raise PreconditionError(
-            f"pass {pass_name}: layer {outside[0]} is out of range; the decoder has layers 0 to {depth - 1}"
+            f"pass {pass_name}: layer {out_of_range[0]} is out of range; the decoder has layers 0 to {depth - 1}"
         )
-    twice = sorted({i for i in choice if choice.count(i) > 1})
-    if twice:
-        raise PreconditionError(f"pass {pass_name}: layer {twice[0]} is named twice in layers={choice}")
+    duplicates = sorted({i for i in choice if choice.count(i) > 1})
+    if duplicates:
+        raise PreconditionError(f"pass {pass_name}: layer {duplicates[0]} is named twice in layers={choice}")
     return sorted(choice)

@@ -112,7 +112,7 @@ def patched_card(patch: Patch, directory: Path) -> str:
         f"# {plain(short_name(patch.source))} with {plain(', '.join(methods(patch.record)))}",
         f"{linked(patch.source)}{had} patched with {listed(names)} by {TOOL}. Every tensor of the source is in it, "
         f"unchanged{new}.",
-        *_what_changes(patch),
+        *_effect_on_answers(patch),
         "## What was done",
         facts(patch.source, patch.record["source"]["fingerprint"], patch.model.config.model_type),
         "The passes, in their order:",
@@ -165,11 +165,11 @@ def imported_card(
     return card(source_card, "transformers", tags(record or {}), sections)
 
 
-def _what_changes(patch: Patch) -> list[str]:
+def _effect_on_answers(patch: Patch) -> list[str]:
     """How its answers relate to the source's, as far as the passes promise."""
     applied = {name for name, _ in patch.applied}
-    moving = [each.name for each in patch.passes if each.name in applied and not each.identity]
-    same = not moving and not patch.other_tokens
+    changing = [each.name for each in patch.passes if each.name in applied and not each.identity]
+    same = not changing and not patch.other_tokens
     paragraphs = []
     if patch.new_grafts:
         kinds = listed(dict.fromkeys(entry["kind"] for entry in patch.new_grafts))
@@ -178,8 +178,8 @@ def _what_changes(patch: Patch) -> list[str]:
             gates = "Their gates are zero, as `surgeon patch` wrote them, and until they are tuned they are an identity"
             gates += f"{': ' + _SAME_LOGITS if same else ''}. To tune them alone: `surgeon.unfreeze_grafts(model)`."
         paragraphs.append(f"**The new grafts ({kinds}) are not trained.** {gates}")
-    if moving:
-        paragraphs.append(f"{listed(moving)} is not an identity: it may change answers from the start.")
+    if changing:
+        paragraphs.append(f"{listed(changing)} is not an identity: it may change answers from the start.")
     if patch.other_tokens:
         paragraphs.append(
             "The tiles of an image go into the memory alone: the model is asked with fewer tokens than its source, and "
@@ -219,10 +219,10 @@ def _arguments(patch: Patch) -> list[str] | None:
         if argument is None:
             return None
         try:
-            read = classes[name](**parse_argument(argument)[name] or {})
+            parsed = classes[name](**parse_argument(argument)[name] or {})
         except ValueError:  # pydantic's: an option that is not read from text
             return None
-        if read.model_dump() != classes[name](**options).model_dump():
+        if parsed.model_dump() != classes[name](**options).model_dump():
             return None
         arguments.append(argument)
     return arguments

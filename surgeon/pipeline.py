@@ -136,11 +136,11 @@ def check_replay(graph: "LvlmGraph", pass_: Pass, resolved: dict[str, Any]) -> N
     def fail(why: str) -> PostconditionError:
         return PostconditionError(f"pass {pass_.name} would record options that do not replay: {why}")
 
-    read = yaml.safe_load(yaml.safe_dump(resolved))
-    if not read == resolved == json.loads(json.dumps(resolved)):
-        raise fail(f"{resolved} are read back as {read}")
+    reloaded = yaml.safe_load(yaml.safe_dump(resolved))
+    if not reloaded == resolved == json.loads(json.dumps(resolved)):
+        raise fail(f"{resolved} are read back as {reloaded}")
     try:
-        again = type(pass_)(pass_.Options(**read))
+        again = type(pass_)(pass_.Options(**reloaded))
         again.requires(graph)
     except ValidationError as error:
         raise fail(_explain(error, type(pass_))) from error

@@ -37,8 +37,8 @@ class Recipe(BaseModel):
             recipe = cls(**content)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise OptionError(f"recipe {path}: {where}: {first['msg']}; keys are version, seed, passes") from error
+            location = ".".join(str(part) for part in first["loc"])
+            raise OptionError(f"recipe {path}: {location}: {first['msg']}; keys are version, seed, passes") from error
         if recipe.version != 1:
             raise OptionError(f"recipe {path} has version {recipe.version}; this version of surgeon reads version 1")
         if any(len(entry) != 1 for entry in recipe.passes):

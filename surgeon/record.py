@@ -186,8 +186,8 @@ def _check_layout(layout: Layout, described: Family, config: PretrainedConfig) -
 
 
 def _check_layers(grafts: Sequence[AnyGraft], depth: int) -> None:
-    placed = Counter((graft.kind, layer) for graft in grafts for layer in graft.layers)
-    for (kind, layer), times in placed.items():
+    counts = Counter((graft.kind, layer) for graft in grafts for layer in graft.layers)
+    for (kind, layer), times in counts.items():
         if times > 1:
             raise CheckpointError(f"config.json: {RECORD}.grafts has two grafts {kind} at layer {layer}; {_REMEDY}")
         if layer >= depth:

@@ -22,18 +22,18 @@ def main() -> None:
     except Exception as error:  # what is not installed as it should be is told, and the parent says so
         answers.write(json.dumps({"broken": _reason(error)}) + "\n")
         return
-    without_limit = resource.getrlimit(resource.RLIMIT_AS)
+    initial_limits = resource.getrlimit(resource.RLIMIT_AS)
     for line in sys.stdin:
         request = json.loads(line)
-        limit = _used() + request["memory"]
-        resource.setrlimit(resource.RLIMIT_AS, (limit, without_limit[1]))
+        limit = _address_space() + request["memory"]
+        resource.setrlimit(resource.RLIMIT_AS, (limit, initial_limits[1]))
         signal.setitimer(signal.ITIMER_REAL, request["seconds"])
         try:
             answer = json.dumps({"text": _render(render_jinja_template, request)})
         except Exception as error:  # a template may raise whatever it likes
             answer = json.dumps({"failed": _reason(error)})
         signal.setitimer(signal.ITIMER_REAL, 0)
-        resource.setrlimit(resource.RLIMIT_AS, without_limit)
+        resource.setrlimit(resource.RLIMIT_AS, initial_limits)
         answers.write(answer + "\n")
 
 
@@ -44,7 +44,7 @@ def _render(render_jinja_template: Any, request: Mapping[str, Any]) -> str:
     return str(text)
 
 
-def _used() -> int:
+def _address_space() -> int:
     """Bytes of this process's address space."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[0]) * resource.getpagesize()

@@ -51,7 +51,7 @@ def card_files(source: Checkpoint) -> dict[Path, str]:
     """The source's card and those that it keeps -> the names that they have beside another card. Raises CheckpointError
     as `Checkpoint.side_files`."""
     matches = {path: match for path in source.side_files if (match := _CARD.fullmatch(path.name))}
-    return {path: _moved_on(match) for path, match in matches.items()}
+    return {path: _kept_name(match) for path, match in matches.items()}
 
 
 def keep_cards(source: Checkpoint, directory: Path) -> int:
@@ -59,7 +59,7 @@ def keep_cards(source: Checkpoint, directory: Path) -> int:
     return sum(share_file(path, directory / name, "copy").bytes_written for path, name in card_files(source).items())
 
 
-def _moved_on(match: re.Match[str]) -> str:
+def _kept_name(match: re.Match[str]) -> str:
     if match[0] == README:
         return KEPT
     return f"README-source-{int(match[1] or 1) + 1}.md"

@@ -97,8 +97,8 @@ class _Drawn(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores [B, V] -> the same with -inf everywhere but at one token of each row."""
         tokens = torch.from_numpy(sample(scores.float().cpu().numpy(), self._sampling, self._generator))
-        only = torch.full_like(scores, -torch.inf)
-        return only.scatter_(1, tokens[:, None].to(scores.device), 0.0)
+        forced_scores = torch.full_like(scores, -torch.inf)
+        return forced_scores.scatter_(1, tokens[:, None].to(scores.device), 0.0)
 
 
 class _Streamer(BaseStreamer):

@@ -39,9 +39,11 @@ class SourceFiles:
         for file, before in self.states.items():
             after = _state(file)
             if after != before:
-                how = f"from {before[2]:,} to {after[2]:,} bytes" if after[2] != before[2] else "though not in size"
+                size_change = (
+                    f"from {before[2]:,} to {after[2]:,} bytes" if after[2] != before[2] else "though not in size"
+                )
                 raise CheckpointError(
-                    f"{file} changed while it was read, {how}; start again when nothing writes to it any more"
+                    f"{file} changed while it was read, {size_change}; start again when nothing writes to it any more"
                 )
 
 

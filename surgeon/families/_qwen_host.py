@@ -77,26 +77,27 @@ def mrope_row(is_image: np.ndarray, grids: Sequence[Grid], merge: int, row: int)
     """Positions [3, S] of one unpadded row: text advances all axes; an image spans its frames, rows and columns, and
     the text after it continues from its larger side. Raises InputError where tokens and grids do not match."""
     parts: list[np.ndarray] = []
-    position, waiting = 0, iter(grids)
-    used = 0
-    for image, length in _runs(is_image):
-        if not image:
+    position, remaining = 0, iter(grids)
+    num_images = 0
+    for is_image_run, length in _runs(is_image):
+        if not is_image_run:
             parts.append(np.broadcast_to(np.arange(position, position + length), (3, length)))
             position += length
             continue
         while length > 0:  # a run may be several images side by side
-            grid = next(waiting, None)
+            grid = next(remaining, None)
             if grid is None:
                 raise InputError(f"prompt row {row} has image tokens for more than its {len(grids)} image(s)")
-            used += 1
+            num_images += 1
             frames, height, width = grid[0], grid[1] // merge, grid[2] // merge
             length -= frames * height * width
             if length < 0:
                 raise InputError(
-                    f"prompt row {row} has {-length} image token(s) too few for image {used} of grid {tuple(grid)}"
+                    f"prompt row {row} has {-length} image token(s) too few for image {num_images} of grid "
+                    f"{tuple(grid)}"
                 )
             parts.append(np.indices((frames, height, width)).reshape(3, -1) + position)
             position += max(height, width)
-    if used != len(grids):
-        raise InputError(f"prompt row {row} has image tokens for {used} image(s), but {len(grids)} were given")
+    if num_images != len(grids):
+        raise InputError(f"prompt row {row} has image tokens for {num_images} image(s), but {len(grids)} were given")
     return np.concatenate(parts, axis=1)

@@ -149,15 +149,15 @@ class LlavaOnevision(PlainPositionsFamily):
         line_break = crops * side * side
         whole = np.arange(side * side)
         if crops == 1:
-            index, weight = _taken_as_they_are(np.append(whole, line_break))
+            index, weight = _unscaled(np.append(whole, line_break))
         else:
             tiles = np.arange(side * side, line_break).reshape(*self.tiles(config, grid), side, side)
             inside, scaled = self.feature_map(config, grid)
             features = tiles.transpose(0, 2, 1, 3).reshape(tiles.shape[0] * side, -1)[inside]
-            index, weight = _taken_as_they_are(features) if features.shape == scaled else _bilinear(features, scaled)
-            ends, one = _taken_as_they_are(np.full((scaled[0], 1), line_break))
+            index, weight = _unscaled(features) if features.shape == scaled else _bilinear(features, scaled)
+            ends, one = _unscaled(np.full((scaled[0], 1), line_break))
             index, weight = np.concatenate((index, ends), 1), np.concatenate((weight, one), 1)
-            first, ones = _taken_as_they_are(whole)
+            first, ones = _unscaled(whole)
             index = np.concatenate((first, index.reshape(-1, 4)))
             weight = np.concatenate((ones, weight.reshape(-1, 4)))
         return {"pixel_values": pixel_values, "feature_index": index, "feature_weight": weight}
@@ -183,7 +183,7 @@ class LlavaOnevision(PlainPositionsFamily):
         return finish_export(model, module, example, dynamic, ("features",))
 
 
-def _taken_as_they_are(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _unscaled(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mixtures [..., 4] of one feature each: indices int64, weights fp32."""
     index = np.repeat(features[..., None].astype(np.int64), 4, axis=-1)
     weight = np.zeros(index.shape, dtype=np.float32)

@@ -23,7 +23,7 @@ class Qwen25VisionSizes(QwenVisionSizes):
     fullatt_block_indexes: Sequence[int]
 
     @model_validator(mode="after")
-    def _sound(self) -> Self:
+    def _validate_sizes(self) -> Self:
         if self.window_size < self.patch_size * self.spatial_merge_size:
             raise ValueError(f"window_size {self.window_size} is less than a block of merged patches")
         check_indexes("fullatt_block_indexes", self.fullatt_block_indexes, self.depth)
@@ -39,11 +39,11 @@ class Qwen25VL(QwenVLFamily):
 
     def check_sizes(self, config: PretrainedConfig) -> None:
         super().check_sizes(config)
-        turning, half = len(self.rope_axes(config)), self.head_dim(config) // 2
-        if turning != half:
+        num_frequencies, expected = len(self.rope_axes(config)), self.head_dim(config) // 2
+        if num_frequencies != expected:
             raise CheckpointError(
-                f"config.json: text_config.rope_parameters.mrope_section is of {turning} frequencies, and half a head "
-                f"of {half}"
+                f"config.json: text_config.rope_parameters.mrope_section is of {num_frequencies} frequencies, and half "
+                f"a head of {expected}"
             )
 
     def rope_axes(self, config: PretrainedConfig) -> Sequence[int]:

@@ -22,7 +22,7 @@ class Qwen3VisionSizes(QwenVisionSizes):
     deepstack_visual_indexes: Sequence[int]
 
     @model_validator(mode="after")
-    def _sound(self) -> Self:
+    def _validate_sizes(self) -> Self:
         if math.isqrt(self.num_position_embeddings) ** 2 != self.num_position_embeddings:
             raise ValueError(f"num_position_embeddings {self.num_position_embeddings} is not a square")
         check_indexes("deepstack_visual_indexes", self.deepstack_visual_indexes, self.depth)

@@ -99,17 +99,17 @@ def _image_token_id(
                 f"image token id {requested_id} was asked for, and the tokenizer gives {IMAGE_TOKEN} id {token_id}"
             )
         return token_id
-    without = "the checkpoint has no tokenizer, so the imported one has none"
+    no_tokenizer = "the checkpoint has no tokenizer, so the imported one has none"
     if requested_id is not None:
-        warnings.append(f"{without}: add one that gives {IMAGE_TOKEN} id {requested_id} before prompting it")
+        warnings.append(f"{no_tokenizer}: add one that gives {IMAGE_TOKEN} id {requested_id} before prompting it")
         return requested_id
     # Training adds nine tokens to the text model's: <img>, </img>, <IMG_CONTEXT>, and three more pairs.
-    guessed = size - _TOKENS_ADDED + _IMAGE_TOKEN_PLACE
+    inferred_id = size - _TOKENS_ADDED + _IMAGE_TOKEN_PLACE
     warnings.append(
-        f"{without}: add one before prompting it; image_token_id is taken to be {guessed}, where published checkpoints "
-        f"of this vocabulary size have {IMAGE_TOKEN} (name another with --image-token-id)"
+        f"{no_tokenizer}: add one before prompting it; image_token_id is taken to be {inferred_id}, where published "
+        f"checkpoints of this vocabulary size have {IMAGE_TOKEN} (name another with --image-token-id)"
     )
-    return guessed
+    return inferred_id
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -142,11 +142,11 @@ def _row(
 ) -> Tensor:
     """The ids of one row without padding, int64 [S]; takes its images' grids off `grids`."""
     # A token's id is its anchor's and an offset: tiles are anchored at their thumbnail, every other token at itself
-    itself = torch.arange(len(visual))
-    anchor, offset = itself.clone(), torch.zeros_like(itself)
+    own_index = torch.arange(len(visual))
+    anchor, offset = own_index.clone(), torch.zeros_like(own_index)
     for image in _images(visual, grids, side, thumbnail, row):
         if len(image.parts):
             anchor[image.parts] = image.thumbnail[0]
             offset[image.parts] = tile_position_ids(*image.tiles, side, tile_order).flatten()
-    counted = (anchor == itself).cumsum(0) - 1
+    counted = (anchor == own_index).cumsum(0) - 1
     return counted[anchor] + offset

@@ -26,10 +26,10 @@ class Rope:
         """position_ids int64 [A, B, S] -> cos, sin fp32 [B, S, hd / 2]."""
         positions = position_ids.float()
         if positions.shape[0] == 1 or not any(self.axes):  # text alone is the same on every axis
-            turning = positions[0, :, :, None]
+            axis_positions = positions[0, :, :, None]
         else:  # not by an index, which would be copied to the device at every token
-            turning = torch.stack([positions[axis] for axis in self.axes], -1)
-        angles = turning * self.inv_freq(position_ids.device)
+            axis_positions = torch.stack([positions[axis] for axis in self.axes], -1)
+        angles = axis_positions * self.inv_freq(position_ids.device)
         return angles.cos(), angles.sin()
 
 

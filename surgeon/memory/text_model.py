@@ -88,8 +88,8 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
             entering = None
             if memory_embeds is not None:
                 assert memory_position_ids is not None and memory_embeds_mask is not None and memory_places is not None
-                standing = Slots(memory_embeds_mask, memory_places + past_length)
-                entering = Entering(memory_embeds, memory_position_ids[None], standing)
+                memory_slots = Slots(memory_embeds_mask, memory_places + past_length)
+                entering = Entering(memory_embeds, memory_position_ids[None], memory_slots)
             elif visual_token_mask is not None:
                 length = positions.shape[2]
                 enters = visual_token_mask

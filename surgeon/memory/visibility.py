@@ -25,5 +25,5 @@ def visibility_of(record: dict[str, Any]) -> Visibility:
 def causally(mask: Tensor, memory_places: Tensor, token_places: Tensor) -> Tensor:
     """Which slots each token sees: of those in mask, bool [B, M] or [B, S, M], the ones that stand in the sequence at
     or before its own place. memory_places int64 [B, M], token_places int64 [S] or [B, S] -> bool [B, S, M]."""
-    standing = memory_places[:, None] <= torch.atleast_2d(token_places)[..., None]
-    return standing & (mask if mask.ndim == 3 else mask[:, None])
+    is_past = memory_places[:, None] <= torch.atleast_2d(token_places)[..., None]
+    return is_past & (mask if mask.ndim == 3 else mask[:, None])
