@@ -20,8 +20,8 @@ from commands._options import json_option, print_json
 def doctor(directory: Path, as_json: bool) -> None:
     """Report what is installed, and which backends work here and why.
 
-    Each backend is really tried: a session is made, a tensor is computed. What killed runs left in the directory
-    (.NAME.staging-*, .NAME.old-*) is named.
+    Each backend is tried: a session is created and a tensor computed. Leftovers of killed runs in the directory
+    (.NAME.staging-*, .NAME.old-*) are listed.
 
     \b
     surgeon doctor --dir /data/checkpoints

@@ -14,10 +14,18 @@ from commands._options import backend_option, json_option, positions_option, pri
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image; repeat for more.")
 @click.option("--prompt", required=True, help="What to ask.")
 @click.option("--system", help="The system prompt.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="The longest answer.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default="0, greedy", help="Sample at this.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from the likeliest P of probability.")
-@click.option("--top-k", type=click.IntRange(1), help="Sample from the K likeliest tokens.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens of the answer at most."
+)
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.0, show_default="0, greedy", help="Sampling temperature."
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Sample from the most likely tokens whose probabilities sum to P.",
+)
+@click.option("--top-k", type=click.IntRange(1), help="Sample from the K most likely tokens.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the sampling.")
 @positions_option
 @backend_option

@@ -11,7 +11,7 @@ from exporters.artifact import artifact_kind
 @click.command("inspect")
 @click.argument("path", metavar="CKPT|BUNDLE|ENGINES")
 @json_option
-@click.option("--image", type=click.Path(path_type=Path), help="An image, to draw where its tokens stand.")
+@click.option("--image", type=click.Path(path_type=Path), help="An image whose token positions are drawn.")
 @click.option("--out", type=click.Path(path_type=Path), help="The drawing: a .png, .svg or .pdf file.")
 def inspect(path: str, as_json: bool, image: Path | None, out: Path | None) -> None:
     """Show what a checkpoint, a bundle or a directory of engines is.

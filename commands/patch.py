@@ -71,7 +71,7 @@ def patch_command(
     seed = parsed_recipe.seed if seed is None else seed
     to_run = parsed_recipe.make_passes(registry())
 
-    # Only now what takes seconds to import: a misspelt option is told at once.
+    # These take seconds to import; by now a misspelt option has been reported.
     from surgeon import console
     from surgeon.checkpoint import Checkpoint, check_target
     from surgeon.patch import patch, plan

@@ -33,8 +33,8 @@ from commands._options import backend_option, json_option, positions_option, pri
     "--bytes",
     "bytes_too",
     is_flag=True,
-    help="First compare every file with the digests recorded when it was made, and what was made of the other with "
-    "that. Of a bundle or of engines alone, that is all.",
+    help="First compare every file with the digest recorded when it was written; of two forms, also check that one was "
+    "made from the other. A bundle or engines alone get only this check.",
 )
 @positions_option
 @backend_option

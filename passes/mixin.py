@@ -31,7 +31,7 @@ class MixinOptions(GraftOptions):
     @model_validator(mode="after")
     def _one_choice(self) -> "MixinOptions":
         if self.every is not None and "layers" in self.model_fields_set:
-            raise ValueError("give layers or every, not both")
+            raise ValueError("pass layers or every, not both")
         return self
 
 

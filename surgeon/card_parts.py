@@ -1,4 +1,4 @@
-"""What every model card has: the metadata block of the Hugging Face Hub, and sections that are told of any checkpoint.
+"""What every model card has: the metadata block of the Hugging Face Hub, and sections common to all checkpoints.
 
 The same inputs give the same bytes: neither dates nor the place of a file are in a card. Nothing is claimed that was
 not computed here.
@@ -70,7 +70,7 @@ def linked(source: Checkpoint) -> str:
 
 
 def facts(source: Checkpoint, fingerprint: str, model_type: str, *more: tuple[str, str]) -> str:
-    """Which checkpoint it was made of. fingerprint: the source's. more: rows, what they are and their value, which is
+    """The table of the source checkpoint. fingerprint: the source's. more: further rows of label and value, in
     Markdown."""
     origin = hub_origin(source.directory)
     made_of = (source.config.get(RECORD) or {}).get("source") or {}
@@ -148,8 +148,8 @@ def untrained(checkpoint: Checkpoint) -> bool:
 
 
 def made_by(checkpoint: Checkpoint) -> list[list[str]]:
-    """The command that made this checkpoint, where its own recipe tells all of its passes and its grafts are as a patch
-    writes them; else none."""
+    """The command that wrote this checkpoint, where its recipe lists all of its passes and its grafts are untrained;
+    else none."""
     record = checkpoint.config.get(RECORD) or {}
     name = (record.get("source") or {}).get("name")
     if not record.get("passes") or not name or not (checkpoint.directory / FILE_NAME).is_file():

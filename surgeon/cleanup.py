@@ -10,8 +10,8 @@ from pathlib import Path
 def cleaning_up(action: Callable[[], object], description: str) -> Iterator[None]:
     """Run `action` when the `with` ends, however it ends.
 
-    After an exception that exception goes on, and an error of `action` is added to it as a note ("could not <what>:
-    ..."), which the command line prints behind it. After a body that ended well an error of `action` is raised.
+    An exception of the body is raised again, with an error of `action` added as a note ("could not <description>:
+    ..."), which the command line prints behind it. If the body raised nothing, an error of `action` is raised.
     """
     try:
         yield

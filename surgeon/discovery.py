@@ -1,5 +1,5 @@
-"""How passes, families, importers, grafts and what exporters know of grafts are found: by the name of a file, or of an
-entry point of another installed package."""
+"""Discovery of passes, families, importers, grafts and the exporters' counterparts of grafts: by file name, or by entry
+point name in another installed package."""
 
 import importlib
 import importlib.util

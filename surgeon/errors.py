@@ -2,7 +2,7 @@
 
 
 class SurgeonError(Exception):
-    """A mistake in what was asked for or given, told in one line. The command line prints it and exits with
+    """An error in the user's request or input, with a one-line message. The command line prints it and exits with
     `exit_code`."""
 
     exit_code = 2

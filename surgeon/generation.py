@@ -112,8 +112,8 @@ class Rows:
 
 
 class TextStream:
-    """One row's text as its tokens arrive. The pieces it emits add up to the decoded text; a character that spans several
-    tokens is emitted with the last of them."""
+    """One row's text as its tokens arrive. The emitted pieces add up to the decoded text; a character that spans
+    several tokens is emitted with the last of them."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         """`decode`: the text of token ids, e.g. `Inputs.decode`."""

@@ -28,7 +28,7 @@ def load_image(source: ImageSource) -> Image.Image:
         if is_video(path):
             raise InputError(f"{path} is a video: video is not supported yet, pass images")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # told by the next but one line
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _refuse_large reports it
             with Image.open(path) as image:
                 _refuse_large(image, str(path))
                 _refuse_animation(image, str(path))

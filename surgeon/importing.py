@@ -30,7 +30,7 @@ from surgeon.weights import check_dtype
 
 @dataclass
 class ImportReport:
-    """What an import made."""
+    """The result of an import."""
 
     source_type: str
     """Name of the source's layout."""

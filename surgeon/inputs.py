@@ -65,7 +65,7 @@ class ModelInputs:
     positions: Positions | None = None
     """Where the checkpoint offers RoPE-DHR, whether this request uses it."""
     needs_tile_grids: bool = False
-    """Whether the model has to be told each image's tiles."""
+    """Whether the model needs `tile_grids`, the tiles of each image."""
 
     @property
     def lengths(self) -> np.ndarray:

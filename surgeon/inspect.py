@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import PydanticUndefined
 
-# A description is made where the models are loaded anyway; whoever only prints one does not need torch for it.
+# For type checking only: printing an inspection must not import torch.
 if TYPE_CHECKING:
     from surgeon.checkpoint.reader import Checkpoint
     from surgeon.graph import LvlmGraph

@@ -1,4 +1,4 @@
-"""What killed runs leave beside a target, and how it is told from what a run is still writing.
+"""What killed runs leave beside a target, and how to tell it from what a run is still writing.
 
 `.<name>.staging-<random>` is what was to become `<name>`, or what `<name>` replaced; `.<name>.old-<random>` is what it
 was about to replace, and the only copy where `<name>` is missing. Whoever makes one holds a lock (flock) on it, which

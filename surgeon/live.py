@@ -113,7 +113,7 @@ def _take_over(model: PreTrainedModel, graph: LvlmGraph) -> None:
     setattr(model.config, RECORD, {**graph.record, "version": __version__})
     plain_base: Any = type(base_model)
     reference = next(base_model.get_submodule(within).layers[0].parameters())
-    # what the modules draw as they are made is not kept, nor missed by whoever drew before
+    # the random values drawn while the modules are built are discarded; the global RNG state stays untouched
     with torch.random.fork_rng(devices=[]), torch.device(reference.device):
         graft_model(base_model, within, described.norm_placement, kinds)
     base_model.__class__ = patched_base_model_class(

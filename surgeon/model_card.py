@@ -243,7 +243,7 @@ def _use(record: Mapping[str, Any] | None, directory: Path) -> list[str]:
     sections = [fenced(snippet, "python")]
     if tiles:
         sections.append(
-            "The model has to be told how the tiles of an image lie. Without `surgeon.inputs`, pass `tile_grids`, "
+            "The model needs the tile grid of each image. Without `surgeon.inputs`, pass `tile_grids`, "
             "int64 `[N, 2]`: the rows and columns of each image's tiles."
         )
     if record is not None:
@@ -265,7 +265,7 @@ def _use(record: Mapping[str, Any] | None, directory: Path) -> list[str]:
 
 
 def _has_processor(directory: Path) -> bool:
-    """Whether prompts can be made with what is here."""
+    """Whether everything that prompts need is here."""
     template = has_any(directory, ("chat_template.jinja", "chat_template.json"))
     tokenizer = directory / "tokenizer_config.json"
     template = template or (tokenizer.is_file() and "chat_template" in read_object(tokenizer, CheckpointError))

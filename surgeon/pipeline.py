@@ -1,4 +1,4 @@
-"""Passes: their contract, the manager that runs and checks them, and where they are found."""
+"""Passes: their contract, the manager that runs and checks them, and their registry."""
 
 import difflib
 import json

@@ -122,7 +122,7 @@ def _onnxruntime(provider: str) -> dict[str, Any]:
     session = ort.InferenceSession(model.SerializeToString(), providers=[provider])
     if session.get_providers()[0] != provider:
         return _no(
-            "no session can be made",
+            "no session can be created",
             "it needs an NVIDIA GPU with its driver, CUDA and cuDNN: pip install 'onnxruntime-gpu[cuda,cudnn]'",
         )
     (y,) = session.run(None, {"x": np.ones(2, np.float32)})

@@ -25,7 +25,7 @@ def _flat_name(module: str) -> str:
 
 
 def _travelling(module: str, files: dict[str, str]) -> None:
-    """Add a module and what it imports of surgeon to `found`: flat file name -> source with flat imports."""
+    """Add a module and what it imports of surgeon to `files`: flat file name -> source with flat imports."""
     if _flat_name(module) in files:
         return
     spec = importlib.util.find_spec(module)

@@ -17,9 +17,9 @@ from typing import Any
 from surgeon.errors import InputError, SurgeonError
 
 SECONDS = 10.0
-"""What one conversation may take. Usual ones take milliseconds."""
+"""Time limit for one conversation. Typical ones take milliseconds."""
 MEMORY = 1 << 30
-"""Bytes that the process may take beside what it is made of."""
+"""Bytes that the process may allocate on top of its own size."""
 _CHILD = Path(__file__).with_name("rendering_child.py")
 _REMEDY = "copy chat_template.jinja from the model's source"
 

@@ -19,7 +19,7 @@ def main() -> None:
     os.dup2(2, 1)
     try:
         from transformers.utils.chat_template_utils import render_jinja_template
-    except Exception as error:  # what is not installed as it should be is told, and the parent says so
+    except Exception as error:  # a broken installation; the parent reports it
         answers.write(json.dumps({"broken": _reason(error)}) + "\n")
         return
     initial_limits = resource.getrlimit(resource.RLIMIT_AS)

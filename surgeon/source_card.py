@@ -1,7 +1,7 @@
-"""The model card that a source has: what of its metadata holds for whatever is made of it, and where it is kept.
+"""The model card that a source has: which of its metadata a derived checkpoint inherits, and where it is kept.
 
-What is made has a card of its own. The source's stands beside it as README-source.md, and those that the source kept in
-the same way are moved on by one: README-source-2.md is the card of the source's source.
+A derived checkpoint has a card of its own. The source's is kept beside it as README-source.md, and the cards that the
+source kept itself are renumbered: README-source-2.md is the card of the source's source.
 """
 
 import re
@@ -31,8 +31,8 @@ class SourceCard:
 
     @classmethod
     def read(cls, source: Checkpoint, directory: Path) -> "SourceCard":
-        """The card of `source`, for what is made of it in `directory`, whose files are there already. A card that
-        cannot be read tells nothing."""
+        """The card of `source`, for the derived checkpoint in `directory`, whose files are there already. A card that
+        cannot be read counts as empty."""
         path = source.directory / README
         metadata = _metadata(path) if path.is_file() else {}
         inherited: dict[str, Any] = {key: value for key in _INHERITED if (value := _texts(metadata.get(key)))}

@@ -64,13 +64,13 @@ class TorchGenerator:
         nothing unseen (a temperature, a repetition penalty) changes what was asked for. Raises CheckpointError,
         FamilyError, InputError, and SurgeonError for logits that are not finite.
         """
-        # before the weights are loaded: a bad image is told at once
+        # first, so that a bad image is reported at once
         prepared = self.inputs.prepare(prompts, positions=positions)
         answers = Answers(self.inputs.decode, self.inputs.eos_token_ids, [max_new_tokens] * len(prompts), on_text)
         if not answers.active.any():
             return answers.generations()
         before = self.model.generation_config
-        # in its place: what a config given to `generate` does not say would be taken from there
+        # replaced, because `generate` takes whatever the passed config leaves unset from the model's own
         self.model.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,

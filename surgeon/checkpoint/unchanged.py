@@ -1,4 +1,4 @@
-"""Whether the files that something is made of stay what they were while it is made."""
+"""Checks that source files do not change while they are read."""
 
 import os
 from collections.abc import Iterable, Mapping

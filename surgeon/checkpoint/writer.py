@@ -19,7 +19,7 @@ _PT_METADATA = {"format": "pt"}  # whose layout the tensors have; transformers a
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written, made only when its turn comes."""
+    """A tensor to be written, computed only when its turn comes."""
 
     name: str
     dtype: torch.dtype
@@ -38,12 +38,13 @@ def write_safetensors(
     metadata: Mapping[str, str] = _PT_METADATA,
     progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Write a new safetensors file and return its size. The data has the order given and starts at a multiple of 64.
+    """Write a new safetensors file and return its size. The data keeps the order of `tensors` and starts at a multiple
+    of 64.
 
     Never more than one tensor is in memory. `progress(n)` is called after each n bytes of data. Raises ValueError for
-    two tensors of one name, a dtype that safetensors has not, or a tensor that is not made as planned; CheckpointError
-    for one out of a file that was cut short; OSError where the file exists or cannot be written. After an error the
-    file is incomplete: write into a staging directory.
+    two tensors of one name, a dtype that safetensors has not, or a tensor that is not of its planned dtype and shape;
+    CheckpointError for one out of a file that was cut short; OSError where the file exists or cannot be written. After
+    an error the file is incomplete: write into a staging directory.
     """
     plan = list(tensors)
     header = _header(plan, metadata)
@@ -90,7 +91,7 @@ def _header(plan: list[PlannedTensor], metadata: Mapping[str, str]) -> bytes:
 
 
 def _bytes_of(item: PlannedTensor) -> memoryview:
-    """The made tensor's bytes. The view keeps the tensor alive, and nothing else does."""
+    """The computed tensor's bytes. The view keeps the tensor alive, and nothing else does."""
     tensor = item.make()
     if tensor.dtype != item.dtype or tuple(tensor.shape) != item.shape:
         raise ValueError(

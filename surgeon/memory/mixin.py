@@ -34,8 +34,8 @@ def gated_cross_attention(
     # A token without images has nothing to attend to: its softmax runs over padding, and the result is dropped below.
     mask = memory_mask if memory_mask.ndim == 3 else memory_mask[:, None]
     has_memory = mask.any(-1, keepdim=True)
-    seen = (mask | ~has_memory)[:, None].expand(-1, 1, query.shape[2], -1)
-    retrieved = F.scaled_dot_product_attention(query, keys, values, seen)
+    visible = (mask | ~has_memory)[:, None].expand(-1, 1, query.shape[2], -1)
+    retrieved = F.scaled_dot_product_attention(query, keys, values, visible)
     retrieved = w.o_proj(retrieved.transpose(1, 2).flatten(2))
 
     attended = hidden_states + torch.tanh(w.attn_gate) * retrieved

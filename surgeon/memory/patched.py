@@ -126,7 +126,7 @@ def patched_base_model_class(
                 check_visual_token_mask(kwargs["visual_token_mask"], tokens, images)
             if images and kwargs.get("visual_token_mask") is None:
                 kwargs["visual_token_mask"] = self.visual_token_mask(input_ids, inputs_embeds)
-            if not images:  # what the prompt brought, which later calls of a generation are given again
+            if not images:  # the prompt's own inputs, which `generate` passes again to later calls
                 brought = ROW_ALIGNED if input_ids is None else (*ROW_ALIGNED, "visual_token_mask")
                 kwargs = {name: value for name, value in kwargs.items() if name not in brought}
             if input_ids is None and kwargs.get("visual_token_mask") is None:
@@ -187,7 +187,7 @@ def patched_model_class(
             base_model: Any = self.base_model
             plain: Any = type(base_model)
             graft_model(base_model, within, norm_placement, kinds)
-            # it has been made, and is grafted: of the class alone the methods are wanting
+            # the base model is built and grafted; only the methods of the patched class are missing
             base_model.__class__ = patched_base_model_class(plain, within, norm_placement, visual_token_keys, *grafts)
             self.post_init()
 

@@ -1,4 +1,4 @@
-"""Classes that are made when they are needed, whose instances can be pickled and copied all the same."""
+"""Classes created at run time whose instances can still be pickled and copied."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
@@ -7,8 +7,8 @@ Class = TypeVar("Class", bound=type)
 
 
 class Rebuilt:
-    """Of a class that a function made. Its instances are pickled as the function and its arguments, because no module
-    holds the class by its name."""
+    """A base of classes that a function creates. Instances are pickled as that function and its arguments, because no
+    module holds the class by name."""
 
     made_by: ClassVar[tuple[Callable[..., type], tuple[Any, ...]]]
 

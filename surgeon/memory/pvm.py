@@ -39,9 +39,9 @@ def branch(
     # A token without images has nothing to attend to: its softmax runs over padding, and the result is dropped below.
     mask = memory_mask if memory_mask.ndim == 3 else memory_mask[:, None]
     has_memory = mask.any(-1, keepdim=True)
-    seen = (mask | ~has_memory)[:, None].expand(-1, 1, query.shape[2], -1)
+    visible = (mask | ~has_memory)[:, None].expand(-1, 1, query.shape[2], -1)
     grouped = bool(query.shape[1] != keys.shape[1])  # a symbol under torch.compile
-    retrieved = F.scaled_dot_product_attention(query, keys, values, seen, enable_gqa=grouped)
+    retrieved = F.scaled_dot_product_attention(query, keys, values, visible, enable_gqa=grouped)
     retrieved = w.o_proj(retrieved.transpose(1, 2).flatten(2))
 
     normed = w.post_attention_norm(retrieved)

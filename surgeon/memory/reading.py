@@ -48,8 +48,8 @@ class Reading:
         return self.joined[name]
 
     def to(self, device: Any, non_blocking: bool = False) -> "Reading":
-        """For a layer on another device, as accelerate asks of what a layer is given; entries are where their layer
-        is."""
+        """For a layer on another device: accelerate calls this on a layer's inputs. Entries stay on their layer's
+        device."""
 
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=non_blocking)

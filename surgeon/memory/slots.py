@@ -45,7 +45,7 @@ class Slots:
         return Slots(self.mask & (self.places < length), self.places, self.sample_ids)
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> "Slots":
-        """After a change of the batch, made to every tensor."""
+        """The slots with `change`, which reorders or repeats rows, applied to every tensor."""
         samples = None if self.sample_ids is None else change(self.sample_ids)
         return Slots(change(self.mask), change(self.places), samples)
 

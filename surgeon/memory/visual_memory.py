@@ -40,7 +40,7 @@ class VisualMemory(CacheLayerMixin):
 
     @classmethod
     def of(cls, cache: Cache, num_hidden_layers: int) -> Self:
-        """The memory that travels with `cache`, which is given one, behind the decoder's layers, if it has none."""
+        """The memory that travels with `cache`; if it has none, one is appended behind the decoder's layers."""
         for layer in cache.layers[num_hidden_layers:]:
             if isinstance(layer, cls):
                 return layer

@@ -20,11 +20,11 @@ from surgeon.positions import record_of
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _NOT_MADE = (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
-"""What transformers raises where a processor, or a library under it, is missing, broken or told something wrong."""
+"""What transformers raises where a processor, or a library under it, is missing, broken or misconfigured."""
 
 
 class ProcessorUnavailable(Exception):
-    """Why transformers' processor could not be made here, in words."""
+    """transformers' processor cannot be loaded here; the message says why."""
 
 
 def check_inputs(inputs: Inputs, folder: Path, cases: Sequence[Case]) -> tuple[str, list[str]]:
@@ -47,7 +47,7 @@ def check_inputs(inputs: Inputs, folder: Path, cases: Sequence[Case]) -> tuple[s
 
 @contextmanager
 def _processor(inputs: Inputs, folder: Path) -> Iterator[Any]:
-    """AutoProcessor's, made as for the unpatched model: transformers knows no patched model_type."""
+    """AutoProcessor's, loaded as for the unpatched model: transformers knows no patched model_type."""
     with tempfile.TemporaryDirectory(prefix="surgeon-processor-") as name:
         plain = Path(name)
         for file in folder.iterdir():

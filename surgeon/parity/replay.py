@@ -14,8 +14,8 @@ _NOT_OF_PASSES = ("version", "source")
 
 
 def compare_record(source: Checkpoint, patched: Checkpoint, registry: Registry) -> list[str] | None:
-    """What sets the record of `patched` apart from the one that its passes, run on the config of `source`, leave: in
-    words. None where it does not record that it was made of `source` by passes, as one that was imported."""
+    """How the record of `patched` differs from what its passes leave when run on the config of `source`, in words. None
+    where the record does not say that passes made it from `source`, as for an imported checkpoint."""
     before, after = (_record(each).get("passes", []) for each in (source, patched))
     if after[: len(before)] != before or len(after) == len(before):
         return None

@@ -22,7 +22,7 @@ class Trace:
     step_logits: np.ndarray
     """fp32 [B, steps, V]: the logits from which token i was taken."""
     tokens: np.ndarray
-    """int64 [B, steps]: the tokens that were fed, greedy or given."""
+    """int64 [B, steps]: the tokens that were fed, greedy or forced."""
 
 
 class Runner(Protocol):
@@ -44,7 +44,7 @@ class Runner(Protocol):
         """What makes its prompts."""
 
     def trace(self, prompts: Sequence[Prompt], steps: int, tokens: np.ndarray | None = None) -> Trace:
-        """Prefill and decode. `tokens` [B, steps] are fed instead of the greedy ones where given."""
+        """Prefill and decode. `tokens` [B, steps], if not None, are fed instead of the greedy ones."""
 
     def tensors(self, prompts: Sequence[Prompt]) -> dict[str, list[np.ndarray]] | None:
         """What is computed on the way through a prefill, in order: name -> each row's tensor, padding left out; None

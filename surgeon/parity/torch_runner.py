@@ -19,7 +19,7 @@ from surgeon.positions import Positions
 
 
 class _Forced(LogitsProcessor):
-    """Lets nothing but the given tokens [B, steps] be generated."""
+    """Forces the generation of `tokens` [B, steps]."""
 
     def __init__(self, tokens: np.ndarray, prompt_length: int) -> None:
         self.tokens = torch.from_numpy(tokens)

@@ -32,7 +32,7 @@ class CaseResult:
     """How many of the reference's rows * steps greedy tokens the candidate chose, fed the tokens before them."""
     failures: list[str] = field(default_factory=list)
     first_wrong: str | None = None
-    """The first tensor on the way through the prefill that is wrong, where the case failed and one could be found."""
+    """The first tensor of the prefill that is wrong, where the case failed and tensors could be compared."""
 
 
 @dataclass
