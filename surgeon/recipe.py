@@ -68,7 +68,7 @@ def parse_argument(argument: str) -> dict[str, dict[str, Any] | None]:
         key, equals, value = piece.partition("=")
         if equals:
             if key.strip() in options:
-                raise OptionError(f"--pass {argument}: option {key.strip()!r} is set twice")
+                raise OptionError(f"--pass {argument}: option {key.strip()!r} is given twice")
             last = key.strip()
             options[last] = value.strip()
         elif last is None:
