@@ -16,24 +16,24 @@ class ValueOrigin:
 
 def value_origins(graph: ir.Graph) -> dict[str, ValueOrigin]:
     """Every value that a node of a graph makes, by name. Layers are known by the parameters that are read last."""
-    found: dict[str, ValueOrigin] = {}
+    origins: dict[str, ValueOrigin] = {}
     nearest: dict[ir.Value, tuple[int, str]] = {}
     """Value -> where in the graph its last parameter was read, and the module that the parameter is of."""
     for number, node in enumerate(graph):
-        known = [nearest[value] for value in node.inputs if value in nearest]
+        nearest_of_inputs = [nearest[value] for value in node.inputs if value in nearest]
         own = [
             str(value.name).rpartition(".")[0] for value in node.inputs if value is not None and _is_parameter(value)
         ]
-        reached = max(known, default=None)
+        reached = max(nearest_of_inputs, default=None)
         # a gate or scale of a whole layer says less about the place than what it is applied to
         own = [module for module in own if reached is None or not reached[1].startswith(f"{module}.")]
         if own:
             reached = (number, own[0])
         for value in node.outputs:
-            found[str(value.name)] = _origin(node.op_type, reached and reached[1], own=bool(own))
+            origins[str(value.name)] = _origin(node.op_type, reached and reached[1], own=bool(own))
             if reached is not None:
                 nearest[value] = reached
-    return found
+    return origins
 
 
 def _is_parameter(value: ir.Value) -> bool:

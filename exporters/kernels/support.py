@@ -23,8 +23,8 @@ def reason_against(kind: str, head_dim: int, dtypes: set[torch.dtype]) -> str | 
     if head_dim & (head_dim - 1) or not _LEAST <= head_dim <= _MOST:
         return f"{kind}: no fused kernel for head_dim {head_dim}, which is no power of two from {_LEAST} to {_MOST}"
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
-        named = ", ".join(sorted(name_of(dtype) for dtype in dtypes))
-        return f"{kind}: no fused kernel for tensors of {named}; they take float32, float16 or bfloat16, one at a time"
+        names = ", ".join(sorted(name_of(dtype) for dtype in dtypes))
+        return f"{kind}: no fused kernel for tensors of {names}; they take float32, float16 or bfloat16, one at a time"
     return None
 
 
@@ -37,15 +37,15 @@ def reason_against_device(index: int | None) -> str | None:
         import triton  # noqa: F401
     except ImportError:
         return "no fused kernels: triton is not installed (pip install 'lvlm-surgeon[kernels]')"
-    found = torch.cuda.get_device_capability(index)
-    if found < _CAPABILITY:
-        return f"no fused kernels: this GPU's compute capability is {found[0]}.{found[1]}, and they need 8.0"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _CAPABILITY:
+        return f"no fused kernels: this GPU's compute capability is {capability[0]}.{capability[1]}, and they need 8.0"
     return None
 
 
 @cache
-def warn_once(what: str) -> None:
-    warnings.warn(what, stacklevel=3)
+def warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 _OF_ANY_DTYPE = ("cos", "sin")
