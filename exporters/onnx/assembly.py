@@ -36,15 +36,15 @@ class Assembly:
             members.clear()
         instance.remove(nodes)
 
-        known = {value.name: value for value in self.graph.inputs}
+        graph_inputs = {value.name: value for value in self.graph.inputs}
         for value in arguments:
             binding = inputs.get(str(value.name), f"{value.name}{suffix}")
             if isinstance(binding, str):
-                if binding not in known:
+                if binding not in graph_inputs:
                     value.name = binding
                     self.graph.inputs.append(value)
                     continue
-                binding = known[binding]
+                binding = graph_inputs[binding]
             value.replace_all_uses_with(binding)
         for value in initializers:
             name = weights.get(str(value.name), f"{value.name}{suffix}")

@@ -72,11 +72,11 @@ class BundleRuntime(Runtime):
         return self._session("decoder", self.extra_outputs)
 
     def _session(self, name: str, extra_outputs: Sequence[str] = ()) -> Session:
-        described = self.manifest.graphs.get(name)
-        if described is None:
+        graph_file = self.manifest.graphs.get(name)
+        if graph_file is None:
             raise BundleError(f"{self.path} has no graph {name}: export it without --graph, which left it out")
         overrides = self.overrides if name == "decoder" else {}
-        return Session(self.path / described.file, self.options, extra_outputs, described, overrides)
+        return Session(self.path / graph_file.file, self.options, extra_outputs, graph_file, overrides)
 
     # -- as every runtime --------------------------------------------------------------------------------------
     @property

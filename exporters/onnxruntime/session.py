@@ -78,13 +78,13 @@ def choose_provider(provider: Provider) -> Chosen:
         return "cpu"
     if provider not in ("auto", *_NEEDS):
         raise BundleError(f"unknown provider {provider!r}; there are auto, {', '.join(_PROVIDERS)}")
-    wanted: Chosen = "cuda" if provider == "auto" else provider
-    reason = _why_not(wanted)
+    chosen: Chosen = "cuda" if provider == "auto" else provider
+    reason = _why_not(chosen)
     if reason is None:
-        return wanted
+        return chosen
     if provider != "auto":
         raise BundleError(
-            f"the {_NEEDS[wanted][0]} provider does not work here: {reason}; use --backend ort-cpu, or none for the "
+            f"the {_NEEDS[chosen][0]} provider does not work here: {reason}; use --backend ort-cpu, or none for the "
             "best that works"
         )
     return "cpu"
@@ -124,10 +124,10 @@ class Session:
         path: Path,
         options: SessionOptions,
         extra_outputs: Sequence[str] = (),
-        described: GraphFile | None = None,
+        graph_file: GraphFile | None = None,
         overrides: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """`extra_outputs`: names of values inside the graph that are to be outputs too, after its own. `described`:
+        """`extra_outputs`: names of values inside the graph that are to be outputs too, after its own. `graph_file`:
         what bundle.json says of the graph. `overrides`: names of initialisers -> what all their elements are instead of
         what the file has.
 
@@ -136,7 +136,7 @@ class Session:
         self.path, self.options = path, options
         self.rewrites: dict[str, int] = {}
         """How many nodes each rewrite replaced."""
-        original = read_graph(path, described)
+        original = read_graph(path, graph_file)
         self.graph_dtypes = {str(v.name): v.dtype for v in (*original.graph.inputs, *original.graph.outputs)}
         try:
             self.session = self._make(

@@ -71,7 +71,7 @@ class BuildCache:
         entry = self.folder / key
         try:
             result: Any = json.loads((entry / _RESULT).read_text())
-            kept = parse(result["kept"])
+            content = parse(result["kept"])
             sound = digest(entry / _ENGINE) == result["sha256"]
         except FileNotFoundError:
             return None
@@ -82,16 +82,16 @@ class BuildCache:
             shutil.rmtree(entry, ignore_errors=True)
             return None
         share_file(entry / _ENGINE, engine)
-        return kept
+        return content
 
-    def put(self, key: str, engine: Path, kept: Mapping[str, Any]) -> None:
+    def put(self, key: str, engine: Path, content: Mapping[str, Any]) -> None:
         """Keep an engine, and what belongs to it, JSON. Raises TargetError where it cannot be kept whole."""
-        made = digest(engine)
+        sha256 = digest(engine)
 
         def verify(entry: Path) -> None:
-            if digest(entry / _ENGINE) != made:
+            if digest(entry / _ENGINE) != sha256:
                 raise EngineError(f"{engine} changed while it was copied to {entry}")
 
         with staged(self.folder / key, overwrite=True, verify=verify) as entry:
             share_file(engine, entry / _ENGINE)
-            (entry / _RESULT).write_text(json.dumps({"sha256": made, "kept": kept}, indent=2) + "\n")
+            (entry / _RESULT).write_text(json.dumps({"sha256": sha256, "kept": content}, indent=2) + "\n")

@@ -40,8 +40,8 @@ def main(command: str, argument: str) -> int:
 
 def probe(trt: Any) -> dict[str, Any]:
     """Version and targets. A library that cannot be told a target builds for the GPU that it finds."""
-    named = hasattr(trt.IBuilderConfig, "set_compute_capability")
-    members = trt.ComputeCapability.__members__ if named else ()
+    takes_targets = hasattr(trt.IBuilderConfig, "set_compute_capability")
+    members = trt.ComputeCapability.__members__ if takes_targets else ()
     return {"version": trt.__version__, "targets": [n.lower() for n in members if n.startswith("SM")]}
 
 
@@ -82,10 +82,10 @@ class Build:
 
     def _register_plugins(self) -> int:
         """Make the graph's plugins known -> the flags of a network that has them."""
-        told = self.spec["plugins"]
-        sys.path.append(told["root"])  # behind everything else: nothing of the tool stands in for another module
-        module = importlib.import_module(told["module"])
-        flags: int = module.register(self.trt, json.loads(Path(told["described"]).read_text()))
+        plugins = self.spec["plugins"]
+        sys.path.append(plugins["root"])  # behind everything else: nothing of the tool stands in for another module
+        module = importlib.import_module(plugins["module"])
+        flags: int = module.register(self.trt, json.loads(Path(plugins["descriptions"]).read_text()))
         return flags
 
     def _describe(self, network: Any) -> None:
@@ -96,11 +96,11 @@ class Build:
             if layer.type.name in self.spec["report"]
         ]
         ports = {
-            what: {
+            side: {
                 tensor.name: [tensor.dtype.name, list(tensor.shape)]
-                for tensor in (getattr(network, f"get_{what}")(i) for i in range(getattr(network, f"num_{what}s")))
+                for tensor in (getattr(network, f"get_{side}")(i) for i in range(getattr(network, f"num_{side}s")))
             }
-            for what in ("input", "output")
+            for side in ("input", "output")
         }
         self.emit("parsed", kinds=dict(sorted(kinds.items())), special=special, ports=ports)
 
@@ -129,9 +129,10 @@ class Build:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.progress_monitor = self._monitor()
         if spec["timing_cache_out"]:
-            given = spec["timing_cache_in"]
+            timing_cache = spec["timing_cache_in"]
             config.set_timing_cache(
-                config.create_timing_cache(Path(given).read_bytes() if given else b""), ignore_mismatch=False
+                config.create_timing_cache(Path(timing_cache).read_bytes() if timing_cache else b""),
+                ignore_mismatch=False,
             )
 
     def _serialize(self, builder: Any, network: Any, config: Any, file: Any) -> bool:

@@ -148,9 +148,9 @@ class _CudaContext(Context):
 
         return replay
 
-    def _check(self, worked: bool, what: str) -> None:
+    def _check(self, worked: bool, subject: str) -> None:
         if not worked:
-            raise EngineError(f"the engine does not take {what}: {self.device.logger.last()}")
+            raise EngineError(f"the engine does not take {subject}: {self.device.logger.last()}")
 
 
 def _logger(trt: Any) -> Any:

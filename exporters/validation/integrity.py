@@ -111,16 +111,16 @@ def _patched(a: str | Path, b: str | Path) -> Check:
                 f"{source.directory} is {source.fingerprint()[:12]}: another checkpoint, or altered since"
             )
         failures += _code(patched)
-        other = {name: why for name in source.tensors if (why := _difference(source, patched, name)) is not None}
+        altered = {name: why for name in source.tensors if (why := _difference(source, patched, name)) is not None}
         failures += [
             f"{patched.directory}: {name} is not that of {source.directory}: {why}"
-            for name, why in list(other.items())[:_SHOWN]
+            for name, why in list(altered.items())[:_SHOWN]
         ]
-        if len(other) > _SHOWN:
-            failures.append(f"and {count(len(other) - _SHOWN, 'more tensor')}")
+        if len(altered) > _SHOWN:
+            failures.append(f"and {count(len(altered) - _SHOWN, 'more tensor')}")
         tensors = count(len(source.tensors), "tensor")
-        said = f"{tensors} of {source.directory} in {patched.directory}, byte for byte"
-        return Check("bytes", said, failures)
+        summary = f"{tensors} of {source.directory} in {patched.directory}, byte for byte"
+        return Check("bytes", summary, failures)
 
 
 def _code(patched: Checkpoint) -> list[str]:
@@ -129,10 +129,10 @@ def _code(patched: Checkpoint) -> list[str]:
     if record.get("version") != __version__:
         return []
     kinds = sorted({entry["kind"] for entry in record.get("grafts", [])})
-    described = family(patched.config["model_type"])
+    model_family = family(patched.config["model_type"])
     return [
         f"{patched.directory / name} is not what this version writes: patch the source again"
-        for name, text in travelling_files(described, kinds).items()
+        for name, text in travelling_files(model_family, kinds).items()
         if not (patched.directory / name).is_file() or (patched.directory / name).read_text(encoding="utf-8") != text
     ]
 
@@ -149,7 +149,7 @@ def _difference(source: Checkpoint, other: Checkpoint, name: str) -> str | None:
     if a.file.samefile(b.file) and a.offset == b.offset:
         return None
     try:
-        equal = torch.equal(*(each.read(name).flatten().view(torch.uint8) for each in (source, other)))
+        equal = torch.equal(*(checkpoint.read(name).flatten().view(torch.uint8) for checkpoint in (source, other)))
     finally:
         source.release(name)
         other.release(name)
@@ -178,13 +178,13 @@ def _exported(directory: str | Path, bundle: Path, progress: Progress | None) ->
         for name, path in files.items()
         if digests[path] != source.sha256.get(name)
     ]
-    said = f"{bundle} records the fingerprint of {directory}, and the SHA-256 of {count(len(files), 'weight file')}"
-    return Check("bytes", said, failures)
+    summary = f"{bundle} records the fingerprint of {directory}, and the SHA-256 of {count(len(files), 'weight file')}"
+    return Check("bytes", summary, failures)
 
 
-def count(number: int, what: str) -> str:
+def count(number: int, noun: str) -> str:
     """`1 tensor`, `1,200 tensors`."""
-    return f"{number:,} {what}{'s' * (number != 1)}"
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _built(bundle: Path, engines: Path) -> Check:

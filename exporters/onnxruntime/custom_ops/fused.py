@@ -83,5 +83,7 @@ def fuse(model: ir.Model, device: Device) -> Fused | None:
     if not rewrite.replaced:
         return None
     aligned = device.alignment >= 16
-    described = compile_nodes(rewrite.nodes, [device.capability], compiled(), aligned=aligned)
-    return Fused(rewrite.functions, rewrite.nodes, table(described, device.provider, device.driver, device.alignment))
+    descriptions = compile_nodes(rewrite.nodes, [device.capability], compiled(), aligned=aligned)
+    return Fused(
+        rewrite.functions, rewrite.nodes, table(descriptions, device.provider, device.driver, device.alignment)
+    )

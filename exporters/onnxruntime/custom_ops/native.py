@@ -57,15 +57,15 @@ def _loads(path: Path) -> bool:
 
 def _compile(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with staged_file(path, overwrite=True) as made:
-        command = [*compiler, *_FLAGS, "-o", str(made), str(_SOURCE), *_LIBRARIES]
+    with staged_file(path, overwrite=True) as library:
+        command = [*compiler, *_FLAGS, "-o", str(library), str(_SOURCE), *_LIBRARIES]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise CompilerError(f"the C compiler {shlex.join(compiler)} does not run: {error}") from error
         if done.returncode:
-            told = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:300])
-            raise CompilerError(f"the C compiler {shlex.join(compiler)} fails: {told}")
+            reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:300])
+            raise CompilerError(f"the C compiler {shlex.join(compiler)} fails: {reason}")
 
 
 def register(options: ort.SessionOptions, table: Table) -> None:
@@ -78,9 +78,9 @@ def register(options: ort.SessionOptions, table: Table) -> None:
 
 def _compiler() -> list[str]:
     """$CC, or the first of the usual names that is there."""
-    if asked := os.environ.get("CC"):
-        return shlex.split(asked)
+    if command := os.environ.get("CC"):
+        return shlex.split(command)
     for name in ("cc", "gcc", "clang"):
-        if found := shutil.which(name):
-            return [found]
+        if executable := shutil.which(name):
+            return [executable]
     raise CompilerError("there is no C compiler (install gcc or clang, or set CC)")
