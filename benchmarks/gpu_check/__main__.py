@@ -44,13 +44,15 @@ PARTS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
-    made.add_argument("--parts", nargs="+", choices=list(PARTS), help="these alone; by default all")
-    made.add_argument("--spare", type=int, default=0, metavar="SECONDS", help="for the parts beside what each may take")
-    made.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where figures are written")
-    made.add_argument("--dry", action="store_true", help="rehearse on the CPU: small sizes, no figures")
-    made.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
-    options = made.parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="these alone; by default all")
+    parser.add_argument(
+        "--spare", type=int, default=0, metavar="SECONDS", help="for the parts beside what each may take"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where figures are written")
+    parser.add_argument("--dry", action="store_true", help="rehearse on the CPU: small sizes, no figures")
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
     if options.part:
         return run_part(options.part, options.dry, options.out)
     if not options.dry and (lacking := why_not()):

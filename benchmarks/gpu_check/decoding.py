@@ -95,22 +95,22 @@ class Step:
 def compare_logits(step: Step, report: PartReport, label: str) -> list[str]:
     """Whether all ways compute what they should: the memory changes something, the same in each of its forms, and by
     fused kernels where it says so -> what is wrong."""
-    found, wrong = {}, []
+    logits, wrong = {}, []
     for way in WAYS:
         step.take(way)
         with counted_chains() as chains:
-            found[way] = step().float()
+            logits[way] = step().float()
         if chains != (expected := chains_of(step.decoder, reads=way == "fused")):
             wrong.append(f"{label}, {way}: fused kernels ran {dict(chains)}, not {dict(expected)}")
 
     def apart(one: str, other: str) -> float:
-        return float((found[one] - found[other]).norm() / found[other].norm())
+        return float((logits[one] - logits[other]).norm() / logits[other].norm())
 
     memory, fused, again = apart("without", "plain"), apart("fused", "plain"), apart("published", "plain")
     report.figure(f"{label}: logits with and without memory, relative", memory)
     report.figure(f"{label}: logits fused and plain, relative", fused)
     report.figure(f"{label}: logits projected again and once, relative", again)
-    wrong += [f"{label}: logits {way} are not finite" for way in WAYS if not bool(found[way].isfinite().all())]
+    wrong += [f"{label}: logits {way} are not finite" for way in WAYS if not bool(logits[way].isfinite().all())]
     if not max(fused, again) < min(memory / 4, 0.1):
         wrong.append(
             f"{label}: the memory changes logits by {memory:.3g}, its fused form by {fused:.3g}, projected again by "
