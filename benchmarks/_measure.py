@@ -128,7 +128,7 @@ def make_cold(paths: Sequence[Path]) -> None:
 
 
 def cp(paths: Sequence[Path], target: Path) -> float:
-    """MB/s of `cp` of cold files to the directory `target`, which is made and removed, and fsync of what it wrote."""
+    """MB/s of `cp` of cold files to the directory `target`, which is created and removed, and fsync of the copies."""
     target.mkdir()
     make_cold(paths)
     start = time.perf_counter()

@@ -26,7 +26,7 @@ class ProcessError(SurgeonError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a child told and how it ended."""
+    """The events that a child reported, and its peak memory."""
 
     events: list[dict[str, Any]]
     peak_memory: int
@@ -45,12 +45,12 @@ def run_child(
     on_event: Callable[[dict[str, Any]], None] | None = None,
     without: Sequence[str] = (),
 ) -> Outcome:
-    """Run the file `script` to its end; `on_event` is called with each event as it comes. `task` it was doing is for
-    messages, `log` the file that its stderr goes to, `library_path` a folder where it finds shared libraries, `without`
-    variables that its environment shall not have.
+    """Run the file `script` to its end; `on_event` is called with each event as it comes. `task` says in messages
+    what it was doing, `log` is the file that its stderr goes to, `library_path` a folder where it finds shared
+    libraries, `without` variables that its environment shall not have.
 
-    Raises ProcessError where the process was killed or crashed. A child that ends itself with an error has told why in
-    an event. When the caller is interrupted the child is killed.
+    Raises ProcessError where the process was killed or crashed. A child that ends itself with an error has reported
+    the reason in an event. When the caller is interrupted the child is killed.
     """
     environment = {name: value for name, value in os.environ.items() if name not in without}
     if library_path is not None:

@@ -52,7 +52,7 @@ class Step:
         self.tokens = torch.full((batch, 1), 5, device=device)
         self.positions = positions if axes > 1 else positions[0]
         self.visual = torch.randn(batch, slots, text.hidden_size, dtype=dtype, device=device)
-        # made once: a graft's rope takes a table from the host, which no CUDA graph can record
+        # computed once: a graft's rope takes a table from the host, which no CUDA graph can record
         self.visual_angles = rotary(decoder, torch.arange(slots, device=device).expand(1, batch, -1))
         self.angles = rotary(decoder, positions[:1])
         self.mask = torch.ones((batch, slots), dtype=torch.bool, device=device)

@@ -19,7 +19,7 @@ from exporters.kernels.support import SWITCH
 DEMO = ROOT / "examples" / "demo" / "qwen3-vl-tiny"
 RECIPE = "pvm:layers=2,4,6,latent=64"
 _LEFT_OUT = ("no fused kernel", "standard operators stay")
-"""What is said where they are."""
+"""In the output where fused kernels were left out."""
 
 
 def surgeon(*arguments: str, kernels: str = "fused") -> str:

@@ -65,7 +65,7 @@ def sizes(dtype: str, dry: bool, odd: bool) -> list[Size]:
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """NaN where anything found is not finite or has another shape."""
+    """The relative error; NaN where `actual` has another shape, or a value that is not finite."""
     if actual.shape != expected.shape or not bool(actual.isfinite().all()):
         return math.nan
     scale = float(expected.double().norm())
@@ -113,7 +113,7 @@ def ragged(inputs: dict[str, Tensor], size: Size) -> Tensor:
 
 
 def check_steps(chain: Chain, tensors: Mapping[str, Tensor], tolerance: float, label: str) -> Iterator[Finding]:
-    """Each kernel on what the kernels before it made."""
+    """Each kernel on the outputs of the kernels before it."""
     values = dict(tensors)
     for step in chain.steps:
         inputs = {name: values[value] for name, value in step.inputs.items() if value in values}

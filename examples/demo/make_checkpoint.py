@@ -1,4 +1,4 @@
-"""Make the tiny Qwen3-VL demo checkpoint from nothing, or check one that is made.
+"""Make the tiny Qwen3-VL demo checkpoint from scratch, or check an existing one.
 
 The result has the layout and the architecture of the family's released
 checkpoints, only few and narrow layers: it can be loaded by everything that

@@ -11,7 +11,7 @@ from surgeon.progress import Progress
 
 
 def calibrate_float16(directory: Path, progress: Progress | None = None) -> tuple[Precision, dict[str, ir.Model]]:
-    """Measure the fp16 bundle in `directory`; -> what was found, and the graphs that had to change, by name.
+    """Measure the fp16 bundle in `directory`; -> the precision record, and the graphs that had to change, by name.
 
     Raises BundleError where a value would overflow that cannot be fp32, or is not finite in fp32 either.
     """

@@ -72,7 +72,7 @@ class Instrument(ir.passes.InPlacePass):
 def _weight(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
     """A weight in fp32, cast when `node` is about to run.
 
-    Its shape is made to depend on what else the node reads: with nothing to wait for, all weights of a model would be
+    Its shape depends on the other inputs of the node: with nothing to wait for, all weights of a model would be
     cast before its first layer runs.
     """
     nodes: list[ir.Node] = []

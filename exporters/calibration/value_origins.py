@@ -15,7 +15,8 @@ class ValueOrigin:
 
 
 def value_origins(graph: ir.Graph) -> dict[str, ValueOrigin]:
-    """Every value that a node of a graph makes, by name. Layers are known by the parameters that are read last."""
+    """The origin of every value that a node of a graph computes, by name. A layer is identified by the parameter that
+    was read last."""
     origins: dict[str, ValueOrigin] = {}
     nearest: dict[ir.Value, tuple[int, str]] = {}
     """Value -> where in the graph its last parameter was read, and the module that the parameter is of."""

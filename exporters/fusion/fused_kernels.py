@@ -23,7 +23,7 @@ _RESIDUAL = "residual"
 
 @cache
 def chains() -> dict[str, Callable[[float], Chain]]:
-    """By the name of a graft's function, which takes what its chain does in the same order."""
+    """By the name of a graft's function, whose inputs are those of its chain, in the same order."""
     graft_chains = {graft_function.function.name: chains_of(kind) for kind, graft_function in registry().items()}
     return {name: chains.attend for name, chains in graft_chains.items() if chains is not None}
 
@@ -32,7 +32,8 @@ class FusedKernels(Rewrite):
     """Every call of a graft's function -> nodes of the domain "surgeon", named `<the call's name>/<the step's name>`.
     An Add that alone reads the result of a chain that can do that itself becomes part of it.
 
-    It runs before functions are written out. A call that the kernels do not take stays, and why is said once.
+    It runs before functions are written out. A call that the kernels do not support stays; a warning gives
+    each reason once.
     """
 
     def __init__(
@@ -42,8 +43,8 @@ class FusedKernels(Rewrite):
         choose: ChooseTileConfig = heuristic,
         attributes: Mapping[str, str] | None = None,
     ) -> None:
-        """`variants`: what launches are cut for; `most`: every symbol of the graph at its largest; `attributes`: what
-        the runtime wants every node to say."""
+        """`variants`: what launches are cut for; `most`: every symbol of the graph at its largest; `attributes`:
+        those that the runtime requires of every node."""
         self.variants, self.most, self.choose = variants, most, choose
         self.attributes = dict(attributes or {})
         self.nodes: dict[str, KernelNode] = {}

@@ -65,7 +65,7 @@ class KernelNode:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What it is, JSON, but for its compiled kernels. Layers that are alike have the same."""
+        """Its description, JSON, without the compiled kernels. Layers that are alike have the same one."""
         launch = self.variants[0].launch
         return {
             "format": FORMAT,
@@ -132,8 +132,8 @@ def plan_nodes(
 def compile_nodes(
     nodes: Mapping[str, KernelNode], capabilities: Sequence[int], cache: Path | None = None, *, aligned: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """What a runtime is told of every node, JSON, with its kernels for each compute capability. `cache`: a folder to
-    keep compiled kernels in; `aligned`: whether the runtime places every tensor at a multiple of 16 bytes.
+    """The description of every node for a runtime, JSON, with its kernels for each compute capability. `cache`: a
+    folder to keep compiled kernels in; `aligned`: whether the runtime places every tensor at a multiple of 16 bytes.
 
     Raises CompileError for a kernel that does not compile.
     """

@@ -32,7 +32,7 @@ own, and Triton would write that of the ptxas that comes with it."""
 _LAST_PORTABLE = 89
 """PTX for compute capabilities up to this one runs on all later ones."""
 _FORMAT = 1
-"""Raised when what a cache entry holds, or how it is made, changes."""
+"""Incremented when the content of a cache entry, or the way it is compiled, changes."""
 _CHILD = Path(__file__).with_name("aot_child.py")
 _ROOT = Path(__file__).parents[2]
 _PARTS = Path(__file__).with_name("_parts.py")
@@ -48,7 +48,7 @@ class CompileError(SurgeonError):
 
 
 class _Compiled(BaseModel):
-    """What the child tells of a kernel, and what a cache entry is."""
+    """The child's report of one kernel, which is also the format of a cache entry."""
 
     model_config = ConfigDict(strict=True)
 
@@ -126,7 +126,7 @@ def name_of(launch: Launch, capability: int) -> str:
     return f"{launch.step.name} ({tokens} token{'s'[: tokens > 1]} a program) for compute capability {capability}"
 
 
-# -- what Triton is asked -----------------------------------------------------------------------------------------
+# -- jobs for Triton ----------------------------------------------------------------------------------------------
 def _parameters(launch: Launch) -> tuple[Parameter, ...]:
     inputs = [Parameter("input", name) for name in launch.step.kernel.inputs if name in launch.inputs]
     sizes = [Parameter("size", name) for name in launch.sizes]
@@ -134,7 +134,7 @@ def _parameters(launch: Launch) -> tuple[Parameter, ...]:
 
 
 def _describe(job: Job) -> dict[str, Any]:
-    """What the child is told, JSON: everything that the PTX depends on."""
+    """A job for the child, JSON: everything that the PTX depends on."""
     if job.capability not in SHARED_KIB:
         raise CompileError(
             f"kernels are not compiled for compute capability {job.capability}; there are "
@@ -167,18 +167,18 @@ def _describe(job: Job) -> dict[str, Any]:
 
 
 def _key(description: dict[str, Any]) -> str:
-    made_of = {
+    content = {
         "format": _FORMAT,
         "triton": importlib.metadata.version("triton"),
         "source": _source_digest(description["module"]),
         **description,
     }
-    return hashlib.sha256(json.dumps(made_of, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
 @cached
 def _source_digest(module: str) -> str:
-    """Of a kernel's module and of what all kernels share."""
+    """Of a kernel's module and of the code that all kernels share."""
     source = sys.modules[module].__file__
     assert source is not None
     return hashlib.sha256(Path(source).read_bytes() + _PARTS.read_bytes()).hexdigest()
@@ -186,7 +186,7 @@ def _source_digest(module: str) -> str:
 
 # -- compiling ----------------------------------------------------------------------------------------------------
 def _compile(jobs: Sequence[Job], cache: Path | None) -> list[dict[str, Any]]:
-    """What the child told of each, or told when it was compiled before."""
+    """The child's report of each job, from the cache where it was compiled before."""
     descriptions = [_describe(job) for job in jobs]
     keys = [_key(description) for description in descriptions]
     kernels = {key: kernel for key in dict.fromkeys(keys) if (kernel := _kept(cache, key)) is not None}
@@ -203,7 +203,7 @@ def _compile(jobs: Sequence[Job], cache: Path | None) -> list[dict[str, Any]]:
 
 
 def _compile_all(jobs: dict[str, tuple[Job, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """In as many processes as are worth it."""
+    """In several processes where there are enough jobs."""
     if not jobs:
         return {}
     count = min(os.cpu_count() or 1, -(-len(jobs) // _JOBS_OF_A_CHILD))
@@ -280,7 +280,7 @@ def _finish(job: Job, kernel: dict[str, Any]) -> CompiledKernel:
         )
     parameters = _parameters(job.launch)
     if kernel["scratch"]:
-        raise CompileError(f"{name} needs {kernel['scratch']} bytes of scratch memory, which nobody gives it")
+        raise CompileError(f"{name} needs {kernel['scratch']} bytes of scratch memory, which is not supported")
     ptx = strip_scratch(kernel["ptx"], kernel["entry"], len(parameters))
     return CompiledKernel(kernel["entry"], ptx, kernel["shared"], kernel["num_warps"], job.capability, parameters)
 

@@ -23,7 +23,7 @@ def main(argument: str) -> int:
     for number, job in enumerate(request["jobs"]):
         try:
             event = {"event": "compiled", "number": number, **compile_kernel(job)}
-        except Exception as error:  # whatever Triton, its LLVM or ptxas raise is told, and the parent says of which
+        except Exception as error:  # whatever Triton, its LLVM or ptxas raise is reported; the parent names the kernel
             event = {"event": "failed", "number": number, "reason": f"{type(error).__name__}: {error}"[:_SHOWN]}
         events.write(json.dumps(event) + "\n")
     return 0

@@ -1,4 +1,4 @@
-"""Launches measured on the GPU that is here, for the grafts of a patched checkpoint; `tuned` keeps what is found."""
+"""Launches measured on the GPU that is here, for the grafts of a patched checkpoint; `tuned` keeps the results."""
 
 import importlib.util
 import statistics
@@ -31,8 +31,8 @@ def tune(
     cache_bytes: int = 0,
     offer: Callable[..., list[TileConfig]] = candidates,
 ) -> dict[str, Measured]:
-    """Measure every launch of a chain on these tensors -> the best of each, by `key`. `offer`: what gives the ways of
-    cutting a launch, the rule's first, as `candidates` does.
+    """Measure every launch of a chain on these tensors -> the best of each, by `key`. `offer`: gives the tile
+    configs to try for a launch, the rule's first, as `candidates` does.
 
     Each candidate runs on as many copies of its inputs as take three times `cache_bytes`: while a model decodes, a
     weight has left the GPU's cache before it is read again.
@@ -67,7 +67,7 @@ def tune(
 
 
 def run_steps(steps: Sequence[Step], tensors: Mapping[str, Tensor], choose: ChooseTileConfig) -> None:
-    """Launch some of a chain's steps. `tensors`: the values that they read and do not make."""
+    """Launch some of a chain's steps. `tensors`: the values that they read and do not compute."""
     from exporters.kernels.launch import launch
 
     values = dict(tensors)
@@ -77,7 +77,8 @@ def run_steps(steps: Sequence[Step], tensors: Mapping[str, Tensor], choose: Choo
 
 
 def copies_of(steps: Sequence[Step], values: Mapping[str, Tensor], cache_bytes: int) -> list[dict[str, Tensor]]:
-    """What the steps read and do not make, as often as takes three times `cache_bytes`: no cache holds it all."""
+    """Copies of the values that the steps read and do not compute, three times `cache_bytes` in all: no cache holds
+    them."""
     names = {value for step in steps for value in step.inputs.values() if value in values}
     size = sum(values[name].nbytes for name in names)
     count = max(1, min(256, -(-3 * cache_bytes // size)))

@@ -1,4 +1,4 @@
-"""Which shapes and devices the kernels take. What they do not, the reference implementations compute."""
+"""The shapes and devices that the kernels support. All others are computed by the reference implementations."""
 
 import os
 import warnings
@@ -52,8 +52,8 @@ _OF_ANY_DTYPE = ("cos", "sin")
 
 
 def fits(kind: str, head_dim: int, arguments: Mapping[str, Any]) -> bool:
-    """Whether the kernels of a graft take these arguments of its reference implementation; what is against it is said
-    once."""
+    """Whether the kernels of a graft take these arguments of its reference implementation; if not, a warning
+    gives the reason once."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     dtypes = {t.dtype for name, t in tensors.items() if t.dtype != torch.bool and name not in _OF_ANY_DTYPE}
     reason = reason_against(kind, head_dim, dtypes)

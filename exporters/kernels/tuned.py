@@ -25,7 +25,7 @@ Kept = dict[str, TileConfig]
 
 @dataclass(frozen=True)
 class Measured:
-    """A launch, measured. Where its tile configs change what later launches are given, the times are with those."""
+    """A launch, measured. Where its tile configs change the inputs of later launches, the times include those."""
 
     tile_config: TileConfig
     seconds: float
@@ -43,8 +43,8 @@ def choose(step: Step, inputs: Mapping[str, TensorType]) -> TileConfig:
 
 
 def chooser(kept: Mapping[str, TileConfig], used: set[str] | None = None) -> ChooseTileConfig:
-    """Tile configs from `kept`, and the heuristic's for what is not in it. `used`: where the names of those taken are
-    added."""
+    """Tile configs from `kept`, and the heuristic's for launches that are not in it. `used`: a set to which the names
+    of those taken are added."""
     if not kept:
         return heuristic
 
@@ -89,7 +89,7 @@ def slug(gpu: str) -> str:
 
 @cache
 def read(gpu: str) -> Kept:
-    """What was kept for a GPU; nothing where there is no file. A file that cannot be used is said once."""
+    """The tile configs that were kept for a GPU, empty without a file. A file that cannot be used is reported once."""
     path = path_of(gpu)
     try:
         tuned = load(path)

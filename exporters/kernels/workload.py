@@ -1,4 +1,4 @@
-"""What the chains of a graft are given at one size: types for planning, and random tensors for running."""
+"""Inputs of the chains of a graft at one size: types for planning, and random tensors for running."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

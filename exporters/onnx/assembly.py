@@ -25,8 +25,8 @@ class Assembly:
     ) -> dict[str, ir.Value]:
         """Instantiate `part`; -> its outputs, by their names in the part.
 
-        inputs: what each of the part's inputs is: a value, or the name of an input of the whole, which is made where
-        there is none yet. weights: the part's initialisers without values -> their names in the whole. All other
+        inputs: for each of the part's inputs a value, or the name of an input of the whole, which is added where there
+        is none yet. weights: the part's initialisers without values -> their names in the whole. All other
         names, of inputs that are not in `inputs` too, are those of the part with `suffix` appended.
         """
         instance = part.graph.clone()

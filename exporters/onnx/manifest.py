@@ -121,7 +121,7 @@ class Activation(_Strict):
 
 
 class Precision(_Strict):
-    """What fp16's range was found to be enough for; the rules are in docs/precision.md."""
+    """Where fp16's range was enough, as measured; the rules are in docs/precision.md."""
 
     limit: float
     margin: float

@@ -40,9 +40,9 @@ class BundleRuntime(Runtime):
     ) -> None:
         """`threads`: of one operator; `low_memory`: map weights instead of packing them (slower); `fast_attention`:
         ONNX Runtime's own operators in place of standard Attention; `fused_kernels`: grafts by the project's kernels,
-        where CUDA is the provider and they can be made; `extra_outputs`: names of values in decoder.onnx, such as
+        where CUDA is the provider and they can be built; `extra_outputs`: names of values in decoder.onnx, such as
         `hidden_states.3`, that each call leaves in `State.extra`; `overrides`: parameters of decoder.onnx that hold one
-        other value throughout, in memory. Sessions are made when first used.
+        other value throughout, in memory. Sessions are created when first used.
 
         Raises BundleError for a bundle that is missing or damaged, and for a provider that does not work here.
         """

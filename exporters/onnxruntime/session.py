@@ -92,7 +92,7 @@ def choose_provider(provider: Provider) -> Chosen:
 
 @cache
 def _why_not(provider: Chosen) -> str | None:
-    """What is missing for a provider; None where a session with it was really made."""
+    """What is missing for a provider; None where a session really uses it."""
     _, remedy, libraries = _NEEDS[provider]
     if _PROVIDERS[provider] not in ort.get_available_providers():
         return f"this onnxruntime is built without it ({remedy})"
@@ -105,7 +105,7 @@ def _why_not(provider: Chosen) -> str | None:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     probe = ir.to_proto(ir.Model(graph, ir_version=9)).SerializeToString()
-    # where its libraries do not load, the session is made without it
+    # where its libraries do not load, the session is created without it
     session = ort.InferenceSession(probe, options, providers=[_PROVIDERS[provider], _PROVIDERS["cpu"]])
     if _PROVIDERS[provider] not in session.get_providers():
         return f"its libraries do not load ({libraries})"
@@ -127,9 +127,9 @@ class Session:
         graph_file: GraphFile | None = None,
         overrides: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """`extra_outputs`: names of values inside the graph that are to be outputs too, after its own. `graph_file`:
-        what bundle.json says of the graph. `overrides`: names of initialisers -> what all their elements are instead of
-        what the file has.
+        """`extra_outputs`: names of values inside the graph that become outputs too, after its own. `graph_file`: the
+        graph's entry in bundle.json. `overrides`: names of initialisers -> the value of all their elements, instead of
+        those in the file.
 
         Raises BundleError for a graph that is missing, damaged or not as described, or a name that is not in it.
         """
@@ -277,7 +277,7 @@ def _load(model: ir.Model, path: Path, options: SessionOptions, fused: Fused | N
         settings.intra_op_num_threads = options.threads
     if options.low_memory:
         settings.add_session_config_entry("session.disable_prepacking", "1")
-    # the model comes as bytes: this is where its weight files are found
+    # the model comes as bytes: this is where its weight files are
     folder = str(path.parent.resolve())
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     if fused is not None:

@@ -158,7 +158,7 @@ class Runtime(ABC):
         """
         rows = rows_of(inputs)
         if len(rows) != state.batch_size:
-            raise BundleError(f"the request has {state.batch_size} row(s), {len(rows)} were given to append")
+            raise BundleError(f"the request has {state.batch_size} row(s), and append got {len(rows)}")
         self._check_room(state, rows)
         tokens = self._tokens(state, inputs, rows, logits)
         # Row by row: a batch's padding might not fit behind a long row, and ONNX Runtime's attention takes several new

@@ -29,7 +29,7 @@ class Cancelled(Exception):
 
 
 class TritonPythonModel:
-    """Answers prompts about images one at a time, and sends the text as it is made."""
+    """Answers prompts about images one at a time, and sends the text as it is generated."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """`args` as Triton gives them: the model's folder and the version's name. Raises EngineError where the engines

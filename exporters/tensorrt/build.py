@@ -59,7 +59,7 @@ def build_engines(
 
     def verify(directory: Path) -> None:
         files.check()
-        EngineManifest.load(directory, verify=False)  # their digests were just made of these very files
+        EngineManifest.load(directory, verify=False)  # their digests were just computed from these very files
 
     with staged(target, overwrite, [bundle], verify=verify) as directory:
         with temporary_directory(".work-", directory) as work:

@@ -58,7 +58,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Made:
+class BuiltEngine:
     layers: GraphLayers
     seconds: float
     peak_memory: int
@@ -89,14 +89,14 @@ class Builder:
         if options.timing_cache is not None and options.timing_cache.is_file():
             shutil.copyfile(options.timing_cache, self.timings)
 
-    def build(self, graph: GraphPlan, engine: Path) -> Made:
+    def build(self, graph: GraphPlan, engine: Path) -> BuiltEngine:
         start = time.perf_counter()
         spec = self._spec(graph, engine, self._compile(graph))
-        key = None if self.cache is None else BuildCache.key(self._made_of(graph, spec))
+        key = None if self.cache is None else BuildCache.key(self._inputs_of(graph, spec))
         if self.cache is not None and key is not None:
             layers = self.cache.take(key, engine, lambda entry: GraphLayers.model_validate(entry["layers"]))
             if layers is not None:
-                return Made(layers, 0.0, 0)
+                return BuiltEngine(layers, 0.0, 0)
         built = self._run(graph, spec, start)
         if self.cache is not None and key is not None:
             self.cache.put(key, engine, {"layers": built.layers.model_dump()})
@@ -108,7 +108,7 @@ class Builder:
                 shutil.copyfile(self.timings, file)
 
     def _compile(self, graph: GraphPlan) -> dict[str, Any]:
-        """What the library is told of the graph's plugins, with their kernels for every target."""
+        """The descriptions of the graph's plugins, with their kernels for every target."""
         if not graph.plugins:
             return {}
         # needs Triton, which a graph without plugins does not
@@ -128,7 +128,7 @@ class Builder:
         return compile_nodes(graph.plugins, capabilities(targets), compiled())
 
     def _spec(self, graph: GraphPlan, engine: Path, plugins: Mapping[str, Any]) -> dict[str, Any]:
-        """What the child is told, JSON."""
+        """The child's job, JSON."""
         plugins_file = self.work / f"{graph.name}.plugins"
         plugins_file.write_text(json.dumps(plugins, sort_keys=True))
         timed = self.options.timing_cache is not None
@@ -148,7 +148,7 @@ class Builder:
             "timing_cache_out": str(self.timings) if timed else None,
         }
 
-    def _made_of(self, graph: GraphPlan, spec: Mapping[str, Any]) -> dict[str, Any]:
+    def _inputs_of(self, graph: GraphPlan, spec: Mapping[str, Any]) -> dict[str, Any]:
         here = None if self.targets else gpu()
         return {
             "graph": graph_digest(serialized(graph.model)),
@@ -159,7 +159,7 @@ class Builder:
             "plugins": None if spec["plugins"] is None else digest(Path(spec["plugins"]["descriptions"])),
         }
 
-    def _run(self, graph: GraphPlan, spec: Mapping[str, Any], start: float) -> Made:
+    def _run(self, graph: GraphPlan, spec: Mapping[str, Any], start: float) -> BuiltEngine:
         Path(spec["graph"]).write_bytes(serialized(graph.model))
         spec_file = self.work / f"{graph.name}.json"
         spec_file.write_text(json.dumps(spec))
@@ -178,7 +178,7 @@ class Builder:
         assert parsed is not None
         self._check_ports(graph, parsed["ports"])
         graph_layers = layers.report(graph.model, parsed, Path(spec["layers"]).read_text())
-        return Made(graph_layers, seconds, outcome.peak_memory)
+        return BuiltEngine(graph_layers, seconds, outcome.peak_memory)
 
     def _check_ports(self, graph: GraphPlan, ports: Mapping[str, Mapping[str, Any]]) -> None:
         """An engine with other inputs and outputs than the manifest says would fail only where it runs."""
@@ -188,7 +188,7 @@ class Builder:
             if dtypes != {port.name: port.dtype for port in expected}:
                 first_wrong = next(p for p in expected if dtypes.get(p.name) != p.dtype)
                 raise BuildError(
-                    f"{graph.name}: {self.library.backend} made of {side} {first_wrong.name} ({first_wrong.dtype}) "
+                    f"{graph.name}: {self.library.backend} turned {side} {first_wrong.name} ({first_wrong.dtype}) into "
                     f"{dtypes.get(first_wrong.name, 'nothing')}: the bundle and this version of the library do not fit"
                 )
 

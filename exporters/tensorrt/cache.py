@@ -52,7 +52,7 @@ def weights_digest(model: ir.Model, base: Path) -> str:
 
 
 class BuildCache:
-    """A folder of engines by what they were made of. Entries appear whole or not at all, and are checked when used."""
+    """A folder of engines by their inputs. Entries appear whole or not at all, and are checked when used."""
 
     def __init__(self, folder: Path) -> None:
         if folder.exists() and not folder.is_dir():
@@ -60,14 +60,14 @@ class BuildCache:
         self.folder = folder
 
     @staticmethod
-    def key(made_of: Mapping[str, Any]) -> str:
-        """Of everything that an engine depends on, JSON."""
-        text = json.dumps({"format": _FORMAT, **made_of}, sort_keys=True, separators=(",", ":"))
+    def key(build_inputs: Mapping[str, Any]) -> str:
+        """The key of everything that an engine depends on, JSON."""
+        text = json.dumps({"format": _FORMAT, **build_inputs}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def take(self, key: str, engine: Path, parse: Callable[[Any], _Kept]) -> _Kept | None:
-        """Put the kept engine at `engine` -> what was kept with it; None where there is none. `parse` makes something
-        of the JSON that was kept, and raises ValueError, KeyError or TypeError where that is not what was put there."""
+        """Put the cached engine at `engine` -> the content stored with it; None where there is none. `parse` converts
+        the stored JSON, and raises ValueError, KeyError or TypeError where it is not what was put there."""
         entry = self.folder / key
         try:
             result: Any = json.loads((entry / _RESULT).read_text())
@@ -85,7 +85,7 @@ class BuildCache:
         return content
 
     def put(self, key: str, engine: Path, content: Mapping[str, Any]) -> None:
-        """Keep an engine, and what belongs to it, JSON. Raises TargetError where it cannot be kept whole."""
+        """Store an engine, and the JSON `content` with it. Raises TargetError where it cannot be stored whole."""
         sha256 = digest(engine)
 
         def verify(entry: Path) -> None:

@@ -124,7 +124,7 @@ class _CudaContext(Context):
     def execute(self) -> None:
         stream = self.device.stream
         stream.wait_stream(torch.cuda.current_stream())
-        self._check(self.context.execute_async_v3(stream.cuda_stream), "what it was given, and did not run")
+        self._check(self.context.execute_async_v3(stream.cuda_stream), "its inputs, and did not run")
         stream.synchronize()
 
     def capture(self) -> Replay | None:

@@ -43,7 +43,7 @@ class Operator(_Strict):
 
 class GraphLayers(_Strict):
     network: dict[str, int]
-    """How many layers of each type the parser made."""
+    """How many layers of each type the parser created."""
     kernels: int
     """Of the engine, over all profiles."""
     operators: list[Operator]

@@ -100,8 +100,8 @@ def link_libraries(backend: Backend, folder: Path) -> Path:
 
 
 def choose_targets(library: Library, target: str) -> tuple[str, ...]:
-    """`target`, such as "sm80,sm89" or "native" -> compute capabilities to name; none where the library cannot be told
-    of the GPU that is here.
+    """`target`, such as "sm80,sm89" or "native" -> compute capabilities to name; none where the library has no name for
+    the GPU that is here.
 
     Raises EngineError for one that the library does not know, and for `native` without a GPU.
     """

@@ -84,7 +84,7 @@ class EngineSession:
 
     # -- running -----------------------------------------------------------------------------------------------
     def run(self, fed: Fed, outputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Run once. `outputs`: those that are written to a given place, the others are allocated. -> all of them."""
+        """Run once. `outputs`: tensors to write outputs to; the others are allocated. -> all outputs."""
         fed = {name: fed[name] for name in self.inputs}
         sizes = self.sizes(fed)
         number = self.profile_for(sizes)

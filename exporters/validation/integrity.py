@@ -97,17 +97,17 @@ def _compared(directory: Path, expected: Mapping[str, str], progress: Progress |
     return Check("bytes", f"{len(expected)} files of {directory} have the SHA-256 that was recorded", failures)
 
 
-# -- a form against the one it was made of -------------------------------------------------------------------------
+# -- a form against the one it was built from ----------------------------------------------------------------------
 def _patched(a: str | Path, b: str | Path) -> Check:
     """Whichever of the two was patched, against the other."""
     with Checkpoint.open(a) as source, Checkpoint.open(b) as patched:
         if source.config.get(RECORD) and not patched.config.get(RECORD):
             source, patched = patched, source
-        made_of = (patched.config.get(RECORD) or {}).get("source", {})
+        recorded = (patched.config.get(RECORD) or {}).get("source", {})
         failures = []
-        if made_of and made_of.get("fingerprint") != source.fingerprint():
+        if recorded and recorded.get("fingerprint") != source.fingerprint():
             failures.append(
-                f"{patched.directory} was made of {made_of.get('name')}, {str(made_of.get('fingerprint'))[:12]}, and "
+                f"{patched.directory} was made of {recorded.get('name')}, {str(recorded.get('fingerprint'))[:12]}, and "
                 f"{source.directory} is {source.fingerprint()[:12]}: another checkpoint, or altered since"
             )
         failures += _code(patched)

@@ -51,7 +51,7 @@ def validate_pair(
     grafts_tuned: bool = False,
     bytes_too: bool = False,
 ) -> Report:
-    """Load two forms of a model, compare them over the default cases or the given images and prompt.
+    """Load two forms of a model, compare them over the default cases, or over the images and prompt of the call.
 
     `positions`: dhr or plain, of both, where they offer RoPE-DHR; by default dhr. `provider`: what runs bundles.
     `backbone_tuned`, `grafts_tuned`: of two checkpoints, the later may hold other values of the earlier one's backbone,
@@ -158,7 +158,7 @@ class _Pair:
             report.checks.append(Check("record", "grafts and positions are what the recorded passes make", failures))
         elif self._grafts(self.reference) != self._grafts(self.candidate):
             report.notes.append(
-                "the options of the grafts were not judged: the passes that made them of the reference are not "
+                "the options of the grafts were not judged: the passes that added them to the reference are not "
                 "recorded, as of an import, or were altered"
             )
 

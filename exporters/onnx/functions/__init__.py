@@ -35,7 +35,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 
 
 def definitions() -> list[ir.Function]:
-    """Every function of the domain. The exporter would inline those that are in the model while it is made."""
+    """Every function of the domain. The exporter would inline those that are in the model during export."""
     return [function.function for function in registry().values()]
 
 

@@ -27,17 +27,17 @@ _lock = threading.Lock()
 
 
 class CompilerError(SurgeonError):
-    """The library cannot be made here: no C compiler, one that fails, or no folder to keep and load the result."""
+    """The library cannot be built here: no C compiler, one that fails, or no folder to keep and load the result."""
 
 
 @cache
 def build() -> Path:
     """The compiled library, kept with the kernels; it loads. Raises CompilerError."""
     compiler = _compiler()
-    made_of = "\n".join([_SOURCE.read_text(encoding="utf-8"), *compiler, *_FLAGS, platform.machine()])
-    path = folder() / f"onnxruntime-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    content = "\n".join([_SOURCE.read_text(encoding="utf-8"), *compiler, *_FLAGS, platform.machine()])
+    path = folder() / f"onnxruntime-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
     try:
-        if not _loads(path):  # not there, damaged, or made on another machine, whose C library is newer
+        if not _loads(path):  # missing, damaged, or built on another machine, whose C library is newer
             _compile(compiler, path)
             ctypes.CDLL(str(path))
     except (OSError, TargetError) as error:
@@ -69,7 +69,7 @@ def _compile(compiler: list[str], path: Path) -> None:
 
 
 def register(options: ort.SessionOptions, table: Table) -> None:
-    """Make a table's operators known to the sessions that are made with these options. Raises CompilerError."""
+    """Register a table's operators for the sessions created with these options. Raises CompilerError."""
     path = str(build())
     with _lock:
         ctypes.CDLL(path).surgeon_offer(ctypes.byref(table))

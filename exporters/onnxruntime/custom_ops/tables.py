@@ -40,7 +40,7 @@ class _Operator(ctypes.Structure):
 
 
 class Table(ctypes.Structure):
-    """What `surgeon_offer` takes; it lives as long as the sessions that were made with it."""
+    """What `surgeon_offer` takes; it lives as long as the sessions created with it."""
 
     _fields_ = (
         ("domain", ctypes.c_char_p),
@@ -53,7 +53,7 @@ class Table(ctypes.Structure):
 
 
 def table(descriptions: Mapping[str, dict[str, Any]], provider: str, driver: str, alignment: int) -> Table:
-    """`descriptions`: what `compile_nodes` says of each operator for one compute capability; `provider`: the execution
+    """`descriptions`: those of `compile_nodes`, of each operator for one compute capability; `provider`: the execution
     provider that the operators belong to; `driver`: the file of CUDA's driver; `alignment`: bytes of which every
     address must be a multiple."""
     operators = [_operator(name, description) for name, description in descriptions.items()]

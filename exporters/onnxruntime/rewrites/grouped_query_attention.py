@@ -14,7 +14,7 @@ from exporters.onnxruntime.rewrites._nodes import (
     attention_scale,
     copy_dtype,
     int_attribute,
-    says_only,
+    sets_only,
     static_size,
     take_over,
 )
@@ -104,7 +104,7 @@ def _cached_attention(node: ir.Node) -> tuple[ir.Value, ir.Node, ir.Node, ir.Val
     query, keys, values, mask, *rest = node.inputs
     if query is None or keys is None or values is None or mask is None or any(v is not None for v in rest):
         return None
-    if not says_only(node, {"scale"}):
+    if not sets_only(node, {"scale"}):
         return None
     scatters = [keys.producer(), values.producer()]
     for scatter in scatters:
@@ -142,7 +142,7 @@ def _heads(query: ir.Value, cache: ir.Value) -> _Heads | None:
 
 
 def _is_causal(model: ir.Model, mask: ir.Value, write_indices: ir.Value, max_length: int) -> bool:
-    """Whether the mask lets a token written at slot j see slots 0..j of its row, found by evaluating it."""
+    """Whether the mask lets a token written at slot j see slots 0..j of its row, by evaluating it."""
     inputs = [value for value in model.graph.inputs if value in _ancestors(mask)]
     if write_indices not in inputs:
         return False
@@ -206,7 +206,7 @@ def _packed(tape: Tape, model: ir.Model, value: ir.Value | None) -> ir.Value:
         return tape.op("Reshape", [producer.inputs[0], _constant(model, [0, 0, -1])])
     if producer is not None and is_standard(producer, "RotaryEmbedding") and len(producer.inputs) == 3:
         x, cos, sin = producer.inputs
-        if x is not None and x.shape is not None and len(x.shape) == 4 and says_only(producer, {"interleaved"}):
+        if x is not None and x.shape is not None and len(x.shape) == 4 and sets_only(producer, {"interleaved"}):
             interleaved = int_attribute(producer, "interleaved")
             attributes = {"interleaved": interleaved, "num_heads": static_size(x.shape[1])}
             return tape.op("RotaryEmbedding", [_packed(tape, model, x), cos, sin], attributes)

@@ -17,8 +17,8 @@ _COMBINATION = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int32
 
 
 def register(trt: Any, descriptions: Mapping[str, dict[str, Any]]) -> int:
-    """Make plugins known to the library that builds: by name, what `compile_nodes` says of each for one target. ->
-    the flags of a network that has them."""
+    """Register plugins with the library that builds. `descriptions`: those of `compile_nodes` for one target, by name.
+    -> the flags of a network that has them."""
     plugin = importlib.import_module(f"{trt.__name__}.plugin")
     for name, description in descriptions.items():
         _define(trt, plugin, name, description)

@@ -1,4 +1,4 @@
-"""Plugins as TensorRT for RTX takes them: one class, told by data what it is.
+"""Plugins as TensorRT for RTX takes them: one class, configured by data.
 
 `trt` is the library, which whoever calls has imported: this runs in the process that builds engines, and in the one
 that runs them.
@@ -23,8 +23,8 @@ _registered: list[Any] = []
 
 
 def register(trt: Any, descriptions: Mapping[str, dict[str, Any]]) -> int:
-    """Make plugins known to the library that builds: by name, what `compile_nodes` says of each. -> the flags of a
-    network that has them."""
+    """Register plugins with the library that builds. `descriptions`: those of `compile_nodes`, by name. -> the flags
+    of a network that has them."""
     _register(trt, descriptions, descriptions)
     return 0
 

@@ -1,4 +1,4 @@
-"""Rewrites of a bundle's standard graphs for TensorRT, made in memory: no file of the bundle changes.
+"""Rewrites of a bundle's standard graphs for TensorRT, in memory: no file of the bundle changes.
 
 Each is an onnx-ir pass that computes what the graph did before; they run in the order of `REWRITES`. `FusedKernels`
 goes before them where it is asked for.

@@ -46,7 +46,7 @@ _KEEPS_DTYPE = ("Expand", "Reshape", "Unsqueeze", "Transpose")
 
 
 def _is_bool(value: ir.Value | None) -> bool:
-    """By its type, or where inlining left it without one, by the operator that made it."""
+    """By its type, or where inlining left it without one, by the operator that computes it."""
     while value is not None:
         if value.dtype is not None:
             return value.dtype == ir.DataType.BOOL
