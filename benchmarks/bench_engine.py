@@ -83,9 +83,9 @@ def write_2b_job(directory: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     with open(path, "r+b") as file:
         for info in read_header(path).values():
-            drawn = (torch.randn(info.shape, generator=generator) * 0.02 + (len(info.shape) == 1)).to(torch.bfloat16)
+            weight = (torch.randn(info.shape, generator=generator) * 0.02 + (len(info.shape) == 1)).to(torch.bfloat16)
             file.seek(info.offset)
-            file.write(drawn.view(torch.int16).numpy().data)
+            file.write(weight.view(torch.int16).numpy().data)
     return {"bytes": path.stat().st_size}
 
 

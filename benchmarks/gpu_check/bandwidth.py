@@ -41,9 +41,9 @@ def measure_steps(
     for step in chain.steps:
         inputs = {name: values[value] for name, value in step.inputs.items() if value in values}
         copies = autotune.copies_of((step,), values, clock.l2_bytes)
-        taken = clock.runs([partial(autotune.run_steps, (step,), copy, choose) for copy in copies])
-        report.figure(f"{label}: {step.name}", scaled(taken, 1e6), "us")
-        report.figure(f"{label}: {step.name} reads", bytes_of(inputs) / taken.median / 1e9, "GB/s")
+        seconds = clock.runs([partial(autotune.run_steps, (step,), copy, choose) for copy in copies])
+        report.figure(f"{label}: {step.name}", scaled(seconds, 1e6), "us")
+        report.figure(f"{label}: {step.name} reads", bytes_of(inputs) / seconds.median / 1e9, "GB/s")
         outputs = launch(step, inputs, choose)
         values |= {value: outputs[name] for name, value in step.outputs.items()}
 
@@ -52,10 +52,10 @@ def scaled(spread: Spread, factor: float) -> Spread:
     return Spread(tuple(factor * value for value in spread.values))
 
 
-def share(size: int, taken: Spread, report: PartReport) -> Spread:
+def share(size: int, seconds: Spread, report: PartReport) -> Spread:
     """Of the bandwidth that a copy reached in this call."""
     copy = 1e9 * report.content["ceilings"]["copy, GB/s"]
-    return Spread(tuple(size / seconds / copy for seconds in taken.values))
+    return Spread(tuple(size / seconds / copy for seconds in seconds.values))
 
 
 def measure_block(
@@ -64,20 +64,20 @@ def measure_block(
     slots, target = PUBLISHED.get(name, (24, 0.5))
     chain, types = attention_workload(graft, Size(batch, 1, slots))
     tensors = draw(types, setting.device)
-    taken = measure_chain(chain, tensors, clock)
+    seconds = measure_chain(chain, tensors, clock)
     size = bytes_of(tensors)
     label = f"{name}, batch {batch}"
     ceilings = report.content["ceilings"]
     floor = len(chain.steps) * ceilings["empty launch, us"] + size / ceilings["copy, GB/s"] / 1e3
     report.figure(f"{label}: weights and memory", size / 1e6, "MB")
-    report.figure(f"{label}: {len(chain.steps)} launches", scaled(taken, 1e6), "us")
+    report.figure(f"{label}: {len(chain.steps)} launches", scaled(seconds, 1e6), "us")
     report.figure(f"{label}: of it what empty launches and a copy's bandwidth would take", floor, "us")
     if batch == 1:
-        report.check(f"{label}: bandwidth / a copy's", share(size, taken, report), ">=", target)
+        report.check(f"{label}: bandwidth / a copy's", share(size, seconds, report), ">=", target)
         measure_steps(chain, tensors, label, clock, report, heuristic)
     else:
-        report.figure(f"{label}: bandwidth / a copy's", share(size, taken, report))
-    return chain, tensors, taken
+        report.figure(f"{label}: bandwidth / a copy's", share(size, seconds, report))
+    return chain, tensors, seconds
 
 
 def tune_tile_configs(

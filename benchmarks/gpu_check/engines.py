@@ -37,8 +37,8 @@ def surgeon(*arguments: str, kernels: str = "fused") -> str:
 
 
 def missing(*modules: str) -> str | None:
-    lacking = [name for name in modules if importlib.util.find_spec(name) is None]
-    return f"not installed here: {', '.join(lacking)}" if lacking else None
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"not installed here: {', '.join(absent)}" if absent else None
 
 
 def provider_missing() -> str | None:
@@ -46,10 +46,10 @@ def provider_missing() -> str | None:
         return reason
     import onnxruntime
 
-    there = onnxruntime.get_available_providers()
-    if "CUDAExecutionProvider" in there:
+    providers = onnxruntime.get_available_providers()
+    if "CUDAExecutionProvider" in providers:
         return None
-    return f"onnxruntime has no CUDA provider here, only {', '.join(there)}"
+    return f"onnxruntime has no CUDA provider here, only {', '.join(providers)}"
 
 
 def verdict(

@@ -123,9 +123,13 @@ def check_steps(chain: Chain, tensors: Mapping[str, Tensor], tolerance: float, l
             outputs = launch(step, inputs)
         pairs = dict(zip(outputs, zip(outputs.values(), expected, strict=False), strict=True))
         if step.kernel.name == "attend":
-            mine = settled(outputs["acc"], outputs["ml"])
-            theirs = settled(*expected[:2])
-            pairs = {"values": (mine[0], theirs[0]), "weights": (mine[1], theirs[1]), "arrived": pairs["arrived"]}
+            actual = settled(outputs["acc"], outputs["ml"])
+            reference = settled(*expected[:2])
+            pairs = {
+                "values": (actual[0], reference[0]),
+                "weights": (actual[1], reference[1]),
+                "arrived": pairs["arrived"],
+            }
         for name, (one, other) in pairs.items():
             yield Finding(f"{step.name}: {name}, {label}", relative(one, other), tolerance)
         values |= {value: outputs[name] for name, value in step.outputs.items()}

@@ -269,14 +269,14 @@ def ask(scene: Scene, rng: random.Random) -> Turn:
 
 def describe(scene: Scene, rng: random.Random) -> Turn:
     """A request for the short description, and that description."""
-    asks = ("Describe the picture.", "Describe this picture.", "Describe the image.", "What do you see?")
-    return rng.choice(asks), sentence(caption(scene))
+    requests = ("Describe the picture.", "Describe this picture.", "Describe the image.", "What do you see?")
+    return rng.choice(requests), sentence(caption(scene))
 
 
 def describe_in_detail(scene: Scene, rng: random.Random) -> Turn:
     """A request for the long description, and that description."""
-    asks = ("Describe the picture in detail.", "Describe this picture in detail.", "Describe the image in detail.")
-    return rng.choice(asks), detail(scene)
+    requests = ("Describe the picture in detail.", "Describe this picture in detail.", "Describe the image in detail.")
+    return rng.choice(requests), detail(scene)
 
 
 def describe_each(scenes: tuple[Scene, ...]) -> str:

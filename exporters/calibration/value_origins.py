@@ -48,7 +48,7 @@ def _origin(op_type: str, module: str | None, own: bool) -> ValueOrigin:
     if module is None:
         return ValueOrigin("inputs", op_type)
     numbered = _NUMBERED.fullmatch(module)
-    layer, rest = (numbered[1], numbered[2] or "") if numbered else (module, "")
-    if not rest:
+    layer, within_layer = (numbered[1], numbered[2] or "") if numbered else (module, "")
+    if not within_layer:
         return ValueOrigin(layer, op_type)
-    return ValueOrigin(layer, f"{op_type} {rest}" if own else f"{op_type} after {rest}")
+    return ValueOrigin(layer, f"{op_type} {within_layer}" if own else f"{op_type} after {within_layer}")

@@ -116,10 +116,12 @@ def plan_nodes(
     cut = [_tile_configs(chain, chain_inputs, variant.sizes, alike) for variant in variants]
     values, nodes = dict(chain_inputs), []
     for step in chain.steps:
-        there = {name: values[step.inputs[name]] for name in step.kernel.inputs if step.inputs.get(name) in values}
-        symbolic = {name: _referring(tensor, place) for place, (name, tensor) in enumerate(there.items())}
+        step_inputs = {
+            name: values[step.inputs[name]] for name in step.kernel.inputs if step.inputs.get(name) in values
+        }
+        symbolic = {name: _referring(tensor, place) for place, (name, tensor) in enumerate(step_inputs.items())}
         launches = [plan_step(step, symbolic, fixed_tile_configs(tile_config)) for tile_config in cut]
-        inputs = tuple(there.values())
+        inputs = tuple(step_inputs.values())
         outputs = {name: _named(tensor, inputs) for name, tensor in launches[0].outputs.items()}
         node_variants = tuple(
             KernelVariant(variant.tokens, launch) for variant, launch in zip(variants, launches, strict=True)

@@ -273,9 +273,9 @@ def _stages(job: Job) -> int:
 def _finish(job: Job, kernel: dict[str, Any]) -> CompiledKernel:
     name = name_of(job.launch, job.capability)
     if _too_large(job, kernel):
-        needed, there = f"{kernel['shared'] / 1024:.0f} KiB", SHARED_KIB[job.capability]
+        required, limit = f"{kernel['shared'] / 1024:.0f} KiB", SHARED_KIB[job.capability]
         raise CompileError(
-            f"{name} needs {needed} of shared memory, which has {there}: take smaller tile configs or fewer stages "
+            f"{name} needs {required} of shared memory, which has {limit}: take smaller tile configs or fewer stages "
             f"than {asdict(job.launch.tile_config)}"
         )
     parameters = _parameters(job.launch)

@@ -47,8 +47,8 @@ def tune(
         types = {name: type_of(tensor) for name, tensor in inputs.items()}
         shapes = {name: tensor.shape for name, tensor in types.items()}
         choices = offer(step, shapes, element_size(types), shared_memory)
-        hands_on = {tuple(step.kernel.outputs(shapes, step.options, choice).items()) for choice in choices}
-        steps = chain.steps[number:] if len(hands_on) > 1 else (step,)
+        output_shapes = {tuple(step.kernel.outputs(shapes, step.options, choice).items()) for choice in choices}
+        steps = chain.steps[number:] if len(output_shapes) > 1 else (step,)
         copies = copies_of(steps, values, cache_bytes)
         times = {}
         for tile_config in choices:

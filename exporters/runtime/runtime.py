@@ -321,9 +321,9 @@ def _check_agreement(manifest: Manifest, model_family: Family, config: Pretraine
         "allocation": (manifest.allocation, record.get("allocation", "both")),
         "visibility": (manifest.visibility, visibility_of(record)),
     }
-    for key, (stated, expected) in compared.items():
-        if stated != expected:
+    for key, (recorded, expected) in compared.items():
+        if recorded != expected:
             raise BundleError(
-                f"bundle.json says that {key} is {stated}, and {PROCESSOR}/config.json {expected}: the bundle is "
+                f"bundle.json says that {key} is {recorded}, and {PROCESSOR}/config.json {expected}: the bundle is "
                 "damaged, export it again"
             )

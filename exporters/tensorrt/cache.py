@@ -35,9 +35,9 @@ def weights_digest(model: ir.Model, base: Path) -> str:
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             ranges[str(tensor.location), tensor.offset or 0, tensor.length or 0] = None
-    whole = hashlib.sha256()
+    hasher = hashlib.sha256()
     for location, offset, length in sorted(ranges):
-        whole.update(f"{location} {offset} {length}\n".encode())
+        hasher.update(f"{location} {offset} {length}\n".encode())
         if not length:
             continue
         with open(base / location, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -45,10 +45,10 @@ def weights_digest(model: ir.Model, base: Path) -> str:
             try:
                 for start in range(offset, offset + length, _CHUNK):
                     with view[start : min(start + _CHUNK, offset + length)] as piece:
-                        whole.update(piece)
+                        hasher.update(piece)
             finally:
                 view.release()
-    return whole.hexdigest()
+    return hasher.hexdigest()
 
 
 class BuildCache:

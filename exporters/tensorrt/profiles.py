@@ -165,10 +165,12 @@ def make_profiles(bundle: Path, manifest: Manifest, limits: Limits) -> dict[str,
 
 def _trimmed(profile: Profile, graph: GraphFile) -> Profile:
     """With those symbols alone that the graph's inputs have."""
-    used = symbols(graph.inputs)
-    if unknown := sorted(used - profile.sizes.keys()):
+    input_symbols = symbols(graph.inputs)
+    if unknown := sorted(input_symbols - profile.sizes.keys()):
         raise EngineError(f"{graph.file} has a dimension {unknown[0]!r}, which no profile is known for; update surgeon")
-    return Profile(name=profile.name, sizes={name: size for name, size in profile.sizes.items() if name in used})
+    return Profile(
+        name=profile.name, sizes={name: size for name, size in profile.sizes.items() if name in input_symbols}
+    )
 
 
 def symbols(ports: Collection[Port]) -> set[str]:
@@ -198,8 +200,8 @@ def _vision(bundle: Path, manifest: Manifest, prefill: Range, image_tokens: Rang
     graph = manifest.graphs.get("vision")
     if graph is None:
         return _Vision(Profile(name="any", sizes={}), 1)
-    used = symbols(graph.inputs)
-    tiles_alone = "M" not in used  # features [n * T, d]: every tile has n tokens
+    input_symbols = symbols(graph.inputs)
+    tiles_alone = "M" not in input_symbols  # features [n * T, d]: every tile has n tokens
     per_tile = _tokens_per_tile(graph) if tiles_alone else 1
     tokens = image_tokens or Range.of(
         per_tile, max(per_tile, _usual_tokens(bundle, manifest, prefill, per_tile, tiles_alone))
@@ -211,11 +213,11 @@ def _vision(bundle: Path, manifest: Manifest, prefill: Range, image_tokens: Rang
             f"take at most that, or export again with --max-length {tokens.max}"
         )
     sizes: dict[str, Range] = {}
-    if "M" in used:
+    if "M" in input_symbols:
         sizes["M"] = tokens
-    if "W" in used:
+    if "W" in input_symbols:
         sizes["W"] = _windows(graph, tokens)
-    if "T" in used:
+    if "T" in input_symbols:
         if tiles_alone:
             if tokens.max < per_tile:
                 raise EngineError(f"--image-tokens {tokens}: one tile of this model has {per_tile} tokens already")

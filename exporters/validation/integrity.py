@@ -83,12 +83,12 @@ def _processor(manifest: Manifest) -> dict[str, str]:
 
 
 def _compared(directory: Path, expected: Mapping[str, str], progress: Progress | None) -> Check:
-    there = {name: directory / name for name in expected if (directory / name).is_file()}
-    digests = sha256_of_files(list(there.values()), progress)
-    failures = [f"{directory / name} is missing" for name in expected if name not in there]
+    paths = {name: directory / name for name in expected if (directory / name).is_file()}
+    digests = sha256_of_files(list(paths.values()), progress)
+    failures = [f"{directory / name} is missing" for name in expected if name not in paths]
     failures += [
         f"{path} is not the file that was recorded: SHA-256 {digests[path][:12]}, not {expected[name][:12]}"
-        for name, path in there.items()
+        for name, path in paths.items()
         if digests[path] != expected[name]
     ]
     # a file more in the processor's folder may be read in the place of another

@@ -52,9 +52,9 @@ class GraftFunction(ABC):
         Raises TypeError where the function's inputs are not the operator's arguments, by name and in order."""
         schema = onnx.defs.OpSchema
         proto = self.definition.to_function_proto()
-        named, arguments = [*proto.input, *proto.attribute], [a.name for a in self.operator._schema.arguments]
-        if named != arguments[: len(named)]:
-            raise TypeError(f"the function {proto.name} takes {named}, and its operator {arguments}")
+        parameters, arguments = [*proto.input, *proto.attribute], [a.name for a in self.operator._schema.arguments]
+        if parameters != arguments[: len(parameters)]:
+            raise TypeError(f"the function {proto.name} takes {parameters}, and its operator {arguments}")
         types = {name: "tensor(bool)" if name.endswith("_mask") else "T" for name in proto.input}
         op_schema = schema(
             proto.name,
