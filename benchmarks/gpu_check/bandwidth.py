@@ -55,7 +55,7 @@ def scaled(spread: Spread, factor: float) -> Spread:
 def share(size: int, seconds: Spread, report: PartReport) -> Spread:
     """Of the bandwidth that a copy reached in this call."""
     copy = 1e9 * report.content["ceilings"]["copy, GB/s"]
-    return Spread(tuple(size / seconds / copy for seconds in seconds.values))
+    return Spread(tuple(size / value / copy for value in seconds.values))
 
 
 def measure_block(

@@ -113,8 +113,8 @@ def main(setting: Setting, clock: Timer, report: PartReport) -> None:
         {name: partial(lambda on: measure(on, **alone)[1], on) for name, on in (("fused", True), ("plain", False))},
         repetitions,
     )
-    for name, speed in times.items():
-        report_speed(f"8B, PVM, eager, {name}", speed, report)
+    for name, seconds in times.items():
+        report_speed(f"8B, PVM, eager, {name}", seconds, report)
     report.figure("8B, PVM, eager: fused / plain", ratios(times["plain"], times["fused"]), "x")
     parted = (i for i, (one, other) in enumerate(zip(tokens[True], tokens[False], strict=True)) if one != other)
     report.figure("8B, PVM, bf16: greedy tokens, the same fused and plain until", next(parted, len(tokens[True])))
