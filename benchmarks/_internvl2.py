@@ -68,7 +68,7 @@ CONFIG = {
 def shapes() -> dict[str, tuple[int, ...]]:
     """Name and shape of every published tensor."""
     width, patches = 1024, (448 // 14) ** 2
-    found: dict[str, tuple[int, ...]] = {
+    by_name: dict[str, tuple[int, ...]] = {
         "vision_model.embeddings.class_embedding": (1, 1, width),
         "vision_model.embeddings.patch_embedding.weight": (width, 3, 14, 14),
         "vision_model.embeddings.patch_embedding.bias": (width,),
@@ -79,14 +79,14 @@ def shapes() -> dict[str, tuple[int, ...]]:
         matrices = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
         matrices |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
         for name, shape in matrices.items():
-            found |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
+            by_name |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
         vectors = ("ls1", "ls2", "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias")
-        found |= {f"{layer}.{name}": (width,) for name in vectors}
+        by_name |= {f"{layer}.{name}": (width,) for name in vectors}
     hidden, wide, kv = 4096, 14336, 8 * 128
-    found["language_model.model.tok_embeddings.weight"] = (92553, hidden)
+    by_name["language_model.model.tok_embeddings.weight"] = (92553, hidden)
     for i in range(32):
         layer = f"language_model.model.layers.{i}"
-        found |= {
+        by_name |= {
             f"{layer}.attention.wqkv.weight": (hidden + 2 * kv, hidden),
             f"{layer}.attention.wo.weight": (hidden, hidden),
             f"{layer}.feed_forward.w1.weight": (wide, hidden),
@@ -95,11 +95,11 @@ def shapes() -> dict[str, tuple[int, ...]]:
             f"{layer}.attention_norm.weight": (hidden,),
             f"{layer}.ffn_norm.weight": (hidden,),
         }
-    found |= {"language_model.model.norm.weight": (hidden,), "language_model.output.weight": (92553, hidden)}
-    found |= {"mlp1.0.weight": (4 * width,), "mlp1.0.bias": (4 * width,)}
-    found |= {"mlp1.1.weight": (hidden, 4 * width), "mlp1.1.bias": (hidden,)}
-    found |= {"mlp1.3.weight": (hidden, hidden), "mlp1.3.bias": (hidden,)}
-    return found
+    by_name |= {"language_model.model.norm.weight": (hidden,), "language_model.output.weight": (92553, hidden)}
+    by_name |= {"mlp1.0.weight": (4 * width,), "mlp1.0.bias": (4 * width,)}
+    by_name |= {"mlp1.1.weight": (hidden, 4 * width), "mlp1.1.bias": (hidden,)}
+    by_name |= {"mlp1.3.weight": (hidden, hidden), "mlp1.3.bias": (hidden,)}
+    return by_name
 
 
 def write(directory: str) -> dict[str, Any]:

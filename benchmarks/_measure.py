@@ -93,11 +93,11 @@ class Spread:
 
 def interleaved(tasks: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, Spread]:
     """Measure every task once, then every one again, ...: what disturbs the machine meets them all alike."""
-    found: dict[str, list[float]] = {name: [] for name in tasks}
+    measurements: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(repetitions):
         for name, task in tasks.items():
-            found[name].append(task())
-    return {name: Spread(tuple(values)) for name, values in found.items()}
+            measurements[name].append(task())
+    return {name: Spread(tuple(values)) for name, values in measurements.items()}
 
 
 def ratios(above: Spread, below: Spread) -> Spread:
@@ -128,7 +128,7 @@ def make_cold(paths: Sequence[Path]) -> None:
 
 
 def cp(paths: Sequence[Path], target: Path) -> float:
-    """MB/s of `cp` of cold files to the directory `target`, which is made and removed, and fsync of what it wrote."""
+    """MB/s of `cp` of cold files to the directory `target`, which is created and removed, and fsync of the copies."""
     target.mkdir()
     make_cold(paths)
     start = time.perf_counter()
@@ -167,9 +167,13 @@ def _cpu_model() -> str:
 
 def parser(description: str, name: str) -> argparse.ArgumentParser:
     """A parser with `--out`."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="where the figures are written")
-    return made
+    argument_parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    argument_parser.add_argument(
+        "--out", type=Path, default=RESULTS / f"{name}.json", help="where the figures are written"
+    )
+    return argument_parser
 
 
 class Report:
@@ -181,8 +185,8 @@ class Report:
         print(f"{name}: {self.content['machine']['cpu']}, {self.content['machine']['cores']} cores")
 
     def figure(self, name: str, value: Spread | float | int | dict[str, Any], unit: str = "") -> None:
-        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else f"{value}"
-        print(f"  {name}: {shown} {unit}".rstrip(), flush=True)
+        text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else f"{value}"
+        print(f"  {name}: {text} {unit}".rstrip(), flush=True)
         plain = value.as_dict() if isinstance(value, Spread) else _rounded(value)
         self.content["figures"][name] = {"value": plain, "unit": unit} if unit else plain
 
@@ -190,8 +194,8 @@ class Report:
         """A figure that has a target: relation is "<=" or ">=". For repetitions the median is what counts."""
         single = value.median if isinstance(value, Spread) else value
         met = single <= target if relation == "<=" else single >= target
-        shown = str(value) if isinstance(value, Spread) else f"{value:,.4g}"
-        print(f"  {'met   ' if met else 'MISSED'} {name}: {shown} {unit} (target {relation} {target:,g})", flush=True)
+        text = str(value) if isinstance(value, Spread) else f"{value:,.4g}"
+        print(f"  {'met   ' if met else 'MISSED'} {name}: {text} {unit} (target {relation} {target:,g})", flush=True)
         plain = value.as_dict() if isinstance(value, Spread) else _rounded(value)
         self.content["checks"].append(
             {"name": name, "value": plain, "unit": unit, "target": f"{relation} {target:g}", "met": bool(met)}

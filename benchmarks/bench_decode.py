@@ -93,8 +93,8 @@ class Torch:
         self.model, self.length = model, inputs.input_ids.shape[1]
         self.cache = DynamicCache(config=model.config.get_text_config())
         with torch.inference_mode():
-            found = model(**inputs.model_kwargs(), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.first = found.logits[0, -1]
+            output = model(**inputs.model_kwargs(), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.first = output.logits[0, -1]
         self.delta = int(model.model.rope_deltas.flatten()[0])
 
     def decode(self, steps: int) -> Decoded:
@@ -107,13 +107,13 @@ class Torch:
         with torch.inference_mode():
             for step in range(steps):
                 start = time.perf_counter()
-                found = self.model(
+                output = self.model(
                     input_ids=chosen.view(1, 1),
                     position_ids=torch.full((3, 1, 1), self.length + step + self.delta),
                     past_key_values=self.cache,
                     use_cache=True,
                 )
-                chosen = found.logits[0, -1].argmax()
+                chosen = output.logits[0, -1].argmax()
                 tokens.append(int(chosen))
                 times.append(time.perf_counter() - start)
         return Decoded(times, time.process_time() - cpu, tokens)
@@ -175,17 +175,17 @@ def compare(runtime: BundleRuntime, model: Any, length: int, steps: int, repetit
 
     tasks = {name: lambda name=name: speed(name) for name in sides}  # type: ignore[misc]
     tasks["weights"] = lambda: steps / sum(weights.read() for _ in range(steps))
-    found = interleaved(tasks, repetitions)
-    return found | {name: Spread(tuple(values)) for name, values in less.items()}
+    speeds = interleaved(tasks, repetitions)
+    return speeds | {name: Spread(tuple(values)) for name, values in less.items()}
 
 
 def main() -> None:
-    made = parser(__doc__.splitlines()[0], "decode")
-    made.add_argument("--threads", type=int, default=2)
-    made.add_argument("--steps", type=int, default=48)
-    made.add_argument("--repetitions", type=int, default=5)
-    made.add_argument("--cache", type=int, choices=list(TARGETS), nargs="+", default=list(TARGETS))
-    options = made.parse_args()
+    argument_parser = parser(__doc__.splitlines()[0], "decode")
+    argument_parser.add_argument("--threads", type=int, default=2)
+    argument_parser.add_argument("--steps", type=int, default=48)
+    argument_parser.add_argument("--repetitions", type=int, default=5)
+    argument_parser.add_argument("--cache", type=int, choices=list(TARGETS), nargs="+", default=list(TARGETS))
+    options = argument_parser.parse_args()
     torch.set_num_threads(options.threads)
     settings = {"threads": options.threads, "steps": options.steps, "repetitions": options.repetitions, "model": TEXT}
     report = Report("decode", settings)
@@ -198,17 +198,17 @@ def main() -> None:
             export_bundle(checkpoint, bundle, dtype=torch.float32, max_length=cache)
             runtime = BundleRuntime(bundle, provider="cpu", threads=options.threads)
             for kind, length in (("short", 128), ("full", cache - options.steps - 8)):
-                found = compare(runtime, model, length, options.steps, options.repetitions)
+                speeds = compare(runtime, model, length, options.steps, options.repetitions)
                 label = f"cache {cache}, prompt of {length} ({kind})"
-                report.figure(f"{label}: bundle", found["bundle"], "tokens/s")
-                report.figure(f"{label}: transformers", found["torch"], "tokens/s")
-                ratio = ratios(found["bundle"], found["torch"])
+                report.figure(f"{label}: bundle", speeds["bundle"], "tokens/s")
+                report.figure(f"{label}: transformers", speeds["torch"], "tokens/s")
+                ratio = ratios(speeds["bundle"], speeds["torch"])
                 report.check(f"{label}: bundle / transformers", ratio, ">=", TARGETS[cache], "x")
-                ceiling = ratios(found["weights"], found["torch"])
+                ceiling = ratios(speeds["weights"], speeds["torch"])
                 report.figure(f"{label}: reading the weights alone / transformers", ceiling, "x")
-                for how, said in (("undisturbed", "fastest quarter of steps"), ("processor", "processor time")):
-                    quick = ratios(found[f"bundle {how}"], found[f"torch {how}"])
-                    report.figure(f"{label}: bundle / transformers by {said}", quick, "x")
+                for how, basis in (("undisturbed", "fastest quarter of steps"), ("processor", "processor time")):
+                    quick = ratios(speeds[f"bundle {how}"], speeds[f"torch {how}"])
+                    report.figure(f"{label}: bundle / transformers by {basis}", quick, "x")
     report.write(options.out)
 
 

@@ -83,9 +83,9 @@ def write_2b_job(directory: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     with open(path, "r+b") as file:
         for info in read_header(path).values():
-            drawn = (torch.randn(info.shape, generator=generator) * 0.02 + (len(info.shape) == 1)).to(torch.bfloat16)
+            weight = (torch.randn(info.shape, generator=generator) * 0.02 + (len(info.shape) == 1)).to(torch.bfloat16)
             file.seek(info.offset)
-            file.write(drawn.view(torch.int16).numpy().data)
+            file.write(weight.view(torch.int16).numpy().data)
     return {"bytes": path.stat().st_size}
 
 
@@ -225,23 +225,23 @@ def measure_build(work: Path, repetitions: int, report: Report) -> None:
         report_build(f"2B decoder, batch {batch}", answers, report)
 
 
-def report_build(what: str, answers: list[dict[str, Any]], report: Report) -> None:
+def report_build(label: str, answers: list[dict[str, Any]], report: Report) -> None:
     weights = answers[0]["weights"]
 
     def of_weights(sizes: list[int]) -> Spread:
         return Spread(tuple(size / weights for size in sizes))
 
-    report.figure(f"{what}: build", Spread(tuple(a["seconds"] for a in answers)), "s")
-    report.figure(f"{what}: of it in the child", Spread(tuple(a["child_seconds"] for a in answers)), "s")
+    report.figure(f"{label}: build", Spread(tuple(a["seconds"] for a in answers)), "s")
+    report.figure(f"{label}: of it in the child", Spread(tuple(a["child_seconds"] for a in answers)), "s")
     fused, attentions = answers[0]["attention"]
-    report.figure(f"{what}: attentions that are one kernel", {"fused": fused, "of": attentions})
-    report.check(f"{what}: peak memory of the child / weights", of_weights([a["peak"] for a in answers]), "<=", 2.5)
+    report.figure(f"{label}: attentions that are one kernel", {"fused": fused, "of": attentions})
+    report.check(f"{label}: peak memory of the child / weights", of_weights([a["peak"] for a in answers]), "<=", 2.5)
     at_peak = [a["at_peak"] for a in answers]
-    report.figure(f"{what}: at that time, its own memory / weights", of_weights([m["anonymous"] for m in at_peak]))
-    report.figure(f"{what}: at that time, pages of files / weights", of_weights([m["files"] for m in at_peak]))
-    report.figure(f"{what}: most memory of its own / weights", of_weights([a["anonymous"] for a in answers]))
-    report.figure(f"{what}: peak memory of surgeon itself", max(a["own_peak"] for a in answers) / MIB, "MiB")
-    report.check(f"{what}: engine / weights", of_weights([a["engine"] for a in answers]), "<=", 2.5)
+    report.figure(f"{label}: at that time, its own memory / weights", of_weights([m["anonymous"] for m in at_peak]))
+    report.figure(f"{label}: at that time, pages of files / weights", of_weights([m["files"] for m in at_peak]))
+    report.figure(f"{label}: most memory of its own / weights", of_weights([a["anonymous"] for a in answers]))
+    report.figure(f"{label}: peak memory of surgeon itself", max(a["own_peak"] for a in answers) / MIB, "MiB")
+    report.check(f"{label}: engine / weights", of_weights([a["engine"] for a in answers]), "<=", 2.5)
 
 
 def measure_plan(work: Path, repetitions: int, report: Report) -> None:
@@ -281,11 +281,11 @@ def plan(bundle: Path) -> tuple[float, int]:
 
 def main() -> None:
     serve(JOBS)
-    made = parser(__doc__.split("\n\n")[0] if __doc__ else "", "engine")
-    made.add_argument("--directory", type=Path, help="where to work; emptied after")
-    made.add_argument("--repetitions", type=int, default=2, help="of the build")
-    made.add_argument("--plans", type=int, default=5, help="repetitions of the dry run")
-    options = made.parse_args()
+    argument_parser = parser(__doc__.split("\n\n")[0] if __doc__ else "", "engine")
+    argument_parser.add_argument("--directory", type=Path, help="where to work; emptied after")
+    argument_parser.add_argument("--repetitions", type=int, default=2, help="of the build")
+    argument_parser.add_argument("--plans", type=int, default=5, help="repetitions of the dry run")
+    options = argument_parser.parse_args()
     settings = {"text": TEXT_2B, "recipes": [PVM_2B, PVM_8B], "target": TARGET, "prefill": PREFILL, "batches": BATCHES}
     report = Report("engine", settings | {"repetitions": options.repetitions, "plans": options.plans})
     with ExitStack() as stack:

@@ -61,8 +61,8 @@ def torch_job(source: str, target: str) -> dict[str, Any]:
             self.decoder, self.lm_head = model.model.language_model, model.lm_head
 
         def forward(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
-            found = self.decoder(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False)
-            logits: Tensor = self.lm_head(found.last_hidden_state)
+            output = self.decoder(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False)
+            logits: Tensor = self.lm_head(output.last_hidden_state)
             return logits
 
     start = time.perf_counter()
@@ -127,27 +127,29 @@ def measure_small(work: Path, repetitions: int, report: Report) -> None:
         seconds: float = run.answer["seconds"]
         return seconds
 
-    found = interleaved({name: lambda name=name: export(name) for name in peaks}, repetitions)  # type: ignore[misc]
-    for what, unit, values in (
-        ("time", "s", {name: spread.values for name, spread in found.items()}),
+    spreads = interleaved({name: lambda name=name: export(name) for name in peaks}, repetitions)  # type: ignore[misc]
+    for quantity, unit, values in (
+        ("time", "s", {name: spread.values for name, spread in spreads.items()}),
         ("peak memory", "MiB", peaks),
         ("written", "MB", written),
     ):
         for name, measured in values.items():
-            report.figure(f"small decoder: {what}, {name}", Spread(tuple(measured)), unit)
+            report.figure(f"small decoder: {quantity}, {name}", Spread(tuple(measured)), unit)
         pairs = zip(values["torch.onnx.export"], values["surgeon"], strict=True)
         report.figure(
-            f"small decoder: {what}, torch.onnx.export / surgeon", Spread(tuple(a / b for a, b in pairs)), "x"
+            f"small decoder: {quantity}, torch.onnx.export / surgeon", Spread(tuple(a / b for a, b in pairs)), "x"
         )
 
 
 def main() -> None:
     serve(JOBS)
-    made = parser(__doc__, "export")
-    made.add_argument("--directory", type=Path, help="where to work; emptied after")
-    made.add_argument("--checkpoint", type=Path, help="use this 8B checkpoint, which is kept, instead of writing one")
-    made.add_argument("--repetitions", type=int, default=3)
-    options = made.parse_args()
+    argument_parser = parser(__doc__, "export")
+    argument_parser.add_argument("--directory", type=Path, help="where to work; emptied after")
+    argument_parser.add_argument(
+        "--checkpoint", type=Path, help="use this 8B checkpoint, which is kept, instead of writing one"
+    )
+    argument_parser.add_argument("--repetitions", type=int, default=3)
+    options = argument_parser.parse_args()
     settings = {"repetitions": options.repetitions, "recipe": PVM, "small": SMALL}
     report = Report("export", settings)
     needed = (options.checkpoint is None) * CHECKPOINT_BYTES + (2 + options.repetitions) * SMALL_BYTES * 2

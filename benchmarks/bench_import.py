@@ -50,10 +50,12 @@ JOBS: Jobs = {"import": import_job, "write": write_job}
 
 def main() -> None:
     serve(JOBS)
-    made = parser(__doc__, "import")
-    made.add_argument("--directory", type=Path, help="where to work, on the disk to be measured; emptied after")
-    made.add_argument("--repetitions", type=int, default=2)
-    options = made.parse_args()
+    argument_parser = parser(__doc__, "import")
+    argument_parser.add_argument(
+        "--directory", type=Path, help="where to work, on the disk to be measured; emptied after"
+    )
+    argument_parser.add_argument("--repetitions", type=int, default=2)
+    options = argument_parser.parse_args()
     report = Report("import", {"repetitions": options.repetitions})
     peaks: list[float] = []
     with working_directory(options.directory, 2 * CHECKPOINT_BYTES + 10**9) as work:
@@ -72,10 +74,10 @@ def main() -> None:
             seconds: float = run.answer["seconds"]
             return size / MB / seconds
 
-        found = interleaved({"cp": lambda: cp(shards, work / "cp"), "import": imported}, options.repetitions)
-    report.figure("cp and fsync", found["cp"], "MB/s")
-    report.figure("import", found["import"], "MB/s")
-    report.check("import / cp", ratios(found["import"], found["cp"]), ">=", 0.7, "x")
+        speeds = interleaved({"cp": lambda: cp(shards, work / "cp"), "import": imported}, options.repetitions)
+    report.figure("cp and fsync", speeds["cp"], "MB/s")
+    report.figure("import", speeds["import"], "MB/s")
+    report.check("import / cp", ratios(speeds["import"], speeds["cp"]), ">=", 0.7, "x")
     report.check("peak memory", Spread(tuple(peaks)), "<=", 1536, "MiB")
     report.write(options.out)
 

@@ -81,14 +81,16 @@ class Kept:
 
 
 def main() -> None:
-    made = parser(__doc__, "memory")
-    made.add_argument("--threads", type=int, default=2)
-    made.add_argument("--repetitions", type=int, default=15)
-    made.add_argument("--seconds", type=float, default=0.3, help="time spent on one repetition of one variant")
-    made.add_argument(
+    argument_parser = parser(__doc__, "memory")
+    argument_parser.add_argument("--threads", type=int, default=2)
+    argument_parser.add_argument("--repetitions", type=int, default=15)
+    argument_parser.add_argument(
+        "--seconds", type=float, default=0.3, help="time spent on one repetition of one variant"
+    )
+    argument_parser.add_argument(
         "--processor-time", action="store_true", help="instead of wall time: for a busy machine, 1 thread"
     )
-    options = made.parse_args()
+    options = argument_parser.parse_args()
     clock = time.process_time if options.processor_time else time.perf_counter
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -107,14 +109,14 @@ def main() -> None:
                 "reading what a kept step reads": lambda memory=memory: memory.read_all(),  # type: ignore[misc]
                 "projected at every step": lambda memory=memory, at=count: memory.projected(at),  # type: ignore[misc]
             }
-            found = interleaved(
+            spreads = interleaved(
                 {n: lambda f=f: per_call(f, options.seconds, clock) * 1e3 for n, f in variants.items()},  # type: ignore[misc]
                 options.repetitions,
             )
             label = f"{graft.kind}, {count:,} visual tokens"
-            for name, spread in found.items():
+            for name, spread in spreads.items():
                 report.figure(f"{label}: {name}", spread, "ms a token and layer")
-            near, later, reading, projected = found.values()
+            near, later, reading, projected = spreads.values()
             report.check(f"{label}: projected / kept", ratios(projected, near), ">=", target, "x")
             report.figure(
                 f"{label}: projected / reading what a kept step reads, which none can beat",

@@ -42,8 +42,8 @@ def patch_job(source: str, target: str, weights: str) -> dict[str, Any]:
     assert transformers.Qwen3VLForConditionalGeneration  # transformers imports a model's code when it is asked for
     after_imports = resident()
     start, cpu = time.perf_counter(), time.process_time()
-    made = Recipe.from_arguments([PVM], 0).make_passes(passes.registry())
-    report = patch(source, target, made, weights=weights)  # type: ignore[arg-type]
+    graft_passes = Recipe.from_arguments([PVM], 0).make_passes(passes.registry())
+    report = patch(source, target, graft_passes, weights=weights)  # type: ignore[arg-type]
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     with Checkpoint.open(source) as checkpoint:
         small = sum(path.stat().st_size for path in checkpoint.side_files)
@@ -104,21 +104,25 @@ def measure_copy(source: Path, work: Path, repetitions: int, report: Report) -> 
         seconds: float = run.answer["seconds"]
         return size / MB / seconds
 
-    found = interleaved({"cp": lambda: cp(shards, work / "cp"), "patch": patch}, repetitions)
-    report.figure("copy: cp and fsync", found["cp"], "MB/s")
-    report.figure("copy: patch", found["patch"], "MB/s")
-    report.check("copy: patch / cp", ratios(found["patch"], found["cp"]), ">=", 0.9, "x")
+    speeds = interleaved({"cp": lambda: cp(shards, work / "cp"), "patch": patch}, repetitions)
+    report.figure("copy: cp and fsync", speeds["cp"], "MB/s")
+    report.figure("copy: patch", speeds["patch"], "MB/s")
+    report.check("copy: patch / cp", ratios(speeds["patch"], speeds["cp"]), ">=", 0.9, "x")
     report.check("copy: peak memory", Spread(tuple(peaks)), "<=", 700, "MiB")
 
 
 def main() -> None:
     serve(JOBS)
-    made = parser(__doc__, "patch")
-    made.add_argument("--directory", type=Path, help="where to work, on the disk to be measured; emptied after")
-    made.add_argument("--checkpoint", type=Path, help="use this checkpoint, which is kept, instead of writing one")
-    made.add_argument("--repetitions", type=int, default=3, help="of the patches with linked weights")
-    made.add_argument("--copies", type=int, default=2, help="repetitions of the copies; 0: none")
-    options = made.parse_args()
+    argument_parser = parser(__doc__, "patch")
+    argument_parser.add_argument(
+        "--directory", type=Path, help="where to work, on the disk to be measured; emptied after"
+    )
+    argument_parser.add_argument(
+        "--checkpoint", type=Path, help="use this checkpoint, which is kept, instead of writing one"
+    )
+    argument_parser.add_argument("--repetitions", type=int, default=3, help="of the patches with linked weights")
+    argument_parser.add_argument("--copies", type=int, default=2, help="repetitions of the copies; 0: none")
+    options = argument_parser.parse_args()
     report = Report("patch", {"repetitions": options.repetitions, "copies": options.copies, "recipe": PVM})
     count = (options.checkpoint is None) + (options.copies > 0)
     with ExitStack() as stack:

@@ -35,21 +35,21 @@ def attention(queries: int, keys: int) -> Callable[[], torch.Tensor]:
 
 
 def main() -> None:
-    made = parser(__doc__, "tiles")
-    made.add_argument("--repetitions", type=int, default=3)
-    made.add_argument("--seconds", type=float, default=0.3)
-    options = made.parse_args()
+    argument_parser = parser(__doc__, "tiles")
+    argument_parser.add_argument("--repetitions", type=int, default=3)
+    argument_parser.add_argument("--seconds", type=float, default=0.3)
+    options = argument_parser.parse_args()
     torch.set_num_threads(1)
     report = Report("tiles", {"threads": 1, "dtype": "float32"})
-    config, described = read_config(CONFIG), family("internvl")
+    config, model_family = read_config(CONFIG), family("internvl")
     baseline = None
     with torch.inference_mode():
         for rows, columns in GRIDS:
-            found = TilePositions.of(described, config, rows, columns)
-            count = found.plain_ids
+            tile_positions = TilePositions.of(model_family, config, rows, columns)
+            count = tile_positions.plain_ids
             label = f"{rows} x {columns} tiles"
             report.figure(f"{label}: visual tokens, and plain position ids", count)
-            report.figure(f"{label}: RoPE-DHR position ids", found.ids)
+            report.figure(f"{label}: RoPE-DHR position ids", tile_positions.ids)
             once = {"prefill": attention(count, count), "decode": attention(1, count)}
             times = interleaved(
                 {name: lambda f=f: per_call(f, options.seconds, time.process_time) * 1e3 for name, f in once.items()},  # type: ignore[misc]

@@ -31,12 +31,12 @@ IMAGE_PROCESSOR: dict[str, Any] = {
 class Graph:
     """One graph of a bundle. What `caches` holds is read and written in place."""
 
-    def __init__(self, bundle: Path, described: dict[str, Any]) -> None:
+    def __init__(self, bundle: Path, description: dict[str, Any]) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        self.session = ort.InferenceSession(bundle / described["file"], options, providers=["CPUExecutionProvider"])
-        self.inputs = {port["name"]: port for port in described["inputs"]}
-        self.outputs = [port["name"] for port in described["outputs"]]
+        self.session = ort.InferenceSession(bundle / description["file"], options, providers=["CPUExecutionProvider"])
+        self.inputs = {port["name"]: port for port in description["inputs"]}
+        self.outputs = [port["name"] for port in description["outputs"]]
         self.caches: dict[str, ort.OrtValue] = {}
 
     def zeros(self, name: str, **sizes: int) -> np.ndarray:
@@ -151,7 +151,7 @@ def generate(bundle: Path, prompt: str, images: list[Path], max_new_tokens: int)
     family, dtype, limit = manifest["source"]["model_type"], manifest["dtype"], manifest["max_length"]
     if family not in FAMILIES or dtype == "bfloat16":
         raise ValueError(f"{bundle} is of {family} in {dtype}; this example runs {FAMILIES} in float32 and float16")
-    graphs = {name: Graph(bundle, described) for name, described in manifest["graphs"].items()}
+    graphs = {name: Graph(bundle, description) for name, description in manifest["graphs"].items()}
     decoder, causal, image_token = graphs["decoder"], manifest["visibility"] == "causal", manifest["tokens"]["image"]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     vision = VISION | read(folder / "config.json")["vision_config"]

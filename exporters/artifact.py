@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 ArtifactKind = Literal["checkpoint", "bundle", "engines"]
 ARTIFACT_KINDS: tuple[ArtifactKind, ...] = get_args(ArtifactKind)
-"""In the order in which one is made of the other."""
+"""In the order in which each is made from the one before."""
 
 
 def artifact_kind(path: str | Path) -> ArtifactKind:

@@ -26,31 +26,31 @@ class ProcessError(SurgeonError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a child told and how it ended."""
+    """The events that a child reported, and its peak memory."""
 
     events: list[dict[str, Any]]
     peak_memory: int
     """Bytes that were resident at most."""
 
     def last(self, event: str) -> dict[str, Any] | None:
-        return next((each for each in reversed(self.events) if each["event"] == event), None)
+        return next((entry for entry in reversed(self.events) if entry["event"] == event), None)
 
 
 def run_child(
     arguments: Sequence[str],
-    what: str,
+    task: str,
     log: Path,
     script: Path,
     library_path: Path | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
     without: Sequence[str] = (),
 ) -> Outcome:
-    """Run the file `script` to its end; `on_event` is called with each event as it comes. `what` it was doing is for
-    messages, `log` the file that its stderr goes to, `library_path` a folder where it finds shared libraries, `without`
-    variables that its environment shall not have.
+    """Run the file `script` to its end; `on_event` is called with each event as it comes. `task` says in messages
+    what it was doing, `log` is the file that its stderr goes to, `library_path` a folder where it finds shared
+    libraries, `without` variables that its environment shall not have.
 
-    Raises ProcessError where the process was killed or crashed. A child that ends itself with an error has told why in
-    an event. When the caller is interrupted the child is killed.
+    Raises ProcessError where the process was killed or crashed. A child that ends itself with an error has reported
+    the reason in an event. When the caller is interrupted the child is killed.
     """
     environment = {name: value for name, value in os.environ.items() if name not in without}
     if library_path is not None:
@@ -63,8 +63,8 @@ def run_child(
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment)
         assert process.stdout is not None
         try:
-            with process.stdout as told:
-                for line in told:
+            with process.stdout as stdout:
+                for line in stdout:
                     event = json.loads(line)
                     events.append(event)
                     if on_event is not None:
@@ -77,7 +77,7 @@ def run_child(
             raise
     outcome = Outcome(events, usage.ru_maxrss * 1024)
     if process.returncode != 0 and outcome.last("failed") is None:
-        raise ProcessError(_explain(what, process.returncode, usage, log))
+        raise ProcessError(_explain(task, process.returncode, usage, log))
     return outcome
 
 
@@ -95,17 +95,17 @@ def log_errors(log: Path, lines: int = _SHOWN_LINES) -> str:
 
 
 def _lines(log: Path) -> list[str]:
-    found = (line.strip() for line in log.read_text(errors="replace").splitlines())
-    return [line[:300] for line in found if line]
+    lines = (line.strip() for line in log.read_text(errors="replace").splitlines())
+    return [line[:300] for line in lines if line]
 
 
-def _explain(what: str, code: int, usage: resource.struct_rusage, log: Path) -> str:
+def _explain(task: str, code: int, usage: resource.struct_rusage, log: Path) -> str:
     peak, total = usage.ru_maxrss * 1024, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     tail = log_tail(log)
     if code == -signal.SIGKILL or any(sign in tail.lower() for sign in _NO_MEMORY):
         return (
-            f"out of memory: {what} was killed with {peak / 2**30:.1f} GiB in use, this machine has "
+            f"out of memory: {task} was killed with {peak / 2**30:.1f} GiB in use, this machine has "
             f"{total / 2**30:.1f} GiB; build on one with more, or a graph at a time (--graph)"
         )
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-    return f"{what} ended {how}; the last it said: {tail or 'nothing'}"
+    return f"{task} ended {how}; the last it said: {tail or 'nothing'}"

@@ -29,7 +29,7 @@ def export_bundle(
     dtype: of the graphs, float32, float16 or bfloat16. max_length: slots of the key/value caches, prompt and answer
     together. graphs: some of `exporters.onnx.bundle.GRAPHS`; by default all that the model has. `progress(stage, done,
     total)` is called as the work goes on. No weight is loaded; weights of another dtype are converted one at a time.
-    measure: whether fp16 graphs are run, in fp32, to see what would overflow, and given fp32 there (docs/precision.md).
+    measure: whether fp16 graphs are run, in fp32, to see what would overflow, and get fp32 there (docs/precision.md).
     digests: whether the weight files are read once more for their SHA-256, which `surgeon validate --bytes` compares.
 
     Raises OptionError for a dtype, length or graph that cannot be, CheckpointError and FamilyError for the checkpoint,

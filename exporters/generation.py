@@ -27,7 +27,7 @@ class TextGenerator(Protocol):
         positions: Positions | None = None,
     ) -> list[Generation]:
         """Answer prompts in one batch, each with its own images; greedy unless `sampling` says otherwise. `on_text` is
-        given each row's text as it comes. Raises InputError for a prompt or image that cannot be used."""
+        called with each row's text as it comes. Raises InputError for a prompt or image that cannot be used."""
 
 
 def open_generator(model: Any, provider: Provider = "auto") -> TextGenerator:

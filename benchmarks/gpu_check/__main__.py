@@ -44,17 +44,19 @@ PARTS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
-    made.add_argument("--parts", nargs="+", choices=list(PARTS), help="these alone; by default all")
-    made.add_argument("--spare", type=int, default=0, metavar="SECONDS", help="for the parts beside what each may take")
-    made.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where figures are written")
-    made.add_argument("--dry", action="store_true", help="rehearse on the CPU: small sizes, no figures")
-    made.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
-    options = made.parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="these alone; by default all")
+    parser.add_argument(
+        "--spare", type=int, default=0, metavar="SECONDS", help="for the parts beside what each may take"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where figures are written")
+    parser.add_argument("--dry", action="store_true", help="rehearse on the CPU: small sizes, no figures")
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
     if options.part:
         return run_part(options.part, options.dry, options.out)
-    if not options.dry and (lacking := why_not()):
-        print(f"gpu-check cannot run here: {lacking}; `make gpu-check DRY=1` rehearses it on the CPU", file=sys.stderr)
+    if not options.dry and (reason := why_not()):
+        print(f"gpu-check cannot run here: {reason}; `make gpu-check DRY=1` rehearses it on the CPU", file=sys.stderr)
         return 2
     names = options.parts or [name for name, part in PARTS.items() if options.dry or not part.only_rehearsed]
     return run_all(names, options.dry, options.out, spare=options.spare)
@@ -62,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def why_not() -> str | None:
     """What is missing for any part at all."""
-    lacking = [name for name in ("torch", "triton", "transformers") if importlib.util.find_spec(name) is None]
-    if lacking:
-        return f"{', '.join(lacking)} not installed"
+    absent = [name for name in ("torch", "triton", "transformers") if importlib.util.find_spec(name) is None]
+    if absent:
+        return f"{', '.join(absent)} not installed"
     import torch
 
     return None if torch.cuda.is_available() else f"torch {torch.__version__} finds no CUDA device"

@@ -21,7 +21,7 @@ def main(setting: Setting, clock: Timer, report: PartReport) -> None:
             launches += plan(*attention_workload(grafts[name], size))
         launches += plan(*memory_workload(grafts[name], SIZES[0]))
     jobs = [Job(launch, capability) for launch in launches for capability in CAPABILITIES]
-    found = compile_launches(jobs, fit=True)
-    named = " and ".join(map(str, CAPABILITIES))
-    print(f"  {len(found)} launches compiled for compute capability {named}; most shared memory "
-          f"{max(each.shared for each in found) >> 10} KiB")  # fmt: skip
+    kernels = compile_launches(jobs, fit=True)
+    capabilities = " and ".join(map(str, CAPABILITIES))
+    print(f"  {len(kernels)} launches compiled for compute capability {capabilities}; most shared memory "
+          f"{max(kernel.shared for kernel in kernels) >> 10} KiB")  # fmt: skip

@@ -52,7 +52,7 @@ class Step:
         self.tokens = torch.full((batch, 1), 5, device=device)
         self.positions = positions if axes > 1 else positions[0]
         self.visual = torch.randn(batch, slots, text.hidden_size, dtype=dtype, device=device)
-        # made once: a graft's rope takes a table from the host, which no CUDA graph can record
+        # computed once: a graft's rope takes a table from the host, which no CUDA graph can record
         self.visual_angles = rotary(decoder, torch.arange(slots, device=device).expand(1, batch, -1))
         self.angles = rotary(decoder, positions[:1])
         self.mask = torch.ones((batch, slots), dtype=torch.bool, device=device)
@@ -95,28 +95,28 @@ class Step:
 def compare_logits(step: Step, report: PartReport, label: str) -> list[str]:
     """Whether all ways compute what they should: the memory changes something, the same in each of its forms, and by
     fused kernels where it says so -> what is wrong."""
-    found, wrong = {}, []
+    logits, failures = {}, []
     for way in WAYS:
         step.take(way)
         with counted_chains() as chains:
-            found[way] = step().float()
+            logits[way] = step().float()
         if chains != (expected := chains_of(step.decoder, reads=way == "fused")):
-            wrong.append(f"{label}, {way}: fused kernels ran {dict(chains)}, not {dict(expected)}")
+            failures.append(f"{label}, {way}: fused kernels ran {dict(chains)}, not {dict(expected)}")
 
     def apart(one: str, other: str) -> float:
-        return float((found[one] - found[other]).norm() / found[other].norm())
+        return float((logits[one] - logits[other]).norm() / logits[other].norm())
 
     memory, fused, again = apart("without", "plain"), apart("fused", "plain"), apart("published", "plain")
     report.figure(f"{label}: logits with and without memory, relative", memory)
     report.figure(f"{label}: logits fused and plain, relative", fused)
     report.figure(f"{label}: logits projected again and once, relative", again)
-    wrong += [f"{label}: logits {way} are not finite" for way in WAYS if not bool(found[way].isfinite().all())]
+    failures += [f"{label}: logits {way} are not finite" for way in WAYS if not bool(logits[way].isfinite().all())]
     if not max(fused, again) < min(memory / 4, 0.1):
-        wrong.append(
+        failures.append(
             f"{label}: the memory changes logits by {memory:.3g}, its fused form by {fused:.3g}, projected again by "
             f"{again:.3g}: these should be roundings"
         )
-    return wrong
+    return failures
 
 
 def measure(step: Step, label: str, setting: Setting, clock: Timer, report: PartReport) -> dict[str, Spread]:
@@ -154,10 +154,10 @@ def cost(times: dict[str, Spread], way: str) -> tuple[Spread, Spread]:
     return difference(times[way], base), lost
 
 
-def refuse(wrong: list[str]) -> None:
+def refuse(failures: list[str]) -> None:
     """At the end: what was measured is worth having all the same."""
-    if wrong:
-        raise AssertionError("\n".join(wrong))
+    if failures:
+        raise AssertionError("\n".join(failures))
 
 
 def parts_of(model: Any) -> tuple[Any, Any]:
@@ -170,16 +170,16 @@ def pvm_8b(setting: Setting, clock: Timer, report: PartReport) -> None:
     text, record = setting.pick((QWEN3_VL_8B, grafts.PVM_8B), (grafts.SMALL_TEXT, grafts.SMALL_PVM))
     decoder, head = parts_of(grafts.make_model(grafts.qwen3_vl(text, record), torch.bfloat16, setting.device))
     slots = setting.pick(1024, 24)
-    wrong: list[str] = []
+    failures: list[str] = []
     for batch in setting.pick((1, 8), (1, 2)):
         label = f"8B, PVM, batch {batch}"
         step = Step(decoder, head, batch, slots + setting.pick(256, 8), slots)
-        wrong += compare_logits(step, report, label)
+        failures += compare_logits(step, report, label)
         added, lost = cost(measure(step, label, setting, clock, report), "fused")
         if batch == 1:
             report.check(f"{label}: fused adds", added, "<=", 0.06, "ms/token")
             report.check(f"{label}: fused takes of the throughput", lost, "<=", 1.5, "%")
-    refuse(wrong)
+    refuse(failures)
 
 
 @torch.inference_mode()
@@ -188,10 +188,10 @@ def mixin_2b(setting: Setting, clock: Timer, report: PartReport) -> None:
     text, record = setting.pick((grafts.COMEMO_2B, grafts.MIXIN_2B), (grafts.SMALL_TEXT, grafts.SMALL_MIXIN))
     decoder, head = parts_of(grafts.make_model(grafts.comemo(text, record), torch.bfloat16, setting.device))
     slots = setting.pick(1792, 24)
-    wrong: list[str] = []
+    failures: list[str] = []
     for batch in setting.pick((1, 8, 32), (1, 2)):
         label = f"2B, mixin, batch {batch}"
         step = Step(decoder, head, batch, slots + setting.pick(256, 8), slots)
-        wrong += compare_logits(step, report, label)
+        failures += compare_logits(step, report, label)
         measure(step, label, setting, clock, report)
-    refuse(wrong)
+    refuse(failures)

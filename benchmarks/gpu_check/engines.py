@@ -19,7 +19,7 @@ from exporters.kernels.support import SWITCH
 DEMO = ROOT / "examples" / "demo" / "qwen3-vl-tiny"
 RECIPE = "pvm:layers=2,4,6,latent=64"
 _LEFT_OUT = ("no fused kernel", "standard operators stay")
-"""What is said where they are."""
+"""In the output where fused kernels were left out."""
 
 
 def surgeon(*arguments: str, kernels: str = "fused") -> str:
@@ -31,14 +31,14 @@ def surgeon(*arguments: str, kernels: str = "fused") -> str:
     done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         raise RuntimeError(f"surgeon {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}")
-    if kernels == "fused" and any(said in done.stdout for said in _LEFT_OUT):
+    if kernels == "fused" and any(phrase in done.stdout for phrase in _LEFT_OUT):
         raise RuntimeError(f"surgeon {' '.join(arguments)} left fused kernels out:\n{done.stdout}")
     return done.stdout
 
 
 def missing(*modules: str) -> str | None:
-    lacking = [name for name in modules if importlib.util.find_spec(name) is None]
-    return f"not installed here: {', '.join(lacking)}" if lacking else None
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"not installed here: {', '.join(absent)}" if absent else None
 
 
 def provider_missing() -> str | None:
@@ -46,10 +46,10 @@ def provider_missing() -> str | None:
         return reason
     import onnxruntime
 
-    there = onnxruntime.get_available_providers()
-    if "CUDAExecutionProvider" in there:
+    providers = onnxruntime.get_available_providers()
+    if "CUDAExecutionProvider" in providers:
         return None
-    return f"onnxruntime has no CUDA provider here, only {', '.join(there)}"
+    return f"onnxruntime has no CUDA provider here, only {', '.join(providers)}"
 
 
 def verdict(
@@ -59,8 +59,8 @@ def verdict(
     report = work / "verdict.json"
     surgeon("validate", str(work / "patched"), str(work / bundle_or_engine), "--steps", str(steps), "--overwrite",
             "--report", str(report), *options, kernels=kernels)  # fmt: skip
-    found: dict[str, Any] = json.loads(report.read_text())
-    return found
+    content: dict[str, Any] = json.loads(report.read_text())
+    return content
 
 
 def rtx(work: Path, target: str, kernels: str, setting: Setting, clock: Timer, report: PartReport) -> None:
@@ -110,15 +110,15 @@ def main(setting: Setting, clock: Timer, report: PartReport) -> None:
         if setting.dry or not all(reason for reason, _ in jobs.values()):
             surgeon("patch", str(DEMO), str(work / "patched"), "--pass", RECIPE)
             surgeon("export", str(work / "patched"), str(work / "bundle"), "--dtype", "bf16", "--max-length", "1024")
-        for what, (reason, job) in jobs.items():
+        for label, (reason, job) in jobs.items():
             if reason and not setting.dry:
-                print(f"  SKIPPED {what}: {reason}")
-                report.note(f"{what}: skipped", reason)
+                print(f"  SKIPPED {label}: {reason}")
+                report.note(f"{label}: skipped", reason)
                 continue
             try:
                 job(work)
-                print(f"  {what}: ran{' as far as it can without a GPU' * setting.dry}", flush=True)
+                print(f"  {label}: ran{' as far as it can without a GPU' * setting.dry}", flush=True)
             except RuntimeError as error:
-                failures.append(f"{what}: {error}")
+                failures.append(f"{label}: {error}")
     if failures:
         raise AssertionError("\n".join(failures))

@@ -54,7 +54,7 @@ def generate(
     use_fused(model, fused)
     stamps = Stamps(clock)
     with counted_chains() as chains:
-        found = model.generate(
+        token_ids = model.generate(
             **inputs,
             max_new_tokens=tokens,
             min_new_tokens=tokens,
@@ -67,7 +67,7 @@ def generate(
     # compiled, a step is a CUDA graph, whose replays are not seen
     if chains.keys() != expected.keys() or ("disable_compile" in options and chains != expected):
         raise AssertionError(f"{tokens} tokens, fused={fused}: fused kernels ran {dict(chains)}, not {dict(expected)}")
-    return found[0, inputs["input_ids"].shape[1] :].tolist(), stamps.per_token()
+    return token_ids[0, inputs["input_ids"].shape[1] :].tolist(), stamps.per_token()
 
 
 def compiled(setting: Setting) -> dict[str, Any]:
@@ -86,9 +86,9 @@ def check_tokens(setting: Setting, clock: Timer, report: PartReport) -> None:
     model = grafts.make_model(grafts.qwen3_vl(text, record), torch.float32, setting.device)
     inputs = prompt(model, setting.pick(32, 4), 7)
     count = setting.pick(128, 4)
-    found = {on: generate(on, model, inputs, count, clock, disable_compile=True)[0] for on in (True, False)}
-    if found[True] != found[False]:
-        raise AssertionError(f"greedy tokens differ: fused {found[True]}, plain {found[False]}")
+    tokens = {on: generate(on, model, inputs, count, clock, disable_compile=True)[0] for on in (True, False)}
+    if tokens[True] != tokens[False]:
+        raise AssertionError(f"greedy tokens differ: fused {tokens[True]}, plain {tokens[False]}")
     report.figure("small fp32 model: greedy tokens, fused and plain the same", count)
 
 
@@ -108,16 +108,16 @@ def main(setting: Setting, clock: Timer, report: PartReport) -> None:
         return generate(fused, model, inputs, setting.pick(80, 4), clock, **options)
 
     alone: dict[str, Any] = {"disable_compile": True}
-    said = {on: measure(on, **alone)[0] for on in (True, False)}  # warm
+    tokens = {on: measure(on, **alone)[0] for on in (True, False)}  # warm
     times = interleaved(
         {name: partial(lambda on: measure(on, **alone)[1], on) for name, on in (("fused", True), ("plain", False))},
         repetitions,
     )
-    for name, taken in times.items():
-        report_speed(f"8B, PVM, eager, {name}", taken, report)
+    for name, seconds in times.items():
+        report_speed(f"8B, PVM, eager, {name}", seconds, report)
     report.figure("8B, PVM, eager: fused / plain", ratios(times["plain"], times["fused"]), "x")
-    parted = (i for i, (one, other) in enumerate(zip(said[True], said[False], strict=True)) if one != other)
-    report.figure("8B, PVM, bf16: greedy tokens, the same fused and plain until", next(parted, len(said[True])))
+    parted = (i for i, (one, other) in enumerate(zip(tokens[True], tokens[False], strict=True)) if one != other)
+    report.figure("8B, PVM, bf16: greedy tokens, the same fused and plain until", next(parted, len(tokens[True])))
 
     for name, on in (("fused", True), ("plain", False)):
         torch.compiler.reset()

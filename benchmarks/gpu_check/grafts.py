@@ -96,7 +96,7 @@ def patched(config: Any, record: dict[str, Any]) -> Any:
 
 
 def make_model(config: Any, dtype: torch.dtype, device: str) -> Any:
-    """A patched model with random weights, made where it will run, its grafts as if they had been trained."""
+    """A patched model with random weights, created where it will run, its grafts as if they had been trained."""
     (record,) = getattr(config, RECORD)["grafts"]
     arguments = ("model.language_model", "pre_norm", ("image_token_id",))
     classes = {

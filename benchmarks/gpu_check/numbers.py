@@ -64,12 +64,12 @@ def sizes(dtype: str, dry: bool, odd: bool) -> list[Size]:
     return [Size(s.batch, s.length, s.slots, dtype, s.mask_per_token, s.visual_tokens) for s in shapes]
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    """NaN where anything found is not finite or has another shape."""
-    if found.shape != expected.shape or not bool(found.isfinite().all()):
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """The relative error; NaN where `actual` has another shape, or a value that is not finite."""
+    if actual.shape != expected.shape or not bool(actual.isfinite().all()):
         return math.nan
     scale = float(expected.double().norm())
-    return float((found.double() - expected.double()).norm()) / (scale or 1.0)
+    return float((actual.double() - expected.double()).norm()) / (scale or 1.0)
 
 
 @contextmanager
@@ -92,11 +92,11 @@ def settled(acc: Tensor, ml: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.where(total == 0, 0.0, m[..., 0] + total.clamp_min(1e-30).log())
 
 
-def ragged(given: dict[str, Tensor], size: Size) -> Tensor:
+def ragged(inputs: dict[str, Tensor], size: Size) -> Tensor:
     """Images of different lengths, none for the last row of several, holes; a mask per token is causal, and some
     tokens see nothing -> which tokens see a slot, [B, S]."""
-    generator = torch.Generator(given["memory_mask"].device).manual_seed(1)
-    mask = given["memory_mask"]
+    generator = torch.Generator(inputs["memory_mask"].device).manual_seed(1)
+    mask = inputs["memory_mask"]
     mask &= torch.rand(mask.shape, generator=generator, device=mask.device) < 0.9
     if size.batch > 1:
         mask[-1] = False
@@ -106,29 +106,33 @@ def ragged(given: dict[str, Tensor], size: Size) -> Tensor:
         places = torch.arange(size.slots, device=mask.device) * size.length // size.slots
         mask &= causally(mask, places.expand(size.batch, -1), tokens)
         mask[:, :: max(2, size.length // 4)] = False
-    if "visual_token_mask" in given:
-        given["visual_token_mask"][:, 1 : size.length // 2] = True
+    if "visual_token_mask" in inputs:
+        inputs["visual_token_mask"][:, 1 : size.length // 2] = True
     seen = mask.any(-1)
     return seen if size.mask_per_token else seen[:, None].expand(-1, size.length)
 
 
-def check_steps(chain: Chain, given: Mapping[str, Tensor], tolerance: float, label: str) -> Iterator[Finding]:
-    """Each kernel on what the kernels before it made."""
-    values = dict(given)
+def check_steps(chain: Chain, tensors: Mapping[str, Tensor], tolerance: float, label: str) -> Iterator[Finding]:
+    """Each kernel on the outputs of the kernels before it."""
+    values = dict(tensors)
     for step in chain.steps:
         inputs = {name: values[value] for name, value in step.inputs.items() if value in values}
         with sdpa_kernel(SDPBackend.MATH):
             expected = step.kernel.definition(*(inputs.get(name) for name in step.kernel.inputs), **step.options)
         with poisoned():
-            found = launch(step, inputs)
-        pairs = dict(zip(found, zip(found.values(), expected, strict=False), strict=True))
+            outputs = launch(step, inputs)
+        pairs = dict(zip(outputs, zip(outputs.values(), expected, strict=False), strict=True))
         if step.kernel.name == "attend":
-            mine = settled(found["acc"], found["ml"])
-            theirs = settled(*expected[:2])
-            pairs = {"values": (mine[0], theirs[0]), "weights": (mine[1], theirs[1]), "arrived": pairs["arrived"]}
+            actual = settled(outputs["acc"], outputs["ml"])
+            reference = settled(*expected[:2])
+            pairs = {
+                "values": (actual[0], reference[0]),
+                "weights": (actual[1], reference[1]),
+                "arrived": pairs["arrived"],
+            }
         for name, (one, other) in pairs.items():
             yield Finding(f"{step.name}: {name}, {label}", relative(one, other), tolerance)
-        values |= {value: found[name] for name, value in step.outputs.items()}
+        values |= {value: outputs[name] for name, value in step.outputs.items()}
 
 
 def in_fp32(graft: Graft, reference: Reference, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -142,33 +146,33 @@ def in_fp32(graft: Graft, reference: Reference, tensors: Mapping[str, Tensor]) -
 
 def check_reading(graft: Graft, size: Size, device: str, label: str) -> Iterator[Finding]:
     chain, types = attention_workload(graft, size)
-    given = draw(types, device, seed=2)
-    seen = ragged(given, size)
+    inputs = draw(types, device, seed=2)
+    seen = ragged(inputs, size)
     tolerance = TOLERANCES[size.dtype]
-    yield from check_steps(chain, given, tolerance, label)
+    yield from check_steps(chain, inputs, tolerance, label)
 
     assert graft.reference is not None
     with sdpa_kernel(SDPBackend.MATH):
-        expected = graft.reference(**in_fp32(graft, graft.reference, given))
-    base = given.get("residual", given["hidden_states"])
+        expected = graft.reference(**in_fp32(graft, graft.reference, inputs))
+    base = inputs.get("residual", inputs["hidden_states"])
     with poisoned():
-        (found,) = run(chain, given)
-    yield Finding(f"{chain.name}, {label}", relative(found, expected), tolerance)
-    untouched = ~seen | given["visual_token_mask"] if "visual_token_mask" in given else ~seen
-    changed = float((found[untouched] != base[untouched]).sum())
+        (output,) = run(chain, inputs)
+    yield Finding(f"{chain.name}, {label}", relative(output, expected), tolerance)
+    untouched = ~seen | inputs["visual_token_mask"] if "visual_token_mask" in inputs else ~seen
+    changed = float((output[untouched] != base[untouched]).sum())
     yield Finding(f"{chain.name}: elements changed of tokens that get no memory, {label}", changed, 0.0)
 
 
 def check_filling(graft: Graft, size: Size, device: str, label: str) -> Iterator[Finding]:
     chain, types = memory_workload(graft, size)
-    given = draw(types, device, seed=3)
+    inputs = draw(types, device, seed=3)
     tolerance = TOLERANCES[size.dtype]
-    yield from check_steps(chain, given, tolerance, label)
+    yield from check_steps(chain, inputs, tolerance, label)
     assert graft.memory_reference is not None
-    expected = graft.memory_reference(**in_fp32(graft, graft.memory_reference, given))
+    expected = graft.memory_reference(**in_fp32(graft, graft.memory_reference, inputs))
     with poisoned():
-        found = run(chain, given)
-    for name, one, other in zip(chain.outputs, found, expected, strict=True):
+        outputs = run(chain, inputs)
+    for name, one, other in zip(chain.outputs, outputs, expected, strict=True):
         yield Finding(f"{chain.name}: {name}, {label}", relative(one, other), tolerance)
 
 
@@ -211,7 +215,7 @@ def main(setting: Setting, clock: Timer, report: PartReport) -> None:
             findings = future.result()
             worst = max(findings, key=badness)
             wrong = [finding for finding in findings if not finding.ok]
-            failures += [f"{each.what}: {each.error:.3g}, tolerance {each.tolerance:g}" for each in wrong]
+            failures += [f"{finding.what}: {finding.error:.3g}, tolerance {finding.tolerance:g}" for finding in wrong]
             print(f"  {label}: {len(findings)} compared, {len(wrong)} wrong", flush=True)
             report.figure(f"{label}: worst of {len(findings)}", worst.error, f"({worst.what})")
     if failures:

@@ -1,4 +1,4 @@
-"""What every part is given and writes."""
+"""The settings and the report of every part."""
 
 import importlib.metadata
 import importlib.util

@@ -105,16 +105,16 @@ def timer(setting: Setting) -> Timer:
 def describe_gpu(setting: Setting) -> dict[str, Any]:
     if setting.dry:
         return {"name": "none", "slug": "rehearsal"}
-    found = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(0)
     return {
-        "name": found.name,
-        "slug": slug(found.name),
-        "compute_capability": f"{found.major}.{found.minor}",
-        "multiprocessors": found.multi_processor_count,
-        "l2_bytes": found.L2_cache_size,
-        "memory_gib": round(found.total_memory / 2**30, 1),
+        "name": properties.name,
+        "slug": slug(properties.name),
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
-        "launches_with_tuned_blocks": len(read(found.name)),
+        "launches_with_tuned_blocks": len(read(properties.name)),
     }
 
 

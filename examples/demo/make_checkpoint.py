@@ -1,4 +1,4 @@
-"""Make the tiny Qwen3-VL demo checkpoint from nothing, or check one that is made.
+"""Make the tiny Qwen3-VL demo checkpoint from scratch, or check an existing one.
 
 The result has the layout and the architecture of the family's released
 checkpoints, only few and narrow layers: it can be loaded by everything that
@@ -67,18 +67,22 @@ def look(model: Any, batch: Batch) -> tuple[Any, torch.Tensor]:
     """
     if "pixel_values" not in batch:
         return None, torch.zeros((), requires_grad=True)
-    seen = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
-    features = torch.stack([torch.cat(list(part)) for part in (seen.pooler_output, *seen.deepstack_features)])
+    vision_outputs = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
+    features = torch.stack(
+        [torch.cat(list(part)) for part in (vision_outputs.pooler_output, *vision_outputs.deepstack_features)]
+    )
     words = batch["words"].repeat(len(features), 1)
     logits = model.lm_head(model.model.language_model.norm(features)).flatten(0, 1)
-    return {"image": seen}, cross_entropy(logits[:, : words.shape[1]], words)
+    return {"image": vision_outputs}, cross_entropy(logits[:, : words.shape[1]], words)
 
 
-def answer_logits(model: Any, batch: Batch, seen: Any = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def answer_logits(
+    model: Any, batch: Batch, vision_outputs: Any = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits (answer tokens, vocabulary), targets and row numbers (answer tokens,) of a batch."""
-    done = ("labels", "words") if seen is None else ("labels", "words", "pixel_values")
+    done = ("labels", "words") if vision_outputs is None else ("labels", "words", "pixel_values")
     inputs = {name: value for name, value in batch.items() if name not in done}
-    hidden = model.model(**inputs, mm_encoder_outputs=seen, use_cache=False).last_hidden_state[:, :-1]
+    hidden = model.model(**inputs, mm_encoder_outputs=vision_outputs, use_cache=False).last_hidden_state[:, :-1]
     targets = batch["labels"][:, 1:]
     chosen = targets != -100
     return model.lm_head(hidden[chosen]), targets[chosen], chosen.nonzero()[:, 0]
@@ -140,10 +144,10 @@ def train(out: Path, naming: int, steps: int, batch_size: int, rate: float, seed
     stream = Stream(encoder, batch_size, seed + 1, naming + steps // 10)
     started, recent = time.perf_counter(), [0.0, 0.0]
     for step, batch in enumerate(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=16), 1):
-        seen, loss = look(model, batch)
+        vision_outputs, loss = look(model, batch)
         losses = [loss.item(), 0.0]
         if step > naming:
-            logits, targets, _ = answer_logits(model, batch, seen)
+            logits, targets, _ = answer_logits(model, batch, vision_outputs)
             answer = cross_entropy(logits, targets)
             loss, losses[1] = answer + 0.3 * loss, answer.item()
         optimizer.zero_grad(set_to_none=True)
@@ -153,8 +157,8 @@ def train(out: Path, naming: int, steps: int, batch_size: int, rate: float, seed
         schedule.step()
         recent = [0.95 * mean + 0.05 * value for mean, value in zip(recent, losses, strict=True)]
         if step % 50 == 0:
-            told = f"naming {recent[0]:.3f}  answers {recent[1]:.3f}"
-            print(f"step {step}/{naming + steps}  {told}  {time.perf_counter() - started:.0f} s", flush=True)
+            progress = f"naming {recent[0]:.3f}  answers {recent[1]:.3f}"
+            print(f"step {step}/{naming + steps}  {progress}  {time.perf_counter() - started:.0f} s", flush=True)
         if (step > naming and step % 250 == 0) or step == naming + steps:
             scores = accuracy(model, encoder)
             print("  held out:", "  ".join(f"{name} {score:.1%}" for name, score in scores.items()), flush=True)
@@ -173,8 +177,8 @@ def make_samples(folder: Path) -> None:
     for number, (scene, name) in enumerate(zip(sampled, names, strict=True)):
         scenes.draw(scene, random.Random(number)).save(folder / "images" / name, optimize=True)
     prompts = [
-        {"images": [f"images/{names[i]}" for i in shown], "prompt": question, "expected": answer}
-        for shown, question, answer in scenes.sample_prompts(sampled)
+        {"images": [f"images/{names[i]}" for i in indices], "prompt": question, "expected": answer}
+        for indices, question, answer in scenes.sample_prompts(sampled)
     ]
     (folder / "prompts.json").write_text(json.dumps(prompts, indent=2) + "\n")
 
@@ -201,8 +205,8 @@ def check(folder: Path, prompts: Path, dtype: torch.dtype, *, keep: bool = False
         ids = encoder.ids(text, grids)
         batch = encoder.batch([Example(ids, [False] * len(ids), pixels, grids)])
         del batch["labels"]
-        told = model.generate(**batch, max_new_tokens=256)[0, len(ids) :]
-        answer = tokenizer.decode(told, skip_special_tokens=True)
+        token_ids = model.generate(**batch, max_new_tokens=256)[0, len(ids) :]
+        answer = tokenizer.decode(token_ids, skip_special_tokens=True)
         print(f"\n{' '.join(entry['images']) or '(no image)'}\n  {entry['prompt']}\n  -> {answer}")
         if answer == entry["expected"]:
             right.append(entry)

@@ -253,19 +253,19 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, image_processor: Any) -> None:
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.known: dict[str, int] = {}
+        self.word_ids: dict[str, int] = {}
         self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
     def word(self, word: str) -> int:
         """The (first) token of a word inside a sentence."""
-        if word not in self.known:
-            self.known[word] = self.tokenizer(f" {word}")["input_ids"][0]
-        return self.known[word]
+        if word not in self.word_ids:
+            self.word_ids[word] = self.tokenizer(f" {word}")["input_ids"][0]
+        return self.word_ids[word]
 
     def images(self, images: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches (patches, 1536) and grids (images, 3)."""
-        seen = self.image_processor(images=images, return_tensors="pt")
-        return seen["pixel_values"], seen["image_grid_thw"]
+        processed = self.image_processor(images=images, return_tensors="pt")
+        return processed["pixel_values"], processed["image_grid_thw"]
 
     def ids(self, text: str, grids: torch.Tensor | None) -> list[int]:
         """Token ids, each image token repeated to the merged tokens of its image."""
@@ -283,9 +283,9 @@ class Encoder:
             for scene, (_, height, width) in zip(talk.scenes, out.grids.tolist(), strict=True):
                 out.cells += scenes.cells(scene, height // merge, width // merge)
         for number, (question, answer) in enumerate(talk.turns):
-            seen = IMAGE * len(talk.scenes) if number == 0 else ""
-            asked = f"<|im_start|>user\n{seen}{question}<|im_end|>\n<|im_start|>assistant\n"
-            parts = (asked, False), (f"{answer}<|im_end|>", True), ("\n", False)
+            placeholders = IMAGE * len(talk.scenes) if number == 0 else ""
+            user_turn = f"<|im_start|>user\n{placeholders}{question}<|im_end|>\n<|im_start|>assistant\n"
+            parts = (user_turn, False), (f"{answer}<|im_end|>", True), ("\n", False)
             for text, supervised in parts:
                 ids = self.ids(text, out.grids)
                 out.ids += ids

@@ -202,7 +202,7 @@ def cells(scene: Scene, rows: int, columns: int) -> list[tuple[str, ...]]:
 
     Words for the shape that reaches well into the cell, or for the background.
     """
-    told = []
+    cell_words = []
     for cell in range(rows * columns):
         row, column = divmod(cell, columns)
         words: tuple[str, ...] = ("shaded" if scene.shaded else "plain", scene.background)
@@ -214,8 +214,8 @@ def cells(scene: Scene, rows: int, columns: int) -> list[tuple[str, ...]]:
             radius = RADII[shape.size] * min(scene.width, scene.height)
             if math.hypot(dx, dy) < min(nearest, 0.6 * radius):
                 nearest, words = math.hypot(dx, dy), (shape.size, shape.colour, shape.kind)
-        told.append(words)
-    return told
+        cell_words.append(words)
+    return cell_words
 
 
 # ---------------------------------------------------------------- words
@@ -269,17 +269,17 @@ def ask(scene: Scene, rng: random.Random) -> Turn:
 
 def describe(scene: Scene, rng: random.Random) -> Turn:
     """A request for the short description, and that description."""
-    asks = ("Describe the picture.", "Describe this picture.", "Describe the image.", "What do you see?")
-    return rng.choice(asks), sentence(caption(scene))
+    requests = ("Describe the picture.", "Describe this picture.", "Describe the image.", "What do you see?")
+    return rng.choice(requests), sentence(caption(scene))
 
 
 def describe_in_detail(scene: Scene, rng: random.Random) -> Turn:
     """A request for the long description, and that description."""
-    asks = ("Describe the picture in detail.", "Describe this picture in detail.", "Describe the image in detail.")
-    return rng.choice(asks), detail(scene)
+    requests = ("Describe the picture in detail.", "Describe this picture in detail.", "Describe the image in detail.")
+    return rng.choice(requests), detail(scene)
 
 
-def each(scenes: tuple[Scene, ...]) -> str:
+def describe_each(scenes: tuple[Scene, ...]) -> str:
     """The answer to "Describe each picture."."""
     return " ".join(f"Picture {i}: {caption(scene)}." for i, scene in enumerate(scenes, 1))
 
@@ -293,8 +293,8 @@ def ask_many(scenes: tuple[Scene, ...], rng: random.Random) -> Turn:
         case 0:
             return "How many pictures are there?", f"There are {NUMBERS[len(scenes)]} pictures."
         case 1:
-            told = f"Picture {number} has {plural(len(scene.shapes), 'shape')}."
-            return f"How many shapes are in picture {number}?", told
+            answer = f"Picture {number} has {plural(len(scene.shapes), 'shape')}."
+            return f"How many shapes are in picture {number}?", answer
         case 2:
             return f"Describe picture {number}.", sentence(caption(scene))
         case 3:
@@ -346,7 +346,7 @@ def conversation(rng: random.Random, *, easy: bool = False) -> Conversation:
         first = describe(scene, rng) if rng.random() < 0.4 else ask(scene, rng)
         return Conversation((scene,), (first, *(ask(scene, rng) for _ in range(rng.randint(1, 3)))))
     scenes = tuple(random_scene(rng) for _ in range(rng.choice((2, 2, 3))))
-    first = ("Describe each picture.", each(scenes)) if rng.random() < 0.5 else ask_many(scenes, rng)
+    first = ("Describe each picture.", describe_each(scenes)) if rng.random() < 0.5 else ask_many(scenes, rng)
     return Conversation(scenes, (first, *(ask_many(scenes, rng) for _ in range(rng.randint(0, 2)))))
 
 
@@ -361,7 +361,7 @@ def exam(name: str, rng: random.Random) -> Conversation:
         case "detail":
             turn = describe_in_detail(scenes[0], rng)
         case _:
-            turn = ("Describe each picture.", each(scenes))
+            turn = ("Describe each picture.", describe_each(scenes))
     return Conversation(scenes, (turn,))
 
 
@@ -393,8 +393,8 @@ def sample_prompts(scenes: tuple[Scene, ...]) -> list[tuple[tuple[int, ...], str
         ((2,), "How many shapes are there?", "There are three shapes."),
         ((3,), "What colour is the background?", f"The background is {scenes[3].background}."),
     ]
-    for shown in ((0, 1), (3, 2), (1, 0, 3), (4, 3, 0)):
-        prompts.append((shown, "Describe each picture.", each(tuple(scenes[i] for i in shown))))
+    for indices in ((0, 1), (3, 2), (1, 0, 3), (4, 3, 0)):
+        prompts.append((indices, "Describe each picture.", describe_each(tuple(scenes[i] for i in indices))))
     prompts.append(((0, 2), "How many shapes are in picture 2?", "Picture 2 has three shapes."))
     prompts.append(((0, 3, 4), "Describe picture 3.", sentence(caption(scenes[4]))))
     prompts += [((), question, answer) for question, answer in (SMALL_TALK[0], SMALL_TALK[4])]

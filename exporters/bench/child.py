@@ -17,21 +17,21 @@ def say(**message: Any) -> None:
 
 def main() -> None:
     quiet()
-    asked = json.loads(sys.argv[1])
+    request = json.loads(sys.argv[1])
     sys.stdout = sys.stderr  # whatever a library prints is not for the parent to read
     from exporters.bench.timed import open_timed
     from surgeon.errors import SurgeonError
     from surgeon.inputs import Prompt
 
-    prompts = [Prompt(asked["prompt"], tuple(map(Path, asked["images"])))] * asked["batch"]
+    prompts = [Prompt(request["prompt"], tuple(map(Path, request["images"])))] * request["batch"]
     try:
         begin = time.perf_counter()
-        timed = open_timed(Path(asked["path"]), prompts, asked["threads"], asked["provider"])
+        timed = open_timed(Path(request["path"]), prompts, request["threads"], request["provider"])
         timed.run(2)  # loads what is loaded when first used
         about = {"stage": timed.stage, "dtype": timed.dtype, "device": timed.device}
         say(ready=about | {"prompt_tokens": timed.prompt_tokens, "load_seconds": time.perf_counter() - begin})
         for _ in sys.stdin:
-            say(ends=timed.run(asked["steps"]))
+            say(ends=timed.run(request["steps"]))
     except SurgeonError as error:
         say(error=str(error), exit_code=error.exit_code)
         sys.exit(error.exit_code)

@@ -91,13 +91,13 @@ class _Child:
         self.ends: list[list[float]] = []
 
     def __enter__(self) -> "_Child":
-        asked = asdict(self.workload) | {
+        request = asdict(self.workload) | {
             "path": str(self.path),
             "images": [str(image) for image in self.workload.images],
         }
         self.words = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "exporters.bench.child", json.dumps(asked)],
+            [sys.executable, "-m", "exporters.bench.child", json.dumps(request)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.words,
@@ -106,8 +106,8 @@ class _Child:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        streams = [each for each in (self.process.stdin, self.process.stdout, self.words) if each is not None]
-        ends: list[Callable[[], object]] = [self.process.kill, self.process.wait, *(each.close for each in streams)]
+        streams = [stream for stream in (self.process.stdin, self.process.stdout, self.words) if stream is not None]
+        ends: list[Callable[[], object]] = [self.process.kill, self.process.wait, *(stream.close for stream in streams)]
         for end in ends:
             if error is None:
                 end()
@@ -129,14 +129,14 @@ class _Child:
         memory = self._hear()
         self.process.wait()
         steps = [[b - a for a, b in pairwise(ends)] for ends in self.ends]
-        ordered = sorted(step for each in steps for step in each)
+        ordered = sorted(step for run in steps for step in run)
         return Measured(
             path=str(self.path),
             **self.about,
             first_token=statistics.median(ends[0] for ends in self.ends),
             step=statistics.median(ordered),
             step_p95=ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
-            tokens_per_second=tuple(self.workload.batch * len(each) / sum(each) for each in steps),
+            tokens_per_second=tuple(self.workload.batch * len(run) / sum(run) for run in steps),
             **memory,
         )
 
@@ -149,7 +149,7 @@ class _Child:
             last = self.words.read().decode(errors="replace").strip().splitlines()[-1:]
             how = "was killed, probably for the memory it took" if code == -9 else f"ended with {code}"
             raise SurgeonError(f"{self.path}: its process {how}" + (f": {last[0]}" if last else ""))
-        said: dict[str, Any] = json.loads(line)
-        if "error" in said:
-            raise SurgeonError(said["error"])
-        return said
+        message: dict[str, Any] = json.loads(line)
+        if "error" in message:
+            raise SurgeonError(message["error"])
+        return message

@@ -1,1 +1,1 @@
-"""fp16 graphs made to hold what their model computes: activations measured, and widened where fp16 ends."""
+"""fp16 graphs without overflow: activations are measured, and computed in fp32 where fp16 cannot hold them."""

@@ -11,7 +11,7 @@ from surgeon.progress import Progress
 
 
 def calibrate_float16(directory: Path, progress: Progress | None = None) -> tuple[Precision, dict[str, ir.Model]]:
-    """Measure the fp16 bundle in `directory`; -> what was found, and the graphs that had to change, by name.
+    """Measure the fp16 bundle in `directory`; -> the precision record, and the graphs that had to change, by name.
 
     Raises BundleError where a value would overflow that cannot be fp32, or is not finite in fp32 either.
     """
@@ -21,16 +21,16 @@ def calibrate_float16(directory: Path, progress: Progress | None = None) -> tupl
         return not_measured(str(reason)), {}
     widened = exceeding(activations)
     graphs = {}
-    for name in dict.fromkeys(each.graph for each in widened):
+    for name in dict.fromkeys(activation.graph for activation in widened):
         graphs[name] = ir.load(directory / f"{name}.onnx")
-        WidenToFloat32([each.value for each in widened if each.graph == name])(graphs[name])
+        WidenToFloat32([activation.value for activation in widened if activation.graph == name])(graphs[name])
     largest: dict[tuple[str, str], Activation] = {}
-    for each in activations:
-        key = (each.graph, each.layer)
-        if key not in largest or each.max_abs > largest[key].max_abs:
-            largest[key] = each
-    found = Precision(limit=LIMIT, margin=MARGIN, prompts=prompts, largest=list(largest.values()), widened=widened)
-    return found, graphs
+    for activation in activations:
+        key = (activation.graph, activation.layer)
+        if key not in largest or activation.max_abs > largest[key].max_abs:
+            largest[key] = activation
+    precision = Precision(limit=LIMIT, margin=MARGIN, prompts=prompts, largest=list(largest.values()), widened=widened)
+    return precision, graphs
 
 
 def not_measured(reason: str) -> Precision:

@@ -72,10 +72,10 @@ class Instrument(ir.passes.InPlacePass):
 def _weight(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
     """A weight in fp32, cast when `node` is about to run.
 
-    Its shape is made to depend on what else the node reads: with nothing to wait for, all weights of a model would be
+    Its shape depends on the other inputs of the node: with nothing to wait for, all weights of a model would be
     cast before its first layer runs.
     """
-    made: list[ir.Node] = []
+    nodes: list[ir.Node] = []
     source = value
     computed = [other for other in node.inputs if other is not None and other.producer() is not None]
     assert value.shape is not None
@@ -85,13 +85,13 @@ def _weight(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
         shape = ir.node("Constant", [], {"value_ints": sizes})
         dependent = ir.node("Concat", [*nothing.outputs, *shape.outputs], {"axis": 0})
         moved = ir.node("Reshape", [value, *dependent.outputs])
-        for each in (nothing, shape, dependent):
-            each.outputs[0].dtype = ir.DataType.INT64
+        for new_node in (nothing, shape, dependent):
+            new_node.outputs[0].dtype = ir.DataType.INT64
         moved.outputs[0].dtype, moved.outputs[0].shape = _HALF, value.shape
-        made, source = [nothing, shape, dependent, moved], moved.outputs[0]
+        nodes, source = [nothing, shape, dependent, moved], moved.outputs[0]
     cast = ir.node("Cast", [source], {"to": int(ir.DataType.FLOAT)})
     cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.FLOAT, value.shape
-    graph.insert_before(node, [*made, cast])
+    graph.insert_before(node, [*nodes, cast])
     return cast.outputs[0]
 
 

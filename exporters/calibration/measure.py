@@ -55,12 +55,12 @@ def measure(directory: Path, progress: Progress | None = None) -> tuple[list[Act
         progress("measuring activations", len(prompts), len(prompts))
     if not measured:
         raise Unmeasurable(f"no prompt of the validator fits in max_length {runtime.max_length}")
-    return list(runtime.found()), measured
+    return list(runtime.activations()), measured
 
 
 def exceeding(activations: Sequence[Activation], margin: float = MARGIN) -> list[Activation]:
     """Those that fp16 would not hold with the margin."""
-    return [each for each in activations if each.max_abs * margin > LIMIT]
+    return [activation for activation in activations if activation.max_abs * margin > LIMIT]
 
 
 class _MeasuringSession(Session):
@@ -95,14 +95,14 @@ class _MeasuringSession(Session):
         """As any session; the measurements are kept here, and are not among the outputs."""
         outputs = super().execute(binding)
         for value in self.maxima:
-            found = float(outputs.pop(f"{value}{SUFFIX}").numpy())
-            if not math.isfinite(found):
+            largest = float(outputs.pop(f"{value}{SUFFIX}").numpy())
+            if not math.isfinite(largest):
                 origin = self.value_origins[value]
                 raise BundleError(
                     f"{origin.layer} ({origin.operator}) is not finite in fp32 either: the checkpoint's own weights "
                     "are broken, no dtype can hold its values"
                 )
-            self.maxima[value] = max(self.maxima[value], found)
+            self.maxima[value] = max(self.maxima[value], largest)
         return outputs
 
 
@@ -117,7 +117,7 @@ class _MeasuringRuntime(BundleRuntime):
         self.sessions[name] = _MeasuringSession(self.path / self.manifest.graphs[name].file, name)
         return self.sessions[name]
 
-    def found(self) -> Iterator[Activation]:
+    def activations(self) -> Iterator[Activation]:
         """By graph, in its order."""
         for name, session in sorted(self.sessions.items(), key=lambda item: _ORDER.index(item[0])):
             for value, largest in session.maxima.items():
@@ -158,5 +158,5 @@ def _free_memory() -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
+    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(available[0]) * 1024 if available else None

@@ -15,25 +15,26 @@ class ValueOrigin:
 
 
 def value_origins(graph: ir.Graph) -> dict[str, ValueOrigin]:
-    """Every value that a node of a graph makes, by name. Layers are known by the parameters that are read last."""
-    found: dict[str, ValueOrigin] = {}
+    """The origin of every value that a node of a graph computes, by name. A layer is identified by the parameter that
+    was read last."""
+    origins: dict[str, ValueOrigin] = {}
     nearest: dict[ir.Value, tuple[int, str]] = {}
     """Value -> where in the graph its last parameter was read, and the module that the parameter is of."""
     for number, node in enumerate(graph):
-        known = [nearest[value] for value in node.inputs if value in nearest]
+        nearest_of_inputs = [nearest[value] for value in node.inputs if value in nearest]
         own = [
             str(value.name).rpartition(".")[0] for value in node.inputs if value is not None and _is_parameter(value)
         ]
-        reached = max(known, default=None)
+        reached = max(nearest_of_inputs, default=None)
         # a gate or scale of a whole layer says less about the place than what it is applied to
         own = [module for module in own if reached is None or not reached[1].startswith(f"{module}.")]
         if own:
             reached = (number, own[0])
         for value in node.outputs:
-            found[str(value.name)] = _origin(node.op_type, reached and reached[1], own=bool(own))
+            origins[str(value.name)] = _origin(node.op_type, reached and reached[1], own=bool(own))
             if reached is not None:
                 nearest[value] = reached
-    return found
+    return origins
 
 
 def _is_parameter(value: ir.Value) -> bool:
@@ -47,7 +48,7 @@ def _origin(op_type: str, module: str | None, own: bool) -> ValueOrigin:
     if module is None:
         return ValueOrigin("inputs", op_type)
     numbered = _NUMBERED.fullmatch(module)
-    layer, rest = (numbered[1], numbered[2] or "") if numbered else (module, "")
-    if not rest:
+    layer, within_layer = (numbered[1], numbered[2] or "") if numbered else (module, "")
+    if not within_layer:
         return ValueOrigin(layer, op_type)
-    return ValueOrigin(layer, f"{op_type} {rest}" if own else f"{op_type} after {rest}")
+    return ValueOrigin(layer, f"{op_type} {within_layer}" if own else f"{op_type} after {within_layer}")

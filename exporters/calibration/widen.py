@@ -40,10 +40,10 @@ class WidenToFloat32(ir.passes.InPlacePass):
 
     def _stays_outside(self, model: ir.Model) -> bool:
         """Whether no function has to do with a value in question."""
-        known = {str(value.name) for node in model.graph for value in node.outputs}
+        value_names = {str(value.name) for node in model.graph for value in node.outputs}
         calls = [node for node in model.graph if node.op_identifier() in model.functions]
         touched = {str(v.name) for node in calls for v in (*node.inputs, *node.outputs) if v is not None}
-        return self.names <= known and not self.names & touched
+        return self.names <= value_names and not self.names & touched
 
     def _closure(self, graph: ir.Graph) -> set[ir.Value]:
         """The values in question, and those that are the same numbers moved."""

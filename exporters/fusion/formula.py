@@ -44,15 +44,15 @@ def formula(size: "Size | int") -> Formula:
 
 
 def evaluate(
-    found: Formula,
+    expression: Formula,
     dimension: Callable[[int, int], Any],
     number: Callable[[int], Any] = int,
     apply: Callable[[str, Any, Any], Any] = lambda operation, a, b: OPERATIONS[operation](a, b),
 ) -> Any:
     """A formula's value, of whatever type the functions give: numbers, or a library's own expressions."""
-    if isinstance(found, int):
-        return number(found)
-    if found[0] == "dim":
-        return dimension(found[1], found[2])
-    a, b = (evaluate(each, dimension, number, apply) for each in found[1:])
-    return apply(found[0], a, b)
+    if isinstance(expression, int):
+        return number(expression)
+    if expression[0] == "dim":
+        return dimension(expression[1], expression[2])
+    a, b = (evaluate(operand, dimension, number, apply) for operand in expression[1:])
+    return apply(expression[0], a, b)

@@ -23,16 +23,17 @@ _RESIDUAL = "residual"
 
 @cache
 def chains() -> dict[str, Callable[[float], Chain]]:
-    """By the name of a graft's function, which takes what its chain does in the same order."""
-    known = {each.function.name: chains_of(kind) for kind, each in registry().items()}
-    return {name: chains.attend for name, chains in known.items() if chains is not None}
+    """By the name of a graft's function, whose inputs are those of its chain, in the same order."""
+    graft_chains = {graft_function.function.name: chains_of(kind) for kind, graft_function in registry().items()}
+    return {name: chains.attend for name, chains in graft_chains.items() if chains is not None}
 
 
 class FusedKernels(Rewrite):
     """Every call of a graft's function -> nodes of the domain "surgeon", named `<the call's name>/<the step's name>`.
     An Add that alone reads the result of a chain that can do that itself becomes part of it.
 
-    It runs before functions are written out. A call that the kernels do not take stays, and why is said once.
+    It runs before functions are written out. A call that the kernels do not support stays; a warning gives
+    each reason once.
     """
 
     def __init__(
@@ -42,8 +43,8 @@ class FusedKernels(Rewrite):
         choose: ChooseTileConfig = heuristic,
         attributes: Mapping[str, str] | None = None,
     ) -> None:
-        """`variants`: what launches are cut for; `most`: every symbol of the graph at its largest; `attributes`: what
-        the runtime wants every node to say."""
+        """`variants`: what launches are cut for; `most`: every symbol of the graph at its largest; `attributes`:
+        those that the runtime requires of every node."""
         self.variants, self.most, self.choose = variants, most, choose
         self.attributes = dict(attributes or {})
         self.nodes: dict[str, KernelNode] = {}
@@ -53,16 +54,16 @@ class FusedKernels(Rewrite):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         self.replaced = 0
-        said: set[str] = set()
+        warned: set[str] = set()
         for node in list(model.graph):
             if node.domain != DOMAIN or node.op_type not in chains():
                 continue
             chain = chains()[node.op_type](node.attributes.get_float("eps", 0.0))
             reason = self._reason_against(chain, node)
             if reason is not None:
-                if reason not in said:
+                if reason not in warned:
                     warnings.warn(f"{reason}; standard operators stay", stacklevel=1)
-                said.add(reason)
+                warned.add(reason)
                 continue
             self._replace(model, node, chain)
             self.functions[node.op_type] = self.functions.get(node.op_type, 0) + 1
@@ -73,16 +74,16 @@ class FusedKernels(Rewrite):
         return ir.passes.PassResult(model, modified=self.replaced > 0)
 
     def _reason_against(self, chain: Chain, node: ir.Node) -> str | None:
-        given = dict(zip(chain.inputs, node.inputs, strict=False))
+        inputs = dict(zip(chain.inputs, node.inputs, strict=False))
         dtypes = set()
-        for name, value in given.items():
+        for name, value in inputs.items():
             if value is None or value.shape is None or value.dtype not in NAMES:
                 return f"{chain.name}: no fused kernel where the graph does not say shape and dtype of {name}"
             if unknown := [size for size in value.shape if static(size) is None and str(size) not in self.most]:
                 return f"{chain.name}: no fused kernel for {name} with a dimension {unknown[0]}, which has no range"
             if name not in ("memory_mask", "visual_token_mask", "cos", "sin"):
                 dtypes.add(getattr(torch, NAMES[value.dtype]))
-        keys = given["keys"]
+        keys = inputs["keys"]
         assert keys is not None and keys.shape is not None
         head_dim = static(keys.shape[3])
         if head_dim is None:
@@ -109,7 +110,7 @@ class FusedKernels(Rewrite):
                 for value, tensor in zip(step.outputs.values(), planned.outputs, strict=True)
             ]
             values |= dict(zip(step.outputs.values(), outputs, strict=True))
-            made = ir.node(
+            kernel_node = ir.node(
                 self._operator(planned),
                 inputs,
                 attributes=self.attributes,
@@ -117,7 +118,7 @@ class FusedKernels(Rewrite):
                 outputs=outputs,
                 name=f"{node.name}/{step.name}",
             )
-            model.graph.insert_before(last, made)
+            model.graph.insert_before(last, kernel_node)
         (result,) = chain.outputs
         _take_over(model, last.outputs[0], values[result])
         model.graph.remove(last, safe=True)

@@ -36,14 +36,14 @@ def variant_specs(symbols: Iterable[str], tokens: int, slots: int) -> list[Varia
 
     The limits are those at which `default_blocks` changes its mind.
     """
-    found = []
+    specs = []
     for limit, length in ((DECODE_TOKENS, 1), (FEW_TOKENS, min(FEW_TOKENS, tokens)), (None, tokens)):
         last = limit is None or tokens <= limit
         sizes = {**dict.fromkeys(symbols, 1), "B": 1, "S": length, "M": slots}
-        found.append(VariantSpec(None if last else limit, sizes))
+        specs.append(VariantSpec(None if last else limit, sizes))
         if last:
             break
-    return found
+    return specs
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class KernelNode:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What it is, JSON, but for its compiled kernels. Layers that are alike have the same."""
+        """Its description, JSON, without the compiled kernels. Layers that are alike have the same one."""
         launch = self.variants[0].launch
         return {
             "format": FORMAT,
@@ -94,42 +94,48 @@ class KernelNode:
 
 def plan_nodes(
     chain: Chain,
-    given: Mapping[str, TensorType],
+    chain_inputs: Mapping[str, TensorType],
     variants: Sequence[VariantSpec],
     most: Mapping[str, int],
     choose: ChooseTileConfig = heuristic,
 ) -> list[KernelNode]:
-    """One node for each step of a chain. `given`: the chain's inputs by name, without those that are None; a dimension
-    is a number or a symbol of `most`, the largest size of each.
+    """One node for each step of a chain. `chain_inputs`: the chain's inputs by name, without those that are None. A
+    dimension is a number or a symbol of `most`, which has the largest size of each symbol.
 
     All variants split the memory alike: attention chooses its variant by a row's tokens, what reads its splits by all
     rows'.
     """
-    wanted = _tile_configs(chain, given, variants[0].sizes, choose)
-    splits = {name: _splits(chain, given, most, name, wanted[name].splits, choose) for name in wanted}
+    tile_configs = _tile_configs(chain, chain_inputs, variants[0].sizes, choose)
+    splits = {
+        name: _splits(chain, chain_inputs, most, name, tile_configs[name].splits, choose) for name in tile_configs
+    }
 
     def alike(step: Step, inputs: Mapping[str, TensorType]) -> TileConfig:
         return dataclasses.replace(choose(step, inputs), splits=splits[step.name])
 
-    cut = [_tile_configs(chain, given, variant.sizes, alike) for variant in variants]
-    values, found = dict(given), []
+    cut = [_tile_configs(chain, chain_inputs, variant.sizes, alike) for variant in variants]
+    values, nodes = dict(chain_inputs), []
     for step in chain.steps:
-        there = {name: values[step.inputs[name]] for name in step.kernel.inputs if step.inputs.get(name) in values}
-        symbolic = {name: _referring(tensor, place) for place, (name, tensor) in enumerate(there.items())}
+        step_inputs = {
+            name: values[step.inputs[name]] for name in step.kernel.inputs if step.inputs.get(name) in values
+        }
+        symbolic = {name: _referring(tensor, place) for place, (name, tensor) in enumerate(step_inputs.items())}
         launches = [plan_step(step, symbolic, fixed_tile_configs(tile_config)) for tile_config in cut]
-        inputs = tuple(there.values())
+        inputs = tuple(step_inputs.values())
         outputs = {name: _named(tensor, inputs) for name, tensor in launches[0].outputs.items()}
-        made = tuple(KernelVariant(variant.tokens, launch) for variant, launch in zip(variants, launches, strict=True))
-        found.append(KernelNode(step, inputs, tuple(outputs.values()), made))
+        node_variants = tuple(
+            KernelVariant(variant.tokens, launch) for variant, launch in zip(variants, launches, strict=True)
+        )
+        nodes.append(KernelNode(step, inputs, tuple(outputs.values()), node_variants))
         values |= {value: outputs[name] for name, value in step.outputs.items()}
-    return found
+    return nodes
 
 
 def compile_nodes(
     nodes: Mapping[str, KernelNode], capabilities: Sequence[int], cache: Path | None = None, *, aligned: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """What a runtime is told of every node, JSON, with its kernels for each compute capability. `cache`: a folder to
-    keep compiled kernels in; `aligned`: whether the runtime places every tensor at a multiple of 16 bytes.
+    """The description of every node for a runtime, JSON, with its kernels for each compute capability. `cache`: a
+    folder to keep compiled kernels in; `aligned`: whether the runtime places every tensor at a multiple of 16 bytes.
 
     Raises CompileError for a kernel that does not compile.
     """
@@ -139,15 +145,15 @@ def compile_nodes(
         for number, variant in enumerate(node.variants)
         for capability in capabilities
     ]
-    found = {name: node.described for name, node in nodes.items()}
-    for described in found.values():
-        for variant in described["variants"]:
+    descriptions = {name: node.described for name, node in nodes.items()}
+    for description in descriptions.values():
+        for variant in description["variants"]:
             variant["kernels"] = []
     compiled = compile_launches([job for _, _, job in jobs], cache, fit=True)
     for (name, number, _), kernel in zip(jobs, compiled, strict=True):
         kinds = [parameter.kind for parameter in kernel.parameters]
         assert kinds == sorted(kinds, key=("input", "size", "output").index), "they are passed in this order"
-        found[name]["variants"][number]["kernels"].append(
+        descriptions[name]["variants"][number]["kernels"].append(
             {
                 "capability": kernel.capability,
                 "entry": kernel.entry,
@@ -156,25 +162,25 @@ def compile_nodes(
                 "num_warps": kernel.num_warps,
             }
         )
-    return found
+    return descriptions
 
 
-def _concrete(given: Mapping[str, TensorType], sizes: Mapping[str, int]) -> dict[str, TensorType]:
+def _concrete(chain_inputs: Mapping[str, TensorType], sizes: Mapping[str, int]) -> dict[str, TensorType]:
     return {
         name: TensorType(tuple(size if isinstance(size, int) else sizes[size] for size in tensor.shape), tensor.dtype)
-        for name, tensor in given.items()
+        for name, tensor in chain_inputs.items()
     }
 
 
 def _tile_configs(
-    chain: Chain, given: Mapping[str, TensorType], sizes: Mapping[str, int], choose: ChooseTileConfig
+    chain: Chain, chain_inputs: Mapping[str, TensorType], sizes: Mapping[str, int], choose: ChooseTileConfig
 ) -> dict[str, TileConfig]:
-    return {launch.step.name: launch.tile_config for launch in plan(chain, _concrete(given, sizes), choose)}
+    return {launch.step.name: launch.tile_config for launch in plan(chain, _concrete(chain_inputs, sizes), choose)}
 
 
 def _splits(
     chain: Chain,
-    given: Mapping[str, TensorType],
+    chain_inputs: Mapping[str, TensorType],
     most: Mapping[str, int],
     name: str,
     splits: int,
@@ -187,7 +193,9 @@ def _splits(
     def single(step: Step, inputs: Mapping[str, TensorType]) -> TileConfig:
         return dataclasses.replace(choose(step, inputs), splits=1)
 
-    launch = next(each for each in plan(chain, _concrete(given, most), single) if each.step.name == name)
+    launch = next(
+        planned for planned in plan(chain, _concrete(chain_inputs, most), single) if planned.step.name == name
+    )
     size = sum(math.prod(tensor.shape) * _ITEMSIZE[tensor.dtype] for tensor in launch.outputs.values())
     while splits > 1 and size * splits > _SPLITS_MEMORY:
         splits //= 2

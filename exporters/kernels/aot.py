@@ -32,7 +32,7 @@ own, and Triton would write that of the ptxas that comes with it."""
 _LAST_PORTABLE = 89
 """PTX for compute capabilities up to this one runs on all later ones."""
 _FORMAT = 1
-"""Raised when what a cache entry holds, or how it is made, changes."""
+"""Incremented when the content of a cache entry, or the way it is compiled, changes."""
 _CHILD = Path(__file__).with_name("aot_child.py")
 _ROOT = Path(__file__).parents[2]
 _PARTS = Path(__file__).with_name("_parts.py")
@@ -48,7 +48,7 @@ class CompileError(SurgeonError):
 
 
 class _Compiled(BaseModel):
-    """What the child tells of a kernel, and what a cache entry is."""
+    """The child's report of one kernel, which is also the format of a cache entry."""
 
     model_config = ConfigDict(strict=True)
 
@@ -106,12 +106,12 @@ def compile_launches(jobs: Sequence[Job], cache: Path | None = None, *, fit: boo
     Triton works in processes of its own. Raises CompileError for a capability that is not supported, a kernel that
     fails to compile, or one that needs more shared memory than its target has.
     """
-    found = _compile(jobs, cache)
-    while fit and (over := [n for n, job in enumerate(jobs) if _too_large(job, found[n]) and _stages(job) > 1]):
+    kernels = _compile(jobs, cache)
+    while fit and (over := [n for n, job in enumerate(jobs) if _too_large(job, kernels[n]) and _stages(job) > 1]):
         jobs = [replace(job, launch=job.launch.with_fewer_stages()) if n in over else job for n, job in enumerate(jobs)]
         for n, again in zip(over, _compile([jobs[n] for n in over], cache), strict=True):
-            found[n] = again
-    return [_finish(job, each) for job, each in zip(jobs, found, strict=True)]
+            kernels[n] = again
+    return [_finish(job, kernel) for job, kernel in zip(jobs, kernels, strict=True)]
 
 
 def capability_for(gpu: int) -> int | None:
@@ -126,7 +126,7 @@ def name_of(launch: Launch, capability: int) -> str:
     return f"{launch.step.name} ({tokens} token{'s'[: tokens > 1]} a program) for compute capability {capability}"
 
 
-# -- what Triton is asked -----------------------------------------------------------------------------------------
+# -- jobs for Triton ----------------------------------------------------------------------------------------------
 def _parameters(launch: Launch) -> tuple[Parameter, ...]:
     inputs = [Parameter("input", name) for name in launch.step.kernel.inputs if name in launch.inputs]
     sizes = [Parameter("size", name) for name in launch.sizes]
@@ -134,7 +134,7 @@ def _parameters(launch: Launch) -> tuple[Parameter, ...]:
 
 
 def _describe(job: Job) -> dict[str, Any]:
-    """What the child is told, JSON: everything that the PTX depends on."""
+    """A job for the child, JSON: everything that the PTX depends on."""
     if job.capability not in SHARED_KIB:
         raise CompileError(
             f"kernels are not compiled for compute capability {job.capability}; there are "
@@ -166,19 +166,19 @@ def _describe(job: Job) -> dict[str, Any]:
     }
 
 
-def _key(described: dict[str, Any]) -> str:
-    made_of = {
+def _key(description: dict[str, Any]) -> str:
+    content = {
         "format": _FORMAT,
         "triton": importlib.metadata.version("triton"),
-        "source": _source_digest(described["module"]),
-        **described,
+        "source": _source_digest(description["module"]),
+        **description,
     }
-    return hashlib.sha256(json.dumps(made_of, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
 @cached
 def _source_digest(module: str) -> str:
-    """Of a kernel's module and of what all kernels share."""
+    """Of a kernel's module and of the code that all kernels share."""
     source = sys.modules[module].__file__
     assert source is not None
     return hashlib.sha256(Path(source).read_bytes() + _PARTS.read_bytes()).hexdigest()
@@ -186,57 +186,61 @@ def _source_digest(module: str) -> str:
 
 # -- compiling ----------------------------------------------------------------------------------------------------
 def _compile(jobs: Sequence[Job], cache: Path | None) -> list[dict[str, Any]]:
-    """What the child told of each, or told when it was compiled before."""
-    described = [_describe(job) for job in jobs]
-    keys = [_key(each) for each in described]
-    made = {key: found for key in dict.fromkeys(keys) if (found := _kept(cache, key)) is not None}
-    missing = {key: (job, each) for key, job, each in zip(keys, jobs, described, strict=True) if key not in made}
-    for key, found in _compile_all(missing).items():
-        made[key] = found
+    """The child's report of each job, from the cache where it was compiled before."""
+    descriptions = [_describe(job) for job in jobs]
+    keys = [_key(description) for description in descriptions]
+    kernels = {key: kernel for key in dict.fromkeys(keys) if (kernel := _kept(cache, key)) is not None}
+    missing = {
+        key: (job, description)
+        for key, job, description in zip(keys, jobs, descriptions, strict=True)
+        if key not in kernels
+    }
+    for key, kernel in _compile_all(missing).items():
+        kernels[key] = kernel
         if cache is not None:
-            _keep(cache, key, found)
-    return [made[key] for key in keys]
+            _keep(cache, key, kernel)
+    return [kernels[key] for key in keys]
 
 
 def _compile_all(jobs: dict[str, tuple[Job, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """In as many processes as are worth it."""
+    """In several processes where there are enough jobs."""
     if not jobs:
         return {}
     count = min(os.cpu_count() or 1, -(-len(jobs) // _JOBS_OF_A_CHILD))
     keys = list(jobs)
     shares = [{key: jobs[key] for key in keys[start::count]} for start in range(count)]
-    found: dict[str, dict[str, Any]] = {}
+    kernels: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(count) as pool:
         for share in pool.map(_compile_share, shares):
-            found |= share
-    return found
+            kernels |= share
+    return kernels
 
 
 def _compile_share(jobs: dict[str, tuple[Job, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     keys = list(jobs)
     names = [name_of(job.launch, job.capability) for job, _ in jobs.values()]
     with temporary_directory("surgeon-kernels-") as folder:
-        told = folder / "jobs.json"
+        jobs_file = folder / "jobs.json"
         paths = [str(_ROOT), *(path for path in sys.path if path)]
-        told.write_text(json.dumps({"paths": paths, "jobs": [described for _, described in jobs.values()]}))
-        done: list[dict[str, Any]] = []
+        jobs_file.write_text(json.dumps({"paths": paths, "jobs": [description for _, description in jobs.values()]}))
+        events: list[dict[str, Any]] = []
         try:
             run_child(
-                [str(told)],
+                [str(jobs_file)],
                 "compiling kernels",
                 folder / "log",
                 _CHILD,
-                on_event=done.append,
+                on_event=events.append,
                 without=("TRITON_INTERPRET",),
             )
         except ProcessError as error:
-            where = names[len(done)] if len(done) < len(names) else names[-1]
+            where = names[len(events)] if len(events) < len(names) else names[-1]
             raise CompileError(f"{where}: {error}; another version of triton may compile it") from error
-    for event in done:
+    for event in events:
         if event["event"] == "failed":
             reason = " ".join(event["reason"].split())
             raise CompileError(f"{names[event['number']]} does not compile: {reason}")
-    return {keys[event["number"]]: event for event in done}
+    return {keys[event["number"]]: event for event in events}
 
 
 def _kept(cache: Path | None, key: str) -> dict[str, Any] | None:
@@ -248,37 +252,37 @@ def _kept(cache: Path | None, key: str) -> dict[str, Any] | None:
         return None
 
 
-def _keep(cache: Path, key: str, found: dict[str, Any]) -> None:
+def _keep(cache: Path, key: str, kernel: dict[str, Any]) -> None:
     """A folder that cannot be written to costs the time of the next compilation, and no more."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with staged_file(cache / f"{key}.json", overwrite=True) as file:
-            file.write_text(json.dumps(found))
+            file.write_text(json.dumps(kernel))
     except (OSError, TargetError) as error:
         warn_once(f"compiled kernels are not kept: {error}; ${VARIABLE} says where")
 
 
-def _too_large(job: Job, found: dict[str, Any]) -> bool:
-    return bool(found["shared"] > SHARED_KIB[job.capability] * 1024)
+def _too_large(job: Job, kernel: dict[str, Any]) -> bool:
+    return bool(kernel["shared"] > SHARED_KIB[job.capability] * 1024)
 
 
 def _stages(job: Job) -> int:
     return job.launch.tile_config.num_stages
 
 
-def _finish(job: Job, found: dict[str, Any]) -> CompiledKernel:
+def _finish(job: Job, kernel: dict[str, Any]) -> CompiledKernel:
     name = name_of(job.launch, job.capability)
-    if _too_large(job, found):
-        needed, there = f"{found['shared'] / 1024:.0f} KiB", SHARED_KIB[job.capability]
+    if _too_large(job, kernel):
+        required, limit = f"{kernel['shared'] / 1024:.0f} KiB", SHARED_KIB[job.capability]
         raise CompileError(
-            f"{name} needs {needed} of shared memory, which has {there}: take smaller tile configs or fewer stages "
+            f"{name} needs {required} of shared memory, which has {limit}: take smaller tile configs or fewer stages "
             f"than {asdict(job.launch.tile_config)}"
         )
     parameters = _parameters(job.launch)
-    if found["scratch"]:
-        raise CompileError(f"{name} needs {found['scratch']} bytes of scratch memory, which nobody gives it")
-    ptx = strip_scratch(found["ptx"], found["entry"], len(parameters))
-    return CompiledKernel(found["entry"], ptx, found["shared"], found["num_warps"], job.capability, parameters)
+    if kernel["scratch"]:
+        raise CompileError(f"{name} needs {kernel['scratch']} bytes of scratch memory, which is not supported")
+    ptx = strip_scratch(kernel["ptx"], kernel["entry"], len(parameters))
+    return CompiledKernel(kernel["entry"], ptx, kernel["shared"], kernel["num_warps"], job.capability, parameters)
 
 
 def strip_scratch(ptx: str, entry: str, count: int) -> str:
@@ -289,7 +293,7 @@ def strip_scratch(ptx: str, entry: str, count: int) -> str:
     start = ptx.index(".entry")
     body = ptx.index("{", start)
     head, code = ptx[start:body], ptx[body:]
-    for number in {int(found) for found in re.findall(rf"\b{entry}_param_(\d+)\b", head)}:
+    for number in {int(digits) for digits in re.findall(rf"\b{entry}_param_(\d+)\b", head)}:
         if number >= count:
             if re.search(rf"\b{entry}_param_{number}\b", code):
                 raise CompileError(f"{entry}: its code uses parameter {number}, which is Triton's and not the kernel's")

@@ -16,16 +16,16 @@ _SHOWN = 300
 def main(argument: str) -> int:
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    told = json.loads(Path(argument).read_text())
-    sys.path[:0] = told["paths"]
+    request = json.loads(Path(argument).read_text())
+    sys.path[:0] = request["paths"]
     # PTX would name this machine's folders, and be several times as large
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
-    for number, job in enumerate(told["jobs"]):
+    for number, job in enumerate(request["jobs"]):
         try:
-            found = {"event": "compiled", "number": number, **compile_kernel(job)}
-        except Exception as error:  # whatever Triton, its LLVM or ptxas raise is told, and the parent says of which
-            found = {"event": "failed", "number": number, "reason": f"{type(error).__name__}: {error}"[:_SHOWN]}
-        events.write(json.dumps(found) + "\n")
+            event = {"event": "compiled", "number": number, **compile_kernel(job)}
+        except Exception as error:  # whatever Triton, its LLVM or ptxas raise is reported; the parent names the kernel
+            event = {"event": "failed", "number": number, "reason": f"{type(error).__name__}: {error}"[:_SHOWN]}
+        events.write(json.dumps(event) + "\n")
     return 0
 
 

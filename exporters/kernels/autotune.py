@@ -1,4 +1,4 @@
-"""Launches measured on the GPU that is here, for the grafts of a patched checkpoint; `tuned` keeps what is found."""
+"""Launches measured on the GPU that is here, for the grafts of a patched checkpoint; `tuned` keeps the results."""
 
 import importlib.util
 import statistics
@@ -24,31 +24,31 @@ Measure = Callable[[Sequence[Callable[[], object]]], float]
 
 def tune(
     chain: Chain,
-    given: Mapping[str, Tensor | None],
+    tensors: Mapping[str, Tensor | None],
     measure: Measure,
     *,
     shared_memory: int = LEAST_SHARED_MEMORY,
     cache_bytes: int = 0,
     offer: Callable[..., list[TileConfig]] = candidates,
 ) -> dict[str, Measured]:
-    """Measure every launch of a chain on these tensors -> the best of each, by `key`. `offer`: what gives the ways of
-    cutting a launch, the rule's first, as `candidates` does.
+    """Measure every launch of a chain on these tensors -> the best of each, by `key`. `offer`: gives the tile
+    configs to try for a launch, the rule's first, as `candidates` does.
 
     Each candidate runs on as many copies of its inputs as take three times `cache_bytes`: while a model decodes, a
     weight has left the GPU's cache before it is read again.
     """
     from exporters.kernels.launch import launch, type_of
 
-    values = {name: tensor for name, tensor in given.items() if tensor is not None}
-    found: dict[str, Measured] = {}
+    values = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    measurements: dict[str, Measured] = {}
     chosen: dict[str, TileConfig] = {}
     for number, step in enumerate(chain.steps):
         inputs = {name: values[value] for name, value in step.inputs.items() if value in values}
         types = {name: type_of(tensor) for name, tensor in inputs.items()}
         shapes = {name: tensor.shape for name, tensor in types.items()}
         choices = offer(step, shapes, element_size(types), shared_memory)
-        hands_on = {tuple(step.kernel.outputs(shapes, step.options, each).items()) for each in choices}
-        steps = chain.steps[number:] if len(hands_on) > 1 else (step,)
+        output_shapes = {tuple(step.kernel.outputs(shapes, step.options, choice).items()) for choice in choices}
+        steps = chain.steps[number:] if len(output_shapes) > 1 else (step,)
         copies = copies_of(steps, values, cache_bytes)
         times = {}
         for tile_config in choices:
@@ -59,25 +59,26 @@ def tune(
         if choices[0] not in times:
             raise SurgeonError(f"{step.name}: the rule's own tile configs {choices[0]} do not fit this GPU")
         best = min(times, key=lambda tile_config: times[tile_config])
-        found[key(step, types)] = Measured(best, times[best], times[choices[0]], len(times))
+        measurements[key(step, types)] = Measured(best, times[best], times[choices[0]], len(times))
         chosen[step.name] = best
         outputs = launch(step, inputs, fixed_tile_configs(chosen))
         values |= {value: outputs[name] for name, value in step.outputs.items()}
-    return found
+    return measurements
 
 
-def run_steps(steps: Sequence[Step], given: Mapping[str, Tensor], choose: ChooseTileConfig) -> None:
-    """Launch some of a chain's steps. `given`: the values that they read and do not make."""
+def run_steps(steps: Sequence[Step], tensors: Mapping[str, Tensor], choose: ChooseTileConfig) -> None:
+    """Launch some of a chain's steps. `tensors`: the values that they read and do not compute."""
     from exporters.kernels.launch import launch
 
-    values = dict(given)
+    values = dict(tensors)
     for step in steps:
         outputs = launch(step, {n: values[v] for n, v in step.inputs.items() if v in values}, choose)
         values |= {value: outputs[name] for name, value in step.outputs.items()}
 
 
 def copies_of(steps: Sequence[Step], values: Mapping[str, Tensor], cache_bytes: int) -> list[dict[str, Tensor]]:
-    """What the steps read and do not make, as often as takes three times `cache_bytes`: no cache holds it all."""
+    """Copies of the values that the steps read and do not compute, three times `cache_bytes` in all: no cache holds
+    them."""
     names = {value for step in steps for value in step.inputs.values() if value in values}
     size = sum(values[name].nbytes for name in names)
     count = max(1, min(256, -(-3 * cache_bytes // size)))
@@ -123,13 +124,13 @@ def cuda_seconds(runs: Sequence[Callable[[], object]]) -> float:
 
 
 def tune_on_gpu(
-    chain: Chain, given: Mapping[str, Tensor | None], measure: Measure = cuda_seconds
+    chain: Chain, tensors: Mapping[str, Tensor | None], measure: Measure = cuda_seconds
 ) -> dict[str, Measured]:
     """`tune` with the current GPU's limits."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return tune(
         chain,
-        given,
+        tensors,
         measure,
         shared_memory=getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED_MEMORY),
         cache_bytes=properties.L2_cache_size,
@@ -185,15 +186,15 @@ def tune_checkpoint(
     dtype = dtype or name_of(grafts[0].weights()[0].dtype)
     gpu = torch.cuda.get_device_name()
     sizes = [workload.Size(b, n, m, dtype) for b in batches for n in lengths for m in slots]
-    found: list[TunedGraft] = []
+    tuned_grafts: list[TunedGraft] = []
     for graft in grafts:
         for size in sizes:
             if progress is not None:
-                progress(f"{graft.kind}: {size}", len(found), len(grafts) * len(sizes))
+                progress(f"{graft.kind}: {size}", len(tuned_grafts), len(grafts) * len(sizes))
             chain, types = workload.attention_workload(graft, size)
-            found.append(TunedGraft(graft.kind, str(size), tune_on_gpu(chain, workload.draw(types, "cuda"))))
-            file = keep(gpu, triton.__version__, found[-1].launches)
-    return TunedCheckpoint(gpu, file, found)
+            tuned_grafts.append(TunedGraft(graft.kind, str(size), tune_on_gpu(chain, workload.draw(types, "cuda"))))
+            file = keep(gpu, triton.__version__, tuned_grafts[-1].launches)
+    return TunedCheckpoint(gpu, file, tuned_grafts)
 
 
 def _grafts(checkpoint: str | Path) -> list[Any]:

@@ -19,13 +19,13 @@ def candidates(
     kernel = step.kernel
     rule = heuristic_tile_config(kernel, shapes, element_size)
     if kernel.name == "attend":
-        found = _attend(shapes, rule)
+        proposals = _attend(shapes, rule)
     elif rule.tokens == 1:
-        found = _one_token(kernel, shapes)
+        proposals = _one_token(kernel, shapes)
     else:
-        found = _tiles(kernel, shapes, rule)
+        proposals = _tiles(kernel, shapes, rule)
     sound = [rule]
-    for tile_config in found:
+    for tile_config in proposals:
         shared, tile = _shared(step, tile_config, shapes) * element_size, _tile(step, tile_config, shapes)
         fits = shared <= shared_memory and tile <= _REGISTERS * 32 * tile_config.num_warps
         if fits and tile_config not in sound:
@@ -40,7 +40,7 @@ def _one_token(kernel: Kernel, shapes: Mapping[str, Shape]) -> Iterator[TileConf
             yield from (TileConfig(tokens=1, outputs=outputs, num_warps=warps) for warps in (2, 4))
         return
     size = shapes["x"][2]
-    for inner in sorted({min(power_of_two(size, 16), each) for each in (512, 1024, 2048, 4096)}):
+    for inner in sorted({min(power_of_two(size, 16), most) for most in (512, 1024, 2048, 4096)}):
         for outputs in (1, 2, 4, 8, 16, 32):
             if min(2048, 4 * inner) <= inner * outputs <= 16384:
                 yield TileConfig(tokens=1, outputs=outputs, inner=inner, num_warps=8 if inner * outputs >= 8192 else 4)

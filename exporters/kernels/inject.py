@@ -70,7 +70,7 @@ def inject_kernel(  # type: ignore[no-untyped-def]
             if residual_ptr is not None:
                 y += tl.load(residual_ptr + at, mask=c < N, other=0.0).to(tl.float32)
             tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=c < N)
-        # as it was given: whoever times this launch repeats it
+        # as it was before: whoever times this launch repeats it
         tl.store(arrived_ptr + tl.program_id(1) * BLOCK_T, 0)
 
 

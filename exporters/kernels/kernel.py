@@ -86,7 +86,7 @@ class Chain:
 
     name: str
     inputs: tuple[str, ...]
-    """Values that are given, in the order of the graft's reference implementation."""
+    """Names of the input values, in the order of the graft's reference implementation."""
     steps: tuple[Step, ...]
     outputs: tuple[str, ...]
 

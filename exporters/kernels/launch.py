@@ -18,20 +18,20 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def run(chain: Chain, given: Mapping[str, Tensor | None], choose: ChooseTileConfig = heuristic) -> tuple[Tensor, ...]:
-    """The chain's outputs. `given`: its inputs, contiguous and on one device; None for those that are left out.
+def run(chain: Chain, tensors: Mapping[str, Tensor | None], choose: ChooseTileConfig = heuristic) -> tuple[Tensor, ...]:
+    """The chain's outputs. `tensors`: its inputs, contiguous and on one device; None for those that are left out.
 
     It waits for nothing on the host, so it can be captured into a CUDA graph.
     """
-    values = {name: tensor for name, tensor in given.items() if tensor is not None}
+    values = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     types = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in values.items())
     first = next(iter(values.values()))
     with torch.cuda.device_of(first):  # Triton launches on the current device
         launches = _planned(chain, types, choose, first.device)
         for number, planned in enumerate(launches):
             inputs = {name: values[planned.step.inputs[name]] for name in planned.inputs}
-            launches[number], found = _fitting(planned, inputs)
-            values |= {value: found[name] for name, value in planned.step.outputs.items()}
+            launches[number], outputs = _fitting(planned, inputs)
+            values |= {value: outputs[name] for name, value in planned.step.outputs.items()}
     return tuple(values[name] for name in chain.outputs)
 
 
@@ -93,6 +93,6 @@ def type_of(tensor: Tensor) -> TensorType:
     return TensorType(tuple(tensor.shape), name_of(tensor.dtype))
 
 
-def contiguous(given: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+def contiguous(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     """As kernels read tensors: in order."""
-    return {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()}
+    return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}

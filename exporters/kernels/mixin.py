@@ -56,7 +56,7 @@ def chain(eps: float) -> Chain:
 @cache
 def memory_chain(eps: float, head_dim: int) -> Chain:
     """`Mixin.project`: visual embeddings [B, M, d] and the angles of their positions -> keys, values [B, H, M, hd]."""
-    made = {"eps": eps, "head_dim": head_dim, "rounded": True}
+    options = {"eps": eps, "head_dim": head_dim, "rounded": True}
     return Chain(
         name="mixin_memory",
         inputs=tensor_names(mixin_memory),
@@ -66,14 +66,14 @@ def memory_chain(eps: float, head_dim: int) -> Chain:
                 write_memory.KERNEL,
                 {"x": "visual_embeds", "norm": "norm", "weight": "k_proj", "cos": "cos", "sin": "sin"},
                 {"y": "keys"},
-                made,
+                options,
             ),
             Step(
                 "mixin_values",
                 write_memory.KERNEL,
                 {"x": "visual_embeds", "norm": "norm", "weight": "v_proj"},
                 {"y": "values"},
-                made,
+                options,
             ),
         ),
         outputs=("keys", "values"),

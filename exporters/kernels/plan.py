@@ -53,8 +53,8 @@ def fixed_tile_configs(tile_configs: Mapping[str, TileConfig]) -> ChooseTileConf
 
 def element_size(inputs: Mapping[str, TensorType]) -> int:
     """Bytes of an element of the weights, or of the memory, that a kernel reads."""
-    held = next(inputs[name] for name in ("weight", "gate_weight", "keys") if name in inputs)
-    return 4 if held.dtype == "float32" else 2
+    tensor = next(inputs[name] for name in ("weight", "gate_weight", "keys") if name in inputs)
+    return 4 if tensor.dtype == "float32" else 2
 
 
 def plan_step(step: Step, inputs: Mapping[str, TensorType], choose: ChooseTileConfig = heuristic) -> Launch:
@@ -76,9 +76,9 @@ def plan_step(step: Step, inputs: Mapping[str, TensorType], choose: ChooseTileCo
     )
 
 
-def plan(chain: Chain, given: Mapping[str, TensorType], choose: ChooseTileConfig = heuristic) -> list[Launch]:
-    """Every launch of a chain. `given`: its inputs by name, without those that are None."""
-    values = dict(given)
+def plan(chain: Chain, tensors: Mapping[str, TensorType], choose: ChooseTileConfig = heuristic) -> list[Launch]:
+    """Every launch of a chain. `tensors`: its inputs by name, without those that are None."""
+    values = dict(tensors)
     launches = []
     for step in chain.steps:
         inputs = {name: values[value] for name, value in step.inputs.items() if value in values}

@@ -62,7 +62,7 @@ def chain(eps: float) -> Chain:
 @cache
 def memory_chain(eps: float, head_dim: int) -> Chain:
     """`PersistentVisualMemory.project`: visual embeddings [B, M, d] -> keys, values [B, Hm, M, hd]."""
-    made = {"head_dim": head_dim, "rounded": True}
+    options = {"head_dim": head_dim, "rounded": True}
     return Chain(
         name="pvm_memory",
         inputs=tensor_names(pvm_memory),
@@ -73,9 +73,9 @@ def memory_chain(eps: float, head_dim: int) -> Chain:
                 write_memory.KERNEL,
                 {"x": "latent", "weight": "k_proj", "head_norm": "k_norm"},
                 {"y": "keys"},
-                {"eps": eps, **made},
+                {"eps": eps, **options},
             ),
-            Step("pvm_values", write_memory.KERNEL, {"x": "latent", "weight": "v_proj"}, {"y": "values"}, made),
+            Step("pvm_values", write_memory.KERNEL, {"x": "latent", "weight": "v_proj"}, {"y": "values"}, options),
         ),
         outputs=("keys", "values"),
     )

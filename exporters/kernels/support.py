@@ -1,4 +1,4 @@
-"""Which shapes and devices the kernels take. What they do not, the reference implementations compute."""
+"""The shapes and devices that the kernels support. All others are computed by the reference implementations."""
 
 import os
 import warnings
@@ -23,8 +23,8 @@ def reason_against(kind: str, head_dim: int, dtypes: set[torch.dtype]) -> str | 
     if head_dim & (head_dim - 1) or not _LEAST <= head_dim <= _MOST:
         return f"{kind}: no fused kernel for head_dim {head_dim}, which is no power of two from {_LEAST} to {_MOST}"
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
-        named = ", ".join(sorted(name_of(dtype) for dtype in dtypes))
-        return f"{kind}: no fused kernel for tensors of {named}; they take float32, float16 or bfloat16, one at a time"
+        names = ", ".join(sorted(name_of(dtype) for dtype in dtypes))
+        return f"{kind}: no fused kernel for tensors of {names}; they take float32, float16 or bfloat16, one at a time"
     return None
 
 
@@ -37,23 +37,23 @@ def reason_against_device(index: int | None) -> str | None:
         import triton  # noqa: F401
     except ImportError:
         return "no fused kernels: triton is not installed (pip install 'lvlm-surgeon[kernels]')"
-    found = torch.cuda.get_device_capability(index)
-    if found < _CAPABILITY:
-        return f"no fused kernels: this GPU's compute capability is {found[0]}.{found[1]}, and they need 8.0"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _CAPABILITY:
+        return f"no fused kernels: this GPU's compute capability is {capability[0]}.{capability[1]}, and they need 8.0"
     return None
 
 
 @cache
-def warn_once(what: str) -> None:
-    warnings.warn(what, stacklevel=3)
+def warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 _OF_ANY_DTYPE = ("cos", "sin")
 
 
 def fits(kind: str, head_dim: int, arguments: Mapping[str, Any]) -> bool:
-    """Whether the kernels of a graft take these arguments of its reference implementation; what is against it is said
-    once."""
+    """Whether the kernels of a graft take these arguments of its reference implementation; if not, a warning
+    gives the reason once."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     dtypes = {t.dtype for name, t in tensors.items() if t.dtype != torch.bool and name not in _OF_ANY_DTYPE}
     reason = reason_against(kind, head_dim, dtypes)

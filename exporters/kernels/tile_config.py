@@ -73,8 +73,8 @@ def _attend(shapes: Mapping[str, Shape], element_size: int) -> TileConfig:
         return _within(
             head_dim * element_size, TileConfig(tokens=16 if length <= FEW_TOKENS else 64, slots=32, inner=32)
         )
-    wanted = -(-_PROGRAMS // (batch * length * heads))
-    splits = min(power_of_two(wanted), power_of_two(-(-slots // 64)), 16)
+    splits_to_fill = -(-_PROGRAMS // (batch * length * heads))
+    splits = min(power_of_two(splits_to_fill), power_of_two(-(-slots // 64)), 16)
     if "q_weight" in shapes:  # each program makes its head's query: long reads, for few of them wait on one another
         return TileConfig(tokens=1, slots=64, inner=128, splits=splits, num_warps=8)
     return TileConfig(tokens=1, slots=64, inner=32, splits=splits)

@@ -25,7 +25,7 @@ Kept = dict[str, TileConfig]
 
 @dataclass(frozen=True)
 class Measured:
-    """A launch, measured. Where its tile configs change what later launches are given, the times are with those."""
+    """A launch, measured. Where its tile configs change the inputs of later launches, the times include those."""
 
     tile_config: TileConfig
     seconds: float
@@ -43,8 +43,8 @@ def choose(step: Step, inputs: Mapping[str, TensorType]) -> TileConfig:
 
 
 def chooser(kept: Mapping[str, TileConfig], used: set[str] | None = None) -> ChooseTileConfig:
-    """Tile configs from `kept`, and the heuristic's for what is not in it. `used`: where the names of those taken are
-    added."""
+    """Tile configs from `kept`, and the heuristic's for launches that are not in it. `used`: a set to which the names
+    of those taken are added."""
     if not kept:
         return heuristic
 
@@ -89,21 +89,21 @@ def slug(gpu: str) -> str:
 
 @cache
 def read(gpu: str) -> Kept:
-    """What was kept for a GPU; nothing where there is no file. A file that cannot be used is said once."""
+    """The tile configs that were kept for a GPU, empty without a file. A file that cannot be used is reported once."""
     path = path_of(gpu)
     try:
-        found = load(path)
+        tuned = load(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         warnings.warn(f"{path} is ignored: {error}; measure again, or delete it", stacklevel=2)
         return {}
-    if found.gpu != gpu:
+    if tuned.gpu != gpu:
         warnings.warn(
-            f"{path} is ignored: it is for {found.gpu!r}, not {gpu!r}; measure again, or delete it", stacklevel=2
+            f"{path} is ignored: it is for {tuned.gpu!r}, not {gpu!r}; measure again, or delete it", stacklevel=2
         )
         return {}
-    return found.tile_configs
+    return tuned.tile_configs
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ def load(path: Path) -> Tuned:
         if content["format"] != _FORMAT:
             raise ValueError(f"it is of format {content['format']!r}, not {_FORMAT}")
         launches = content["launches"]
-        if any(_FORMER in each for each in launches.values()):
+        if any(_FORMER in launch for launch in launches.values()):
             warnings.warn(
                 f"{path} is of an earlier version: it is read for this release, so measure again", stacklevel=2
             )
-        configs = {name: _sound(each.get(_FORMER) or each["tile_config"]) for name, each in launches.items()}
+        configs = {name: _sound(launch.get(_FORMER) or launch["tile_config"]) for name, launch in launches.items()}
         return Tuned(str(content["gpu"]), configs)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"it is no file of measured tile configs ({type(error).__name__}: {error})") from error
@@ -149,11 +149,11 @@ def _sound(values: Mapping[str, Any]) -> TileConfig:
     return tile_config
 
 
-def keep(gpu: str, triton_version: str, found: Mapping[str, "Measured"]) -> Path:
+def keep(gpu: str, triton_version: str, measurements: Mapping[str, "Measured"]) -> Path:
     """Add measurements to a GPU's file -> the file. Raises TargetError where it cannot be written."""
     path = path_of(gpu)
     launches = {name: {"tile_config": asdict(tile_config)} for name, tile_config in read(gpu).items()}
-    launches |= {name: asdict(each) for name, each in found.items()}
+    launches |= {name: asdict(measurement) for name, measurement in measurements.items()}
     content = {"format": _FORMAT, "gpu": gpu, "triton": triton_version, "launches": dict(sorted(launches.items()))}
     with staged_file(path, overwrite=True) as file:
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

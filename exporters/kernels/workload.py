@@ -1,4 +1,4 @@
-"""What the chains of a graft are given at one size: types for planning, and random tensors for running."""
+"""Inputs of the chains of a graft at one size: types for planning, and random tensors for running."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,8 +83,8 @@ def _eps(graft: Graft) -> float:
 
 
 def _head_dim(graft: Graft) -> int:
-    found: int = graft.head_dim  # type: ignore[assignment]
-    return found
+    head_dim: int = graft.head_dim  # type: ignore[assignment]
+    return head_dim
 
 
 def _width(weights: Sequence[Tensor]) -> int:
@@ -95,16 +95,18 @@ def _width(weights: Sequence[Tensor]) -> int:
 def _memory(graft: Graft, size: Size) -> TensorType:
     """Keys or values, as the chain that fills the memory makes them."""
     chain, types = memory_workload(graft, size)
-    made = {value: each.outputs[name] for each in plan(chain, types) for name, value in each.step.outputs.items()}
-    return made["keys"]
+    tensor_types = {
+        value: launch.outputs[name] for launch in plan(chain, types) for name, value in launch.step.outputs.items()
+    }
+    return tensor_types["keys"]
 
 
 def draw(types: Mapping[str, TensorType], device: torch.device | str, seed: int = 0) -> dict[str, Tensor]:
     """Random tensors whose products stay near one. Masks are full, and gates open."""
     generator = torch.Generator(device).manual_seed(seed)
-    drawn = {}
-    for name, wanted in types.items():
-        dtype, shape = getattr(torch, wanted.dtype), wanted.shape
+    tensors = {}
+    for name, tensor_type in types.items():
+        dtype, shape = getattr(torch, tensor_type.dtype), tensor_type.shape
         noise = torch.randn(shape, generator=generator, device=device)
         if dtype == torch.bool:
             tensor = torch.full(shape, name == "memory_mask", device=device)
@@ -117,8 +119,8 @@ def draw(types: Mapping[str, TensorType], device: torch.device | str, seed: int 
             tensor = 1 + 0.2 * noise
         else:
             tensor = noise / shape[1] ** 0.5 if len(shape) == 2 else noise
-        drawn[name] = tensor.to(dtype).contiguous()
-    return drawn
+        tensors[name] = tensor.to(dtype).contiguous()
+    return tensors
 
 
 def bytes_of(tensors: Mapping[str, Tensor]) -> int:

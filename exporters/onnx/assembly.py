@@ -25,8 +25,8 @@ class Assembly:
     ) -> dict[str, ir.Value]:
         """Instantiate `part`; -> its outputs, by their names in the part.
 
-        inputs: what each of the part's inputs is: a value, or the name of an input of the whole, which is made where
-        there is none yet. weights: the part's initialisers without values -> their names in the whole. All other
+        inputs: for each of the part's inputs a value, or the name of an input of the whole, which is added where there
+        is none yet. weights: the part's initialisers without values -> their names in the whole. All other
         names, of inputs that are not in `inputs` too, are those of the part with `suffix` appended.
         """
         instance = part.graph.clone()
@@ -36,15 +36,15 @@ class Assembly:
             members.clear()
         instance.remove(nodes)
 
-        known = {value.name: value for value in self.graph.inputs}
+        graph_inputs = {value.name: value for value in self.graph.inputs}
         for value in arguments:
             binding = inputs.get(str(value.name), f"{value.name}{suffix}")
             if isinstance(binding, str):
-                if binding not in known:
+                if binding not in graph_inputs:
                     value.name = binding
                     self.graph.inputs.append(value)
                     continue
-                binding = known[binding]
+                binding = graph_inputs[binding]
             value.replace_all_uses_with(binding)
         for value in initializers:
             name = weights.get(str(value.name), f"{value.name}{suffix}")

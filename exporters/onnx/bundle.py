@@ -82,15 +82,15 @@ def write_bundle(
     with Checkpoint.open(checkpoint) as opened:
         files = SourceFiles.of_checkpoint(opened)
         stored = read_model(opened, dtype)
-        described = family(stored.config.model_type)
-        _check_length(max_length, described.text_config(stored.config))
+        model_family = family(stored.config.model_type)
+        _check_length(max_length, model_family.text_config(stored.config))
 
         def verify(directory: Path) -> None:
             files.check()
             check_external_data(directory, Manifest.load(directory))
 
         with staged(target, overwrite, protect=[opened.directory], verify=verify) as directory:
-            manifest = _write(opened, described, stored, directory, dtype, max_length, progress, graphs, digests)
+            manifest = _write(opened, model_family, stored, directory, dtype, max_length, progress, graphs, digests)
             if dtype == torch.float16:
                 manifest = _calibrated(directory, manifest, calibrate, progress)
             copy_license_files(opened, directory)
@@ -109,7 +109,7 @@ def _check_length(max_length: int, text: Any) -> None:
 
 def _write(
     checkpoint: Checkpoint,
-    described: Family,
+    model_family: Family,
     stored: StoredModel,
     directory: Path,
     dtype: torch.dtype,
@@ -119,7 +119,7 @@ def _write(
     digests: bool,
 ) -> Manifest:
     config, model, weights = stored
-    decoder: Any = model.get_submodule(described.text_model)
+    decoder: Any = model.get_submodule(model_family.text_model)
     entries = memory_entries(decoder)
 
     def layers(done: int, total: int) -> None:
@@ -128,36 +128,36 @@ def _write(
 
     makers: dict[str, Callable[[], ir.Model]] = {
         "embed": lambda: embed_graph(model, dtype),
-        "vision": lambda: vision_graph(described, model, dtype),
-        "memory": lambda: memory_graph(described, config, model, dtype),
-        "decoder": lambda: decoder_graph(described, config, model, dtype, max_length, layers),
+        "vision": lambda: vision_graph(model_family, model, dtype),
+        "memory": lambda: memory_graph(model_family, config, model, dtype),
+        "decoder": lambda: decoder_graph(model_family, config, model, dtype, max_length, layers),
     }
     if not entries:
         del makers["memory"]
-    wanted = [name for name in makers if graphs is None or name in graphs]
-    made: dict[str, ir.Model] = {}
-    for done, name in enumerate(wanted):
+    selected = [name for name in makers if graphs is None or name in graphs]
+    traced_graphs: dict[str, ir.Model] = {}
+    for done, name in enumerate(selected):
         if progress:
-            progress("tracing graphs", done, len(wanted))
-        made[name] = makers[name]()
-        Float32Operators()(made[name])
+            progress("tracing graphs", done, len(selected))
+        traced_graphs[name] = makers[name]()
+        Float32Operators()(traced_graphs[name])
     if progress:
-        progress("tracing graphs", len(wanted), len(wanted))
+        progress("tracing graphs", len(selected), len(selected))
 
-    placed = bind(made.values(), weights, checkpoint, directory, progress)
-    for name, graph in made.items():
+    placed = bind(traced_graphs.values(), weights, checkpoint, directory, progress)
+    for name, graph in traced_graphs.items():
         _save(graph, directory / f"{name}.onnx")
     _copy_processor(checkpoint, directory / PROCESSOR)
     paths = {file.path: directory / file.path for file in placed}
     sha256 = sha256_of_files([*checkpoint.files, *paths.values()], progress) if digests else {}
 
-    text, record = described.text_config(config), record_of(config)
+    text, record = model_family.text_config(config), record_of(config)
     manifest = Manifest(
         tool_version=__version__,
         source=Source(
             name=checkpoint.name,
             fingerprint=checkpoint.fingerprint(),
-            model_type=described.model_type,
+            model_type=model_family.model_type,
             grafts=graft_records(config),
             sha256={file.relative_to(checkpoint.directory).as_posix(): sha256[file] for file in checkpoint.files}
             if digests
@@ -168,13 +168,13 @@ def _write(
         sizes=Sizes(
             num_hidden_layers=len(decoder.layers),
             num_key_value_heads=text.num_key_value_heads,
-            head_dim=described.head_dim(config),
+            head_dim=model_family.head_dim(config),
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,
-            position_axes=num_position_axes(described, config),
-            deepstack=described.deepstack_layers(config),
+            position_axes=num_position_axes(model_family, config),
+            deepstack=model_family.deepstack_layers(config),
         ),
-        tokens=_tokens(checkpoint, described, config),
+        tokens=_tokens(checkpoint, model_family, config),
         layout=record.get("layout"),
         positions=record.get("positions"),
         allocation=record.get("allocation", "both"),
@@ -183,7 +183,7 @@ def _write(
             MemoryEntry(layer=e.layer, kind=e.kind, num_key_value_heads=e.num_key_value_heads, head_dim=e.head_dim)
             for e in entries
         ],
-        graphs={name: _describe(graph, directory / f"{name}.onnx") for name, graph in made.items()},
+        graphs={name: _describe(graph, directory / f"{name}.onnx") for name, graph in traced_graphs.items()},
         weights={
             file.path: WeightFile(
                 bytes=(directory / file.path).stat().st_size,
@@ -202,12 +202,12 @@ def _write(
 def _calibrated(directory: Path, manifest: Manifest, calibrate: Calibrate, progress: Progress | None) -> Manifest:
     """The bundle in `directory` with fp32 where its values would overflow fp16; -> its manifest."""
     precision, graphs = calibrate(directory, progress)
-    described = dict(manifest.graphs)
+    graph_files = dict(manifest.graphs)
     for name, graph in graphs.items():
         path = directory / manifest.graphs[name].file
         _save(graph, path)
-        described[name] = _describe(graph, path)
-    calibrated = manifest.model_copy(update={"precision": precision, "graphs": described})
+        graph_files[name] = _describe(graph, path)
+    calibrated = manifest.model_copy(update={"precision": precision, "graphs": graph_files})
     calibrated.save(directory)
     return calibrated
 
@@ -242,7 +242,7 @@ def _copy_processor(checkpoint: Checkpoint, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n")
 
 
-def _tokens(checkpoint: Checkpoint, described: Family, config: PretrainedConfig) -> Tokens:
+def _tokens(checkpoint: Checkpoint, model_family: Family, config: PretrainedConfig) -> Tokens:
     """Generation's ids: those of generation_config.json, else those of the config."""
     generation: dict[str, Any] = {}
     path = checkpoint.directory / "generation_config.json"
@@ -254,7 +254,7 @@ def _tokens(checkpoint: Checkpoint, described: Family, config: PretrainedConfig)
         for value in (
             generation.get(key),
             getattr(config, key, None),
-            getattr(described.text_config(config), key, None),
+            getattr(model_family.text_config(config), key, None),
         ):
             if value is not None:
                 return value
@@ -262,9 +262,9 @@ def _tokens(checkpoint: Checkpoint, described: Family, config: PretrainedConfig)
 
     eos = lookup("eos_token_id")
     return Tokens(
-        image=described.image_token_id(config),
-        visual=list(described.visual_token_ids(config)),
-        indicators=list(described.indicator_token_ids(config)),
+        image=model_family.image_token_id(config),
+        visual=list(model_family.visual_token_ids(config)),
+        indicators=list(model_family.indicator_token_ids(config)),
         eos=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
         pad=lookup("pad_token_id"),
     )

@@ -137,8 +137,8 @@ class Head(nn.Module):
         """hidden_states [B, S, d], logits_indices [B, T] -> logits [B, T, V]."""
         batch, length, width = hidden_states.shape
         first = torch.arange(batch, device=logits_indices.device).view(-1, 1) * length
-        wanted = hidden_states.view(-1, width).index_select(0, (first + logits_indices).view(-1))
-        logits: Tensor = self.lm_head(norm(self.norm, wanted))
+        selected = hidden_states.view(-1, width).index_select(0, (first + logits_indices).view(-1))
+        logits: Tensor = self.lm_head(norm(self.norm, selected))
         return (logits.view(batch, logits_indices.shape[1], logits.shape[1]),)
 
 

@@ -21,15 +21,15 @@ def sha256_of_files(paths: Sequence[Path], progress: Progress | None = None) -> 
 
     def digest(path: Path) -> str:
         nonlocal done
-        found, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+        hasher, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
         with open(path, "rb", buffering=0) as file:
             while count := file.readinto(buffer):
-                found.update(buffer[:count])  # other threads run meanwhile
+                hasher.update(buffer[:count])  # other threads run meanwhile
                 with lock:
                     done += count
                     if progress:
                         progress("digests", done, total)
-        return found.hexdigest()
+        return hasher.hexdigest()
 
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         digests = dict(zip(by_inode, pool.map(digest, by_inode.values()), strict=True))

@@ -15,7 +15,7 @@ from surgeon.sizes import one_line
 _REMEDY = "the bundle is damaged, export it again"
 
 
-def read_graph(path: Path, described: GraphFile | None = None) -> ir.Model:
+def read_graph(path: Path, graph_file: GraphFile | None = None) -> ir.Model:
     """The graph, its weights pointed to. Raises BundleError for a file that is missing or no ONNX graph, one with other
     inputs or outputs than bundle.json describes, and for weights that lie outside the bundle or are not all there."""
     if not path.is_file():
@@ -28,13 +28,13 @@ def read_graph(path: Path, described: GraphFile | None = None) -> ir.Model:
         external = [_Span.of(tensor) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
     except Exception as error:  # all of it is onnx_ir's and protobuf's own, and what they trip over is the file
         raise BundleError(f"{path} is no ONNX graph ({one_line(error)}): {_REMEDY}") from error
-    if described is not None:
-        for what, stated, expected in zip(
-            ("inputs", "outputs"), ports, (described.inputs, described.outputs), strict=True
+    if graph_file is not None:
+        for side, actual, expected in zip(
+            ("inputs", "outputs"), ports, (graph_file.inputs, graph_file.outputs), strict=True
         ):
-            if stated != expected:
+            if actual != expected:
                 raise BundleError(
-                    f"{path} has the {what} {_listed(stated)}, and bundle.json describes {_listed(expected)}: {_REMEDY}"
+                    f"{path} has the {side} {_listed(actual)}, and bundle.json describes {_listed(expected)}: {_REMEDY}"
                 )
     for span in external:
         span.check(path)

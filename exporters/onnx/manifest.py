@@ -121,7 +121,7 @@ class Activation(_Strict):
 
 
 class Precision(_Strict):
-    """What fp16's range was found to be enough for; the rules are in docs/precision.md."""
+    """Where fp16's range was enough, as measured; the rules are in docs/precision.md."""
 
     limit: float
     margin: float
@@ -225,7 +225,7 @@ def header_sha256(path: Path) -> str | None:
         return None
 
 
-def _check(directory: Path, name: str, size: int | None, digest: str, found: str | None) -> None:
+def _check(directory: Path, name: str, size: int | None, digest: str, actual: str | None) -> None:
     path = directory / name
     if not path.is_file():
         raise BundleError(f"{directory}: {name} is missing; export the bundle again, or copy it whole")
@@ -233,5 +233,5 @@ def _check(directory: Path, name: str, size: int | None, digest: str, found: str
         raise BundleError(
             f"{directory}: {name} has {path.stat().st_size} bytes, {FILE} says {size}; export the bundle again"
         )
-    if found != digest:
+    if actual != digest:
         raise BundleError(f"{directory}: {name} is not the file that {FILE} describes; export the bundle again")

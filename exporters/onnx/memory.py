@@ -47,14 +47,14 @@ def memory_entries(decoder: Any) -> list[MemoryEntry]:
 def layer_entries(layer: nn.Module, width: int, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
     """Kind of graft -> number and size of the heads of its keys, for a layer on the meta device."""
     probe = torch.empty((1, 1, width), dtype=dtype, device="meta")
-    found = {}
+    heads = {}
     for graft in layer_grafts(layer):
         rotary = None
         if graft.rope is not None:
             rotary = graft.rope(torch.zeros((max(graft.rope.axes) + 1, 1, 1), dtype=torch.int64, device="meta"))
         shape = graft.project(probe, rotary)[0].shape
-        found[graft.kind] = (shape[1], shape[3])
-    return found
+        heads[graft.kind] = (shape[1], shape[3])
+    return heads
 
 
 class MemoryProjection(nn.Module):

@@ -129,11 +129,13 @@ def _precision(manifest: Manifest) -> list[str]:
         return []
     if precision.skipped is not None:
         return [f"What overflows fp16 was not measured; `precision` in {FILE} says why."]
-    widened = len({(each.graph, each.layer) for each in precision.widened})
-    kept = {0: "no layer needs fp32", 1: "1 layer computes in fp32"}.get(widened, f"{widened} layers compute in fp32")
+    widened = len({(activation.graph, activation.layer) for activation in precision.widened})
+    widening = {0: "no layer needs fp32", 1: "1 layer computes in fp32"}.get(
+        widened, f"{widened} layers compute in fp32"
+    )
     return [
         f"What overflows fp16 was measured over {precision.prompts} prompts, with a margin of {precision.margin:g}: "
-        f"{kept} for that. `precision` in {FILE} has the values."
+        f"{widening} for that. `precision` in {FILE} has the values."
     ]
 
 

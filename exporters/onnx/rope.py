@@ -32,19 +32,19 @@ class GraftRopes(nn.Module):
 
     def constants(self, prefix: str = "") -> dict[str, Tensor]:
         """The values of the buffers, on the CPU, by their names in a module that has this one under `prefix`."""
-        found = {}
+        buffers = {}
         for kind, rope in self.ropes.items():
-            found[f"{prefix}inv_freq_{kind}"] = rope.inv_freq(torch.device("cpu"))
-            found[f"{prefix}rope_axes_{kind}"] = torch.tensor(rope.axes, dtype=torch.int64)
-        return found
+            buffers[f"{prefix}inv_freq_{kind}"] = rope.inv_freq(torch.device("cpu"))
+            buffers[f"{prefix}rope_axes_{kind}"] = torch.tensor(rope.axes, dtype=torch.int64)
+        return buffers
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Rotary]:
         """position_ids [A, B, S] -> by kind cos, sin [B, S, hd / 2] of `dtype`; angles in fp32."""
-        found = {}
+        rotaries = {}
         for kind in self.ropes:
             cos, sin = rotary(position_ids, self.get_buffer(f"inv_freq_{kind}"), self.get_buffer(f"rope_axes_{kind}"))
-            found[kind] = (cos.to(dtype), sin.to(dtype))
-        return found
+            rotaries[kind] = (cos.to(dtype), sin.to(dtype))
+        return rotaries
 
 
 def rotary(position_ids: Tensor, inv_freq: Tensor, rope_axes: Tensor) -> Rotary:

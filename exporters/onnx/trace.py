@@ -27,7 +27,7 @@ from exporters.onnx.functions import OPSET, definitions
 from exporters.onnx.lowering import translation_table
 
 _SIZES = {"B": 2, "S": 3, "M": 5, "T": 4}
-"""Sizes that vary, in examples: told apart, and none is 1, which torch.export would take for a constant."""
+"""Sizes that vary, in examples: all different, and none is 1, which torch.export would take for a constant."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Placeholder:
 
 
 def placeholder(*shape: int | str, dtype: torch.dtype) -> Placeholder:
-    """Axes given by name vary: B rows, S tokens, M visual tokens, T wanted logits."""
+    """Axes given by name vary: B rows, S tokens, M visual tokens, T selected logits."""
     sizes = [_SIZES[size] if isinstance(size, str) else size for size in shape]
     dims = {axis: torch.export.Dim(name) for axis, name in enumerate(shape) if isinstance(name, str)}
     return Placeholder(torch.empty(sizes, dtype=dtype, device="meta"), dims)

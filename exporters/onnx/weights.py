@@ -50,10 +50,10 @@ def bind(
     which are shared into the bundle (copied where the file system can do no better); the others are converted once, one
     at a time, into a file of their own. Raises BundleError for a value that cannot be converted.
     """
-    wanted = [value for graph in graphs for value in graph.graph.initializers.values() if value.const_value is None]
+    unbound = [value for graph in graphs for value in graph.graph.initializers.values() if value.const_value is None]
     pointed: dict[Path, str] = {}
     converted: dict[tuple[str, torch.dtype], TensorInfo] = {}
-    for value in wanted:
+    for value in unbound:
         info = _find(value, weights, checkpoint)
         dtype = _torch_dtype(value)
         if info.torch_dtype != dtype:
@@ -72,7 +72,7 @@ def bind(
         at |= {(name, dtype): info for name, info in read_header(path).items()}
         placed.append(PlacedFile(f"{FOLDER}/{path.name}", "converted"))
 
-    for value in wanted:
+    for value in unbound:
         info = _find(value, weights, checkpoint)
         dtype = _torch_dtype(value)
         if info.torch_dtype == dtype:

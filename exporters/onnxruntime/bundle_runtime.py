@@ -40,9 +40,9 @@ class BundleRuntime(Runtime):
     ) -> None:
         """`threads`: of one operator; `low_memory`: map weights instead of packing them (slower); `fast_attention`:
         ONNX Runtime's own operators in place of standard Attention; `fused_kernels`: grafts by the project's kernels,
-        where CUDA is the provider and they can be made; `extra_outputs`: names of values in decoder.onnx, such as
+        where CUDA is the provider and they can be built; `extra_outputs`: names of values in decoder.onnx, such as
         `hidden_states.3`, that each call leaves in `State.extra`; `overrides`: parameters of decoder.onnx that hold one
-        other value throughout, in memory. Sessions are made when first used.
+        other value throughout, in memory. Sessions are created when first used.
 
         Raises BundleError for a bundle that is missing or damaged, and for a provider that does not work here.
         """
@@ -72,11 +72,11 @@ class BundleRuntime(Runtime):
         return self._session("decoder", self.extra_outputs)
 
     def _session(self, name: str, extra_outputs: Sequence[str] = ()) -> Session:
-        described = self.manifest.graphs.get(name)
-        if described is None:
+        graph_file = self.manifest.graphs.get(name)
+        if graph_file is None:
             raise BundleError(f"{self.path} has no graph {name}: export it without --graph, which left it out")
         overrides = self.overrides if name == "decoder" else {}
-        return Session(self.path / described.file, self.options, extra_outputs, described, overrides)
+        return Session(self.path / graph_file.file, self.options, extra_outputs, graph_file, overrides)
 
     # -- as every runtime --------------------------------------------------------------------------------------
     @property

@@ -78,13 +78,13 @@ def choose_provider(provider: Provider) -> Chosen:
         return "cpu"
     if provider not in ("auto", *_NEEDS):
         raise BundleError(f"unknown provider {provider!r}; there are auto, {', '.join(_PROVIDERS)}")
-    wanted: Chosen = "cuda" if provider == "auto" else provider
-    reason = _why_not(wanted)
+    chosen: Chosen = "cuda" if provider == "auto" else provider
+    reason = _why_not(chosen)
     if reason is None:
-        return wanted
+        return chosen
     if provider != "auto":
         raise BundleError(
-            f"the {_NEEDS[wanted][0]} provider does not work here: {reason}; use --backend ort-cpu, or none for the "
+            f"the {_NEEDS[chosen][0]} provider does not work here: {reason}; use --backend ort-cpu, or none for the "
             "best that works"
         )
     return "cpu"
@@ -92,7 +92,7 @@ def choose_provider(provider: Provider) -> Chosen:
 
 @cache
 def _why_not(provider: Chosen) -> str | None:
-    """What is missing for a provider; None where a session with it was really made."""
+    """What is missing for a provider; None where a session really uses it."""
     _, remedy, libraries = _NEEDS[provider]
     if _PROVIDERS[provider] not in ort.get_available_providers():
         return f"this onnxruntime is built without it ({remedy})"
@@ -105,7 +105,7 @@ def _why_not(provider: Chosen) -> str | None:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     probe = ir.to_proto(ir.Model(graph, ir_version=9)).SerializeToString()
-    # where its libraries do not load, the session is made without it
+    # where its libraries do not load, the session is created without it
     session = ort.InferenceSession(probe, options, providers=[_PROVIDERS[provider], _PROVIDERS["cpu"]])
     if _PROVIDERS[provider] not in session.get_providers():
         return f"its libraries do not load ({libraries})"
@@ -124,19 +124,19 @@ class Session:
         path: Path,
         options: SessionOptions,
         extra_outputs: Sequence[str] = (),
-        described: GraphFile | None = None,
+        graph_file: GraphFile | None = None,
         overrides: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """`extra_outputs`: names of values inside the graph that are to be outputs too, after its own. `described`:
-        what bundle.json says of the graph. `overrides`: names of initialisers -> what all their elements are instead of
-        what the file has.
+        """`extra_outputs`: names of values inside the graph that become outputs too, after its own. `graph_file`: the
+        graph's entry in bundle.json. `overrides`: names of initialisers -> the value of all their elements, instead of
+        those in the file.
 
         Raises BundleError for a graph that is missing, damaged or not as described, or a name that is not in it.
         """
         self.path, self.options = path, options
         self.rewrites: dict[str, int] = {}
         """How many nodes each rewrite replaced."""
-        original = read_graph(path, described)
+        original = read_graph(path, graph_file)
         self.graph_dtypes = {str(v.name): v.dtype for v in (*original.graph.inputs, *original.graph.outputs)}
         try:
             self.session = self._make(
@@ -277,7 +277,7 @@ def _load(model: ir.Model, path: Path, options: SessionOptions, fused: Fused | N
         settings.intra_op_num_threads = options.threads
     if options.low_memory:
         settings.add_session_config_entry("session.disable_prepacking", "1")
-    # the model comes as bytes: this is where its weight files are found
+    # the model comes as bytes: this is where its weight files are
     folder = str(path.parent.resolve())
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     if fused is not None:

@@ -15,9 +15,9 @@ def register_recomputed(operator: Any, reference: Reference) -> None:
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.is_tensor = [isinstance(each, Tensor) for each in inputs]
-        ctx.others = [None if isinstance(each, Tensor) else each for each in inputs]
-        ctx.save_for_backward(*(each for each in inputs if isinstance(each, Tensor)))
+        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
@@ -27,7 +27,7 @@ def register_recomputed(operator: Any, reference: Reference) -> None:
                 for is_tensor, other, needed in zip(ctx.is_tensor, ctx.others, ctx.needs_input_grad, strict=True)
             ]
             output = reference(*inputs)
-            needed_inputs = [each for each, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+            needed_inputs = [value for value, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
             computed = iter(torch.autograd.grad(output, needed_inputs, grads, allow_unused=True))
         return tuple(next(computed) if needed else None for needed in ctx.needs_input_grad)
 

@@ -13,10 +13,10 @@ from surgeon.memory.reference import Reference
 def operator(name: str, reference: Reference, fake: Callable[..., Any]) -> Any:
     """`surgeon::<name>`, with the arguments of `reference`, what it computes and its gradient. `fake`: the arguments
     -> empty tensors as it gives them, contiguous."""
-    made = torch.library.custom_op(f"surgeon::{name}", reference, mutates_args=())
-    made.register_fake(fake)
-    register_recomputed(made, reference)
-    return made
+    custom_op = torch.library.custom_op(f"surgeon::{name}", reference, mutates_args=())
+    custom_op.register_fake(fake)
+    register_recomputed(custom_op, reference)
+    return custom_op
 
 
 def like_hidden_states(hidden_states: Tensor, *arguments: Any) -> Tensor:

@@ -73,8 +73,8 @@ class Placement:
         if not images:
             return None
         ends = np.cumsum([len(self.in_sequence(image).features) for image in images])[:-1]
-        shown = zip(images, grids, np.split(position_ids, ends, 1), np.split(places, ends), strict=True)
-        parts = [self._entering(*each) for each in shown]
+        per_image = zip(images, grids, np.split(position_ids, ends, 1), np.split(places, ends), strict=True)
+        parts = [self._entering(*arguments) for arguments in per_image]
         return MemoryInputs(
             np.concatenate([part.embeds for part in parts]),
             np.concatenate([part.position_ids for part in parts], axis=1),

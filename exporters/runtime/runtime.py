@@ -125,9 +125,9 @@ class Runtime(ABC):
         state = self._empty_state(len(rows))
         self._check_room(state, rows)
         tokens = self._tokens(state, inputs, rows, logits)
-        found = self.prefill(state, slice(None), tokens)
+        prefill_logits = self.prefill(state, slice(None), tokens)
         state.advance(rows, tokens.position_ids)
-        return state, found if logits == "all" else found[:, 0]
+        return state, prefill_logits if logits == "all" else prefill_logits[:, 0]
 
     def step(self, state: State, tokens: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
         """Feed each row's next token, int64 [B] -> logits fp32 [B, V]. Rows that are not in `active` (bool [B]) stay as
@@ -144,10 +144,10 @@ class Runtime(ABC):
             # what an inactive row writes is overwritten by its next token, which a full row never has
             "write_indices": np.minimum(state.lengths, self.max_length - 1),
         }
-        found = self.decode(state, changing, self._fixed(state))
+        logits = self.decode(state, changing, self._fixed(state))
         state.lengths += active
         state.next_positions += active
-        return found[:, 0]
+        return logits[:, 0]
 
     def append(self, state: State, inputs: ModelInputs, logits: Wanted = "last") -> np.ndarray:
         """Feed each row of a request further tokens, perhaps with new images: a later turn. `inputs` holds the new
@@ -158,19 +158,19 @@ class Runtime(ABC):
         """
         rows = rows_of(inputs)
         if len(rows) != state.batch_size:
-            raise BundleError(f"the request has {state.batch_size} row(s), {len(rows)} were given to append")
+            raise BundleError(f"the request has {state.batch_size} row(s), and append got {len(rows)}")
         self._check_room(state, rows)
         tokens = self._tokens(state, inputs, rows, logits)
         # Row by row: a batch's padding might not fit behind a long row, and ONNX Runtime's attention takes several new
         # tokens on a filled cache for one row at a time.
-        found, extra = [], []
+        row_logits, extra = [], []
         for row, ids in enumerate(rows):
             one = slice(row, row + 1)
-            found.append(self.prefill(state, one, tokens.of_row(row, len(ids), logits)))
+            row_logits.append(self.prefill(state, one, tokens.of_row(row, len(ids), logits)))
             extra.append(state.extra)
         state.extra = {name: stack([row[name] for row in extra]) for name in self.extra_outputs}
         state.advance(rows, tokens.position_ids)
-        stacked = stack(found)
+        stacked = stack(row_logits)
         return stacked if logits == "all" else stacked[:, 0]
 
     # -- inside ------------------------------------------------------------------------------------------------
@@ -211,8 +211,8 @@ class Runtime(ABC):
         for row, images in enumerate(self.encode_images(inputs)):
             self._put(images, input_ids[row], embeds[row], None if deepstack is None else deepstack[:, row])
             places = state.lengths[row] + np.flatnonzero(image_mask[row])
-            shown = token_positions[:, row, image_mask[row]], places
-            entering.append(self.placement.entering(images, inputs.grids[row], *shown))
+            image_positions = token_positions[:, row, image_mask[row]]
+            entering.append(self.placement.entering(images, inputs.grids[row], image_positions, places))
         if state.memory and any(entering):
             self._write_memory(state, entering)
         last = np.array([[len(ids) - 1] for ids in rows], dtype=np.int64)
@@ -232,15 +232,17 @@ class Runtime(ABC):
         """Put a row's images in the places of its ids [S]: embeds [S, d], deepstack [K, S, d], both in place."""
         if not images:
             return
-        shown = [self.placement.in_sequence(image) for image in images]
+        in_sequence = [self.placement.in_sequence(image) for image in images]
         image_mask = input_ids == self.family.image_token_id(self.config)
-        embeds[image_mask] = np.concatenate([image.features for image in shown])
-        if shown[0].indicators is not None:  # the same for every image
+        embeds[image_mask] = np.concatenate([image.features for image in in_sequence])
+        if in_sequence[0].indicators is not None:  # the same for every image
             ids = self.family.indicator_token_ids(self.config)
-            for token_id, indicator in zip(ids, shown[0].indicators, strict=True):
+            for token_id, indicator in zip(ids, in_sequence[0].indicators, strict=True):
                 embeds[input_ids == token_id] = indicator
         if deepstack is not None:
-            deepstack[:, image_mask] = np.concatenate([p.deepstack for p in shown if p.deepstack is not None], axis=1)
+            deepstack[:, image_mask] = np.concatenate(
+                [p.deepstack for p in in_sequence if p.deepstack is not None], axis=1
+            )
 
     def _write_memory(self, state: State, entering: Sequence[MemoryInputs | None]) -> None:
         """Enter each row's visual embeddings into the memory, behind what is there."""
@@ -299,29 +301,29 @@ def _config(path: Path) -> PretrainedConfig:
         raise BundleError(f"{path} cannot be read ({error}): the bundle is damaged, export it again") from error
 
 
-def _check_agreement(manifest: Manifest, described: Family, config: PretrainedConfig) -> None:
+def _check_agreement(manifest: Manifest, model_family: Family, config: PretrainedConfig) -> None:
     """Raises BundleError where bundle.json and the processor's config.json are of different models."""
-    text, record = described.text_config(config), record_of(config)
+    text, record = model_family.text_config(config), record_of(config)
     sizes, tokens = manifest.sizes, manifest.tokens
     compared = {
-        "source.model_type": (described.model_type, config.model_type.removeprefix(MODEL_TYPE_PREFIX)),
+        "source.model_type": (model_family.model_type, config.model_type.removeprefix(MODEL_TYPE_PREFIX)),
         "source.grafts": (manifest.source.grafts, graft_records(config)),
         "sizes.num_hidden_layers": (sizes.num_hidden_layers, text.num_hidden_layers),
         "sizes.num_key_value_heads": (sizes.num_key_value_heads, text.num_key_value_heads),
-        "sizes.head_dim": (sizes.head_dim, described.head_dim(config)),
+        "sizes.head_dim": (sizes.head_dim, model_family.head_dim(config)),
         "sizes.hidden_size": (sizes.hidden_size, text.hidden_size),
         "sizes.vocab_size": (sizes.vocab_size, text.vocab_size),
-        "sizes.position_axes": (sizes.position_axes, num_position_axes(described, config)),
-        "sizes.deepstack": (sizes.deepstack, described.deepstack_layers(config)),
-        "tokens.image": (tokens.image, described.image_token_id(config)),
+        "sizes.position_axes": (sizes.position_axes, num_position_axes(model_family, config)),
+        "sizes.deepstack": (sizes.deepstack, model_family.deepstack_layers(config)),
+        "tokens.image": (tokens.image, model_family.image_token_id(config)),
         "layout": (manifest.layout and manifest.layout.model_dump(), record.get("layout")),
         "positions": (manifest.positions and manifest.positions.model_dump(), record.get("positions")),
         "allocation": (manifest.allocation, record.get("allocation", "both")),
         "visibility": (manifest.visibility, visibility_of(record)),
     }
-    for key, (stated, expected) in compared.items():
-        if stated != expected:
+    for key, (recorded, expected) in compared.items():
+        if recorded != expected:
             raise BundleError(
-                f"bundle.json says that {key} is {stated}, and {PROCESSOR}/config.json {expected}: the bundle is "
+                f"bundle.json says that {key} is {recorded}, and {PROCESSOR}/config.json {expected}: the bundle is "
                 "damaged, export it again"
             )

@@ -40,8 +40,8 @@ class State:
         return len(self.lengths)
 
     def bound(self) -> Any:
-        """What `bind` was given; None where nothing was, or where other arrays hold the request since: of rows that
-        were selected or copied."""
+        """The binding set by `bind`; None without one, or where other arrays hold the request since: of rows that were
+        selected or copied."""
         if self.binding is None or list(map(id, self.binding[1])) != list(map(id, self._arrays())):
             return None
         return self.binding[0]

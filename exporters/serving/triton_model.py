@@ -29,7 +29,7 @@ class Cancelled(Exception):
 
 
 class TritonPythonModel:
-    """Answers prompts about images one at a time, and sends the text as it is made."""
+    """Answers prompts about images one at a time, and sends the text as it is generated."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """`args` as Triton gives them: the model's folder and the version's name. Raises EngineError where the engines
@@ -67,10 +67,12 @@ class TritonPythonModel:
                 images[-1].write_bytes(content)
             prompt = Prompt(_text(_one(request, "prompt")), tuple(images))
             try:
-                (found,) = self.runtime.generate([prompt], max_tokens, Sampling(temperature), show, _positions(request))
+                (generation,) = self.runtime.generate(
+                    [prompt], max_tokens, Sampling(temperature), show, _positions(request)
+                )
             except SurgeonError as error:
                 raise RequestError(str(error).replace(f"{folder}/", "")) from error
-        sender.send(_response("", found.finish_reason))
+        sender.send(_response("", generation.finish_reason))
 
 
 def _response(text: str, finish_reason: str = "") -> Any:

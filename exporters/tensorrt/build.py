@@ -59,21 +59,21 @@ def build_engines(
 
     def verify(directory: Path) -> None:
         files.check()
-        EngineManifest.load(directory, verify=False)  # their digests were just made of these very files
+        EngineManifest.load(directory, verify=False)  # their digests were just computed from these very files
 
     with staged(target, overwrite, [bundle], verify=verify) as directory:
         with temporary_directory(".work-", directory) as work:
             builder = Builder(plan, library, targets, options, cache, work, progress)
             try:
-                made = {graph.name: builder.build(graph, directory / graph.engine) for graph in plan.graphs}
+                engines = {graph.name: builder.build(graph, directory / graph.engine) for graph in plan.graphs}
             except SurgeonError:
                 files.check()  # a library that reads weights that are cut short crashes, and cannot say why
                 raise
             builder.keep_timings()
-        found = LayerReport(graphs={name: each.layers for name, each in made.items()})
-        if options.strict and (warnings := found.warnings()):
+        layer_report = LayerReport(graphs={name: engine.layers for name, engine in engines.items()})
+        if options.strict and (warnings := layer_report.warnings()):
             raise LayerError(f"{'; '.join(warnings)} (--strict)")
-        (directory / LAYERS).write_text(found.model_dump_json(indent=2) + "\n")
+        (directory / LAYERS).write_text(layer_report.model_dump_json(indent=2) + "\n")
         (directory / PROCESSOR).mkdir()
         for path in (bundle / PROCESSOR).iterdir():
             check_link(path, bundle)
@@ -82,9 +82,9 @@ def build_engines(
         manifest.save(directory)
     return Built(
         manifest,
-        found,
-        {name: each.seconds for name, each in made.items()},
-        {name: each.peak_memory for name, each in made.items()},
+        layer_report,
+        {name: engine.seconds for name, engine in engines.items()},
+        {name: engine.peak_memory for name, engine in engines.items()},
         {graph.name: dict(graph.fused) for graph in plan.graphs if graph.fused},
     )
 
@@ -123,8 +123,8 @@ def _tuned(options: Options) -> "Tuned | None":
 
     if options.tile_configs is None:
         here = gpu() if options.target == NATIVE else None
-        found = {} if here is None else read(here.name)
-        return Tuned(here.name, found) if here is not None and found else None
+        tile_configs = {} if here is None else read(here.name)
+        return Tuned(here.name, tile_configs) if here is not None and tile_configs else None
     try:
         return load(options.tile_configs)
     except (OSError, ValueError) as error:

@@ -58,7 +58,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Made:
+class BuiltEngine:
     layers: GraphLayers
     seconds: float
     peak_memory: int
@@ -89,18 +89,18 @@ class Builder:
         if options.timing_cache is not None and options.timing_cache.is_file():
             shutil.copyfile(options.timing_cache, self.timings)
 
-    def build(self, graph: GraphPlan, engine: Path) -> Made:
+    def build(self, graph: GraphPlan, engine: Path) -> BuiltEngine:
         start = time.perf_counter()
         spec = self._spec(graph, engine, self._compile(graph))
-        key = None if self.cache is None else BuildCache.key(self._made_of(graph, spec))
+        key = None if self.cache is None else BuildCache.key(self._inputs_of(graph, spec))
         if self.cache is not None and key is not None:
-            layers = self.cache.take(key, engine, lambda kept: GraphLayers.model_validate(kept["layers"]))
+            layers = self.cache.take(key, engine, lambda entry: GraphLayers.model_validate(entry["layers"]))
             if layers is not None:
-                return Made(layers, 0.0, 0)
-        made = self._run(graph, spec, start)
+                return BuiltEngine(layers, 0.0, 0)
+        built = self._run(graph, spec, start)
         if self.cache is not None and key is not None:
-            self.cache.put(key, engine, {"layers": made.layers.model_dump()})
-        return made
+            self.cache.put(key, engine, {"layers": built.layers.model_dump()})
+        return built
 
     def keep_timings(self) -> None:
         if self.options.timing_cache is not None and self.timings.is_file():
@@ -108,7 +108,7 @@ class Builder:
                 shutil.copyfile(self.timings, file)
 
     def _compile(self, graph: GraphPlan) -> dict[str, Any]:
-        """What the library is told of the graph's plugins, with their kernels for every target."""
+        """The descriptions of the graph's plugins, with their kernels for every target."""
         if not graph.plugins:
             return {}
         # needs Triton, which a graph without plugins does not
@@ -128,9 +128,9 @@ class Builder:
         return compile_nodes(graph.plugins, capabilities(targets), compiled())
 
     def _spec(self, graph: GraphPlan, engine: Path, plugins: Mapping[str, Any]) -> dict[str, Any]:
-        """What the child is told, JSON."""
-        described = self.work / f"{graph.name}.plugins"
-        described.write_text(json.dumps(plugins, sort_keys=True))
+        """The child's job, JSON."""
+        plugins_file = self.work / f"{graph.name}.plugins"
+        plugins_file.write_text(json.dumps(plugins, sort_keys=True))
         timed = self.options.timing_cache is not None
         return {
             "module": self.library.module,
@@ -140,7 +140,7 @@ class Builder:
             "layers": str(self.work / f"{graph.name}.layers"),
             "report": layers.REPORTED,
             "targets": list(self.targets),
-            "plugins": {"root": str(_ROOT), "module": _PLUGINS[self.library.backend], "described": str(described)}
+            "plugins": {"root": str(_ROOT), "module": _PLUGINS[self.library.backend], "descriptions": str(plugins_file)}
             if plugins
             else None,
             "profiles": [profile.shapes(graph.inputs) for profile in graph.profiles],
@@ -148,7 +148,7 @@ class Builder:
             "timing_cache_out": str(self.timings) if timed else None,
         }
 
-    def _made_of(self, graph: GraphPlan, spec: Mapping[str, Any]) -> dict[str, Any]:
+    def _inputs_of(self, graph: GraphPlan, spec: Mapping[str, Any]) -> dict[str, Any]:
         here = None if self.targets else gpu()
         return {
             "graph": graph_digest(serialized(graph.model)),
@@ -156,51 +156,51 @@ class Builder:
             "library": [self.library.backend, self.library.version],
             "targets": list(self.targets) or [None if here is None else [here.name, here.capability]],
             "profiles": spec["profiles"],
-            "plugins": None if spec["plugins"] is None else digest(Path(spec["plugins"]["described"])),
+            "plugins": None if spec["plugins"] is None else digest(Path(spec["plugins"]["descriptions"])),
         }
 
-    def _run(self, graph: GraphPlan, spec: Mapping[str, Any], start: float) -> Made:
+    def _run(self, graph: GraphPlan, spec: Mapping[str, Any], start: float) -> BuiltEngine:
         Path(spec["graph"]).write_bytes(serialized(graph.model))
-        told = self.work / f"{graph.name}.json"
-        told.write_text(json.dumps(spec))
+        spec_file = self.work / f"{graph.name}.json"
+        spec_file.write_text(json.dumps(spec))
         log = self.work / f"{graph.name}.log"
 
         def heard(event: dict[str, Any]) -> None:
             if self.progress is not None and event["event"] == "progress":
                 self.progress(f"{graph.name}: {event['phase'].lower()}", event["done"], event["total"])
 
-        what = f"{self.library.backend} building {graph.engine}"
-        outcome = run_child(["build", str(told)], what, log, CHILD, self.links, heard)
+        task = f"{self.library.backend} building {graph.engine}"
+        outcome = run_child(["build", str(spec_file)], task, log, CHILD, self.links, heard)
         seconds = time.perf_counter() - start
         if failed := outcome.last("failed"):
-            raise BuildError(_told(graph.name, self.library, failed, log))
+            raise BuildError(_failure(graph.name, self.library, failed, log))
         parsed = outcome.last("parsed")
         assert parsed is not None
         self._check_ports(graph, parsed["ports"])
-        found = layers.report(graph.model, parsed, Path(spec["layers"]).read_text())
-        return Made(found, seconds, outcome.peak_memory)
+        graph_layers = layers.report(graph.model, parsed, Path(spec["layers"]).read_text())
+        return BuiltEngine(graph_layers, seconds, outcome.peak_memory)
 
     def _check_ports(self, graph: GraphPlan, ports: Mapping[str, Mapping[str, Any]]) -> None:
         """An engine with other inputs and outputs than the manifest says would fail only where it runs."""
         sides: tuple[tuple[str, list[Port]], ...] = (("input", graph.inputs), ("output", graph.outputs))
-        for what, expected in sides:
-            found = {name: NAMES.get(dtype, dtype) for name, (dtype, _) in ports[what].items()}
-            if found != {port.name: port.dtype for port in expected}:
-                wrong = next(p for p in expected if found.get(p.name) != p.dtype)
+        for side, expected in sides:
+            dtypes = {name: NAMES.get(dtype, dtype) for name, (dtype, _) in ports[side].items()}
+            if dtypes != {port.name: port.dtype for port in expected}:
+                first_wrong = next(p for p in expected if dtypes.get(p.name) != p.dtype)
                 raise BuildError(
-                    f"{graph.name}: {self.library.backend} made of {what} {wrong.name} ({wrong.dtype}) "
-                    f"{found.get(wrong.name, 'nothing')}: the bundle and this version of the library do not fit"
+                    f"{graph.name}: {self.library.backend} turned {side} {first_wrong.name} ({first_wrong.dtype}) into "
+                    f"{dtypes.get(first_wrong.name, 'nothing')}: the bundle and this version of the library do not fit"
                 )
 
 
-def _told(name: str, library: Library, failed: Mapping[str, Any], log: Path) -> str:
+def _failure(name: str, library: Library, failed: Mapping[str, Any], log: Path) -> str:
     """The child's reason in one line."""
     reasons = list(dict.fromkeys(" ".join(str(reason).split()) for reason in failed["reasons"]))
-    shown = " | ".join(reason[:300] for reason in reasons[:_SHOWN]) or log_errors(log)
-    known = f"{library.backend} {library.version}"
+    text = " | ".join(reason[:300] for reason in reasons[:_SHOWN]) or log_errors(log)
+    library_name = f"{library.backend} {library.version}"
     match failed["stage"]:
         case "parse":
-            return f"{name}: {known} does not take the graph: {shown}"
+            return f"{name}: {library_name} does not take the graph: {text}"
         case "unused":
-            return f"{name}: {known} would leave out part of the graph, and its engine compute something else: {shown}"
-    return f"{name}: {known} built no engine: {shown}"
+            return f"{name}: {library_name} would leave out part of the graph, so its engine would be wrong: {text}"
+    return f"{name}: {library_name} built no engine: {text}"

@@ -35,9 +35,9 @@ def weights_digest(model: ir.Model, base: Path) -> str:
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             ranges[str(tensor.location), tensor.offset or 0, tensor.length or 0] = None
-    whole = hashlib.sha256()
+    hasher = hashlib.sha256()
     for location, offset, length in sorted(ranges):
-        whole.update(f"{location} {offset} {length}\n".encode())
+        hasher.update(f"{location} {offset} {length}\n".encode())
         if not length:
             continue
         with open(base / location, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -45,14 +45,14 @@ def weights_digest(model: ir.Model, base: Path) -> str:
             try:
                 for start in range(offset, offset + length, _CHUNK):
                     with view[start : min(start + _CHUNK, offset + length)] as piece:
-                        whole.update(piece)
+                        hasher.update(piece)
             finally:
                 view.release()
-    return whole.hexdigest()
+    return hasher.hexdigest()
 
 
 class BuildCache:
-    """A folder of engines by what they were made of. Entries appear whole or not at all, and are checked when used."""
+    """A folder of engines by their inputs. Entries appear whole or not at all, and are checked when used."""
 
     def __init__(self, folder: Path) -> None:
         if folder.exists() and not folder.is_dir():
@@ -60,18 +60,18 @@ class BuildCache:
         self.folder = folder
 
     @staticmethod
-    def key(made_of: Mapping[str, Any]) -> str:
-        """Of everything that an engine depends on, JSON."""
-        text = json.dumps({"format": _FORMAT, **made_of}, sort_keys=True, separators=(",", ":"))
+    def key(build_inputs: Mapping[str, Any]) -> str:
+        """The key of everything that an engine depends on, JSON."""
+        text = json.dumps({"format": _FORMAT, **build_inputs}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def take(self, key: str, engine: Path, parse: Callable[[Any], _Kept]) -> _Kept | None:
-        """Put the kept engine at `engine` -> what was kept with it; None where there is none. `parse` makes something
-        of the JSON that was kept, and raises ValueError, KeyError or TypeError where that is not what was put there."""
+        """Put the cached engine at `engine` -> the content stored with it; None where there is none. `parse` converts
+        the stored JSON, and raises ValueError, KeyError or TypeError where it is not what was put there."""
         entry = self.folder / key
         try:
             result: Any = json.loads((entry / _RESULT).read_text())
-            kept = parse(result["kept"])
+            content = parse(result["kept"])
             sound = digest(entry / _ENGINE) == result["sha256"]
         except FileNotFoundError:
             return None
@@ -82,16 +82,16 @@ class BuildCache:
             shutil.rmtree(entry, ignore_errors=True)
             return None
         share_file(entry / _ENGINE, engine)
-        return kept
+        return content
 
-    def put(self, key: str, engine: Path, kept: Mapping[str, Any]) -> None:
-        """Keep an engine, and what belongs to it, JSON. Raises TargetError where it cannot be kept whole."""
-        made = digest(engine)
+    def put(self, key: str, engine: Path, content: Mapping[str, Any]) -> None:
+        """Store an engine, and the JSON `content` with it. Raises TargetError where it cannot be stored whole."""
+        sha256 = digest(engine)
 
         def verify(entry: Path) -> None:
-            if digest(entry / _ENGINE) != made:
+            if digest(entry / _ENGINE) != sha256:
                 raise EngineError(f"{engine} changed while it was copied to {entry}")
 
         with staged(self.folder / key, overwrite=True, verify=verify) as entry:
             share_file(engine, entry / _ENGINE)
-            (entry / _RESULT).write_text(json.dumps({"sha256": made, "kept": kept}, indent=2) + "\n")
+            (entry / _RESULT).write_text(json.dumps({"sha256": sha256, "kept": content}, indent=2) + "\n")

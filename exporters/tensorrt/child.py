@@ -39,9 +39,9 @@ def main(command: str, argument: str) -> int:
 
 
 def probe(trt: Any) -> dict[str, Any]:
-    """Version and targets. A library that cannot be told a target builds for the GPU that it finds."""
-    named = hasattr(trt.IBuilderConfig, "set_compute_capability")
-    members = trt.ComputeCapability.__members__ if named else ()
+    """Version and targets. A library that takes no target builds for the GPU that it finds."""
+    takes_targets = hasattr(trt.IBuilderConfig, "set_compute_capability")
+    members = trt.ComputeCapability.__members__ if takes_targets else ()
     return {"version": trt.__version__, "targets": [n.lower() for n in members if n.startswith("SM")]}
 
 
@@ -81,11 +81,11 @@ class Build:
         return 0
 
     def _register_plugins(self) -> int:
-        """Make the graph's plugins known -> the flags of a network that has them."""
-        told = self.spec["plugins"]
-        sys.path.append(told["root"])  # behind everything else: nothing of the tool stands in for another module
-        module = importlib.import_module(told["module"])
-        flags: int = module.register(self.trt, json.loads(Path(told["described"]).read_text()))
+        """Register the graph's plugins -> the flags of a network that has them."""
+        plugins = self.spec["plugins"]
+        sys.path.append(plugins["root"])  # behind everything else: nothing of the tool stands in for another module
+        module = importlib.import_module(plugins["module"])
+        flags: int = module.register(self.trt, json.loads(Path(plugins["descriptions"]).read_text()))
         return flags
 
     def _describe(self, network: Any) -> None:
@@ -96,11 +96,11 @@ class Build:
             if layer.type.name in self.spec["report"]
         ]
         ports = {
-            what: {
+            side: {
                 tensor.name: [tensor.dtype.name, list(tensor.shape)]
-                for tensor in (getattr(network, f"get_{what}")(i) for i in range(getattr(network, f"num_{what}s")))
+                for tensor in (getattr(network, f"get_{side}")(i) for i in range(getattr(network, f"num_{side}s")))
             }
-            for what in ("input", "output")
+            for side in ("input", "output")
         }
         self.emit("parsed", kinds=dict(sorted(kinds.items())), special=special, ports=ports)
 
@@ -125,13 +125,14 @@ class Build:
             config.num_compute_capabilities = len(spec["targets"])
             for i, target in enumerate(spec["targets"]):
                 config.set_compute_capability(trt.ComputeCapability.__members__[target.upper()], i)
-        # the log then says what the engine's layers are made of, which no one can ask an engine without a driver
+        # the log then says what the engine's layers consist of, which an engine itself does not tell without a driver
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.progress_monitor = self._monitor()
         if spec["timing_cache_out"]:
-            given = spec["timing_cache_in"]
+            timing_cache = spec["timing_cache_in"]
             config.set_timing_cache(
-                config.create_timing_cache(Path(given).read_bytes() if given else b""), ignore_mismatch=False
+                config.create_timing_cache(Path(timing_cache).read_bytes() if timing_cache else b""),
+                ignore_mismatch=False,
             )
 
     def _serialize(self, builder: Any, network: Any, config: Any, file: Any) -> bool:
@@ -215,7 +216,7 @@ class Build:
 
 class MappedWeights:
     """The files under `folder` that the parser has mapped. A page that was read stays resident, though the library
-    works on copies that it made: without this the weights are there once more, for nobody."""
+    works on its own copies: without this the weights are in memory once more, for nothing."""
 
     def __init__(self, folder: Path, every: float = 1.0) -> None:
         self._inside, self._every, self._next = f"{folder}/", every, time.monotonic() + every

@@ -124,7 +124,7 @@ class _CudaContext(Context):
     def execute(self) -> None:
         stream = self.device.stream
         stream.wait_stream(torch.cuda.current_stream())
-        self._check(self.context.execute_async_v3(stream.cuda_stream), "what it was given, and did not run")
+        self._check(self.context.execute_async_v3(stream.cuda_stream), "its inputs, and did not run")
         stream.synchronize()
 
     def capture(self) -> Replay | None:
@@ -148,9 +148,9 @@ class _CudaContext(Context):
 
         return replay
 
-    def _check(self, worked: bool, what: str) -> None:
+    def _check(self, worked: bool, subject: str) -> None:
         if not worked:
-            raise EngineError(f"the engine does not take {what}: {self.device.logger.last()}")
+            raise EngineError(f"the engine does not take {subject}: {self.device.logger.last()}")
 
 
 def _logger(trt: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What goes wrong with engines, told in one line each."""
+"""Errors of building and running engines, of one line each."""
 
 from surgeon.errors import SurgeonError
 

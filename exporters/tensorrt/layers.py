@@ -43,18 +43,18 @@ class Operator(_Strict):
 
 class GraphLayers(_Strict):
     network: dict[str, int]
-    """How many layers of each type the parser made."""
+    """How many layers of each type the parser created."""
     kernels: int
     """Of the engine, over all profiles."""
     operators: list[Operator]
 
     def unfused(self, operator: str = "Attention") -> list[Operator]:
-        return [each for each in self.operators if each.operator == operator and not each.fused]
+        return [entry for entry in self.operators if entry.operator == operator and not entry.fused]
 
     def count(self, operator: str) -> tuple[int, int]:
         """How many nodes are fused, and how many there are."""
-        found = [each.fused for each in self.operators if each.operator == operator]
-        return sum(found), len(found)
+        fused = [entry.fused for entry in self.operators if entry.operator == operator]
+        return sum(fused), len(fused)
 
 
 class LayerReport(_Strict):
@@ -64,15 +64,15 @@ class LayerReport(_Strict):
 
     def warnings(self) -> list[str]:
         """One line for every graph whose attention is not all fused."""
-        found = []
+        messages = []
         for name, graph in self.graphs.items():
             if apart := graph.unfused():
-                nodes = [each.node for each in apart[:4]] + ["..."] * (len(apart) > 4)
-                found.append(
+                nodes = [entry.node for entry in apart[:4]] + ["..."] * (len(apart) > 4)
+                messages.append(
                     f"{name}: {len(apart)} of {graph.count('Attention')[1]} attention(s) fell apart into primitives: "
                     f"{', '.join(nodes)} ({apart[0].reason})"
                 )
-        return found
+        return messages
 
 
 def report(model: ir.Model, parsed: Mapping[str, Any], log: str) -> GraphLayers:
@@ -80,15 +80,15 @@ def report(model: ir.Model, parsed: Mapping[str, Any], log: str) -> GraphLayers:
     library logged them, empty where it does not."""
     special = {(kind, node) for kind, name, metadata in parsed["special"] for node in _nodes(kind, name, metadata)}
     kernels: dict[str, list[str]] = {}
-    found = list(_KERNEL.finditer(log))
-    for kernel in found:
+    logged_kernels = list(_KERNEL.finditer(log))
+    for kernel in logged_kernels:
         for node in _NODE.findall(kernel["metadata"]):
             kernels.setdefault(node, []).append(kernel["name"])
     return GraphLayers(
         network=dict(parsed["kinds"]),
-        kernels=len(found),
+        kernels=len(logged_kernels),
         operators=[
-            _operator(node, special, kernels.get(str(node.name), []), bool(found))
+            _operator(node, special, kernels.get(str(node.name), []), bool(logged_kernels))
             for node in model.graph
             if node.op_type in LAYER_OF and node.domain in ("", "ai.onnx")
         ],

@@ -64,12 +64,12 @@ def _probe(backend: Backend) -> Library:
     with temporary_directory("surgeon-probe-") as folder:
         log = folder / "log"
         try:
-            found = run_child(["probe", module_of(backend)], f"importing {backend}", log, CHILD).last("probed")
+            probed = run_child(["probe", module_of(backend)], f"importing {backend}", log, CHILD).last("probed")
         except ProcessError as error:
             raise EngineError(f"{backend} is installed and does not work: {error}; try `surgeon doctor`") from error
-        if found is None:
+        if probed is None:
             raise EngineError(f"{backend} is installed and does not work: {log_tail(log)}; try `surgeon doctor`")
-    return Library(backend, found["version"], tuple(found["targets"]))
+    return Library(backend, probed["version"], tuple(probed["targets"]))
 
 
 def installed_version(backend: Backend) -> str | None:
@@ -99,26 +99,26 @@ def link_libraries(backend: Backend, folder: Path) -> Path:
     return folder
 
 
-def choose_targets(library: Library, asked: str) -> tuple[str, ...]:
-    """`asked`, such as "sm80,sm89" or "native" -> compute capabilities to name; none where the library cannot be told
-    of the GPU that is here.
+def choose_targets(library: Library, target: str) -> tuple[str, ...]:
+    """`target`, such as "sm80,sm89" or "native" -> compute capabilities to name; none where the library has no name for
+    the GPU that is here.
 
     Raises EngineError for one that the library does not know, and for `native` without a GPU.
     """
-    names = [name.strip().lower() for name in asked.split(",") if name.strip()]
+    names = [name.strip().lower() for name in target.split(",") if name.strip()]
     if NATIVE in names:
         if len(names) > 1:
-            raise EngineError(f"--target {asked}: native stands alone, for the GPU that is here")
+            raise EngineError(f"--target {target}: native stands alone, for the GPU that is here")
         here = gpu()
         if here is None:
-            known = ", ".join(library.targets)
-            hint = f"name the GPU to build for instead: {known}" if known else "build where the GPU is"
+            supported = ", ".join(library.targets)
+            hint = f"name the GPU to build for instead: {supported}" if supported else "build where the GPU is"
             raise EngineError(f"--target native: there is no GPU here that CUDA can use; {hint}")
         return (here.capability,) if here.capability in library.targets else ()
     if not library.targets:
         raise EngineError(
-            f"--target {asked}: {library.backend} builds for the GPU that it finds; use --target native where that GPU "
-            "is, or --backend tensorrt-rtx, which takes targets by name"
+            f"--target {target}: {library.backend} builds for the GPU that it finds; use --target native where that "
+            "GPU is, or --backend tensorrt-rtx, which takes targets by name"
         )
     for name in names:
         if name not in library.targets:

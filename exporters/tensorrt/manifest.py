@@ -122,24 +122,24 @@ class EngineManifest(_Strict):
 
     def check_gpu(self, gpu: Gpu | None) -> None:
         """Refuse a GPU that the engines were not built for, and none at all."""
-        wanted = ", ".join(self.targets)
+        targets = ", ".join(self.targets)
         if gpu is None:
-            raise EngineError(f"the engines run on a GPU ({wanted}), and CUDA finds none here")
+            raise EngineError(f"the engines run on a GPU ({targets}), and CUDA finds none here")
         if gpu.capability not in self.targets:
             raise EngineError(
-                f"the engines are for {wanted}, here is {gpu.name} ({gpu.capability}): build them with --target "
+                f"the engines are for {targets}, here is {gpu.name} ({gpu.capability}): build them with --target "
                 f"{gpu.capability} or --target native"
             )
 
     def check_bundle(self, bundle: Path) -> None:
         """Refuse a bundle that the engines were not built from."""
-        found = bundles.sha256(bundle / bundles.FILE)
-        if found is None:
+        sha256 = bundles.sha256(bundle / bundles.FILE)
+        if sha256 is None:
             raise EngineError(f"{bundle} is no bundle: it has no {bundles.FILE}")
-        if found != self.bundle_sha256:
+        if sha256 != self.bundle_sha256:
             raise EngineError(
                 f"the engines are of another bundle than {bundle}: of {self.bundle.source.name}, {self.dtype}, "
-                f"{self.bundle.max_length} tokens, bundle.json {self.bundle_sha256[:12]}, not {found[:12]}; build "
+                f"{self.bundle.max_length} tokens, bundle.json {self.bundle_sha256[:12]}, not {sha256[:12]}; build "
                 "them from this one"
             )
 

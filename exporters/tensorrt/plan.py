@@ -134,8 +134,8 @@ def _graph(
     replaced = rewrite(model, () if fusion is None else (fusion,))
     tensors = [value.const_value for value in model.graph.initializers.values()]
     size = sum(tensor.length or 0 for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
-    left = {value.name for value in model.graph.inputs}
-    described = manifest.graphs[name]
+    names = {value.name for value in model.graph.inputs}
+    graph_file = manifest.graphs[name]
     return GraphPlan(
         name=name,
         graph=path,
@@ -143,8 +143,8 @@ def _graph(
         rewrites=replaced,
         weight_bytes=size,
         profiles=profiles,
-        inputs=[port for port in described.inputs if port.name in left],
-        outputs=described.outputs,
+        inputs=[port for port in graph_file.inputs if port.name in names],
+        outputs=graph_file.outputs,
         plugins={} if fusion is None else fusion.nodes,
         fused={} if fusion is None else fusion.functions,
         measured=len(measured),

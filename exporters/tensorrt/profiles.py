@@ -95,10 +95,10 @@ class Profile(BaseModel):
 
 def split_dimension(dimension: str) -> tuple[int, str]:
     """ "4*M" -> 4, "M". Raises EngineError for another expression."""
-    found = _DIMENSION.fullmatch(dimension)
-    if found is None:
+    match = _DIMENSION.fullmatch(dimension)
+    if match is None:
         raise EngineError(f"the bundle has a dimension {dimension!r}, which no profile is known for; update surgeon")
-    return int(found[1] or 1), found[2]
+    return int(match[1] or 1), match[2]
 
 
 @dataclass(frozen=True)
@@ -156,19 +156,21 @@ def make_profiles(bundle: Path, manifest: Manifest, limits: Limits) -> dict[str,
         "memory": [Profile(name="any", sizes=rows | memory)],
         "decoder": [decode, longer],
     }
-    made = {name: [_trimmed(p, graph) for p in profiles[name]] for name, graph in manifest.graphs.items()}
+    trimmed = {name: [_trimmed(p, graph) for p in profiles[name]] for name, graph in manifest.graphs.items()}
     for name, graph in manifest.graphs.items():
-        for profile in made[name]:
+        for profile in trimmed[name]:
             _check_volumes(name, graph, profile)
-    return made
+    return trimmed
 
 
 def _trimmed(profile: Profile, graph: GraphFile) -> Profile:
     """With those symbols alone that the graph's inputs have."""
-    used = symbols(graph.inputs)
-    if unknown := sorted(used - profile.sizes.keys()):
+    input_symbols = symbols(graph.inputs)
+    if unknown := sorted(input_symbols - profile.sizes.keys()):
         raise EngineError(f"{graph.file} has a dimension {unknown[0]!r}, which no profile is known for; update surgeon")
-    return Profile(name=profile.name, sizes={name: size for name, size in profile.sizes.items() if name in used})
+    return Profile(
+        name=profile.name, sizes={name: size for name, size in profile.sizes.items() if name in input_symbols}
+    )
 
 
 def symbols(ports: Collection[Port]) -> set[str]:
@@ -194,14 +196,16 @@ class _Vision:
     """Visual tokens that one image has at most."""
 
 
-def _vision(bundle: Path, manifest: Manifest, prefill: Range, asked: Range | None) -> _Vision:
+def _vision(bundle: Path, manifest: Manifest, prefill: Range, image_tokens: Range | None) -> _Vision:
     graph = manifest.graphs.get("vision")
     if graph is None:
         return _Vision(Profile(name="any", sizes={}), 1)
-    used = symbols(graph.inputs)
-    tiles_alone = "M" not in used  # features [n * T, d]: every tile has n tokens
+    input_symbols = symbols(graph.inputs)
+    tiles_alone = "M" not in input_symbols  # features [n * T, d]: every tile has n tokens
     per_tile = _tokens_per_tile(graph) if tiles_alone else 1
-    tokens = asked or Range.of(per_tile, max(per_tile, _usual_tokens(bundle, manifest, prefill, per_tile, tiles_alone)))
+    tokens = image_tokens or Range.of(
+        per_tile, max(per_tile, _usual_tokens(bundle, manifest, prefill, per_tile, tiles_alone))
+    )
     # tiles that go into the memory alone need no room in the sequence
     if tokens.max > manifest.max_length and manifest.allocation != "memory":
         raise EngineError(
@@ -209,11 +213,11 @@ def _vision(bundle: Path, manifest: Manifest, prefill: Range, asked: Range | Non
             f"take at most that, or export again with --max-length {tokens.max}"
         )
     sizes: dict[str, Range] = {}
-    if "M" in used:
+    if "M" in input_symbols:
         sizes["M"] = tokens
-    if "W" in used:
+    if "W" in input_symbols:
         sizes["W"] = _windows(graph, tokens)
-    if "T" in used:
+    if "T" in input_symbols:
         if tiles_alone:
             if tokens.max < per_tile:
                 raise EngineError(f"--image-tokens {tokens}: one tile of this model has {per_tile} tokens already")

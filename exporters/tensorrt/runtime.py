@@ -40,10 +40,10 @@ class EngineRuntime(Runtime):
     def session(self, graph: GraphName) -> EngineSession:
         """Raises EngineError where the engine was left out of the directory, or cannot be loaded."""
         if graph not in self._sessions:
-            described = self.engines.engines.get(graph)
-            if described is None:
+            engine_file = self.engines.engines.get(graph)
+            if engine_file is None:
                 raise EngineError(f"{self.path} has no engine of {graph}: build it without --graph, which left it out")
-            self._sessions[graph] = EngineSession(self.path / described.file, described, self._device)
+            self._sessions[graph] = EngineSession(self.path / engine_file.file, engine_file, self._device)
         return self._sessions[graph]
 
     # -- as every runtime --------------------------------------------------------------------------------------
@@ -70,16 +70,16 @@ class EngineRuntime(Runtime):
         """In pieces where the prompt is longer than the engine takes at once, or more logits are wanted than it gives
         at once."""
         batch, length = tokens.inputs_embeds.shape[:2]
-        wanted = tokens.logits_indices
-        found = np.zeros((batch, wanted.shape[1], self.manifest.sizes.vocab_size), dtype=np.float32)
-        for begin, end in self._pieces(length, wanted.shape[1]):
-            inside = (wanted >= begin) & (wanted < end)
+        logits_indices = tokens.logits_indices
+        all_logits = np.zeros((batch, logits_indices.shape[1], self.manifest.sizes.vocab_size), dtype=np.float32)
+        for begin, end in self._pieces(length, logits_indices.shape[1]):
+            inside = (logits_indices >= begin) & (logits_indices < end)
             # a piece that gives no row's logits is asked for one all the same
             columns = np.flatnonzero(inside.any(0)) if inside.any() else np.array([0])
-            indices = np.clip(wanted[:, columns] - begin, 0, end - begin - 1)
+            indices = np.clip(logits_indices[:, columns] - begin, 0, end - begin - 1)
             logits = self._forward(state, rows, tokens.columns(begin, end, indices))
-            found[:, columns] = np.where(inside[:, columns, None], logits, found[:, columns])
-        return found
+            all_logits[:, columns] = np.where(inside[:, columns, None], logits, all_logits[:, columns])
+        return all_logits
 
     def decode(self, state: State, changing: dict[str, np.ndarray], fixed: dict[str, np.ndarray]) -> np.ndarray:
         step = state.bound()
@@ -116,11 +116,11 @@ class EngineRuntime(Runtime):
         caches = {name: _aligned(tensor) for name, tensor in places.items()}
         memory = {name: _aligned(tensor[rows].contiguous()) for name, tensor in state.memory.items()}
         feeds = tokens.feeds() | {"memory_mask": self.memory_mask(state, rows, tokens)}
-        found = self.session("decoder").run(feeds | memory | caches, _present(caches))
+        outputs = self.session("decoder").run(feeds | memory | caches, _present(caches))
         for name, place in places.items():
             if caches[name] is not place:
                 place.copy_(caches[name])
-        return _to_host(found["logits"])
+        return _to_host(outputs["logits"])
 
 
 def check_runnable(path: Path, manifest: EngineManifest) -> None:

@@ -22,11 +22,11 @@ _OPTIONS = {"B": "--batch", "S": "--prefill", "T": "--prefill", "M": "--visual-t
 class EngineSession:
     """An engine of a directory, loaded."""
 
-    def __init__(self, path: Path, described: EngineFile, device: Device) -> None:
+    def __init__(self, path: Path, engine_file: EngineFile, device: Device) -> None:
         """Raises EngineError for a file that the library does not load."""
-        self.path, self.described, self.device = path, described, device
-        self.inputs = {port.name: port for port in described.inputs}
-        self.outputs = {port.name: port for port in described.outputs}
+        self.path, self.engine_file, self.device = path, engine_file, device
+        self.inputs = {port.name: port for port in engine_file.inputs}
+        self.outputs = {port.name: port for port in engine_file.outputs}
         self.engine = device.load(path)
         self._contexts: dict[int, Context] = {}
         self._idle: dict[int, list[Context]] = {}
@@ -34,24 +34,24 @@ class EngineSession:
     # -- sizes -------------------------------------------------------------------------------------------------
     def size_range(self, symbol: str) -> tuple[int, int]:
         """The smallest and the largest size of a symbol in the profile that goes farthest in it."""
-        ranges = [profile.sizes[symbol] for profile in self.described.profiles if symbol in profile.sizes]
-        widest = max(ranges, key=lambda each: each.max)
+        ranges = [profile.sizes[symbol] for profile in self.engine_file.profiles if symbol in profile.sizes]
+        widest = max(ranges, key=lambda bounds: bounds.max)
         return widest.min, widest.max
 
     def profile_for(self, sizes: Mapping[str, int]) -> int:
         """The first profile that holds all of the sizes. Raises EngineError, with the numbers, where there is none."""
-        for number, profile in enumerate(self.described.profiles):
+        for number, profile in enumerate(self.engine_file.profiles):
             if not _outside(profile, sizes):
                 return number
-        nearest = min(self.described.profiles, key=lambda profile: len(_outside(profile, sizes)))
-        wrong = _outside(nearest, sizes)
-        asked = ", ".join(f"{symbol} {sizes[symbol]}" for symbol in wrong)
-        held = ", ".join(f"{symbol} {nearest.sizes[symbol]}" for symbol in wrong)
+        nearest = min(self.engine_file.profiles, key=lambda profile: len(_outside(profile, sizes)))
+        exceeded = _outside(nearest, sizes)
+        requested = ", ".join(f"{symbol} {sizes[symbol]}" for symbol in exceeded)
+        supported = ", ".join(f"{symbol} {nearest.sizes[symbol]}" for symbol in exceeded)
         vision = "features" in self.outputs
-        options = dict.fromkeys("--image-tokens" if vision else _OPTIONS.get(symbol, "sizes") for symbol in wrong)
+        options = dict.fromkeys("--image-tokens" if vision else _OPTIONS.get(symbol, "sizes") for symbol in exceeded)
         raise EngineError(
-            f"{self.path.name}: the request needs {asked}, the engine was built for {held}: ask for what fits, or "
-            f"build the engines again with another {' and '.join(options)}"
+            f"{self.path.name}: the request needs {requested}, the engine was built for {supported}: ask for what "
+            f"fits, or build the engines again with another {' and '.join(options)}"
         )
 
     def sizes(self, fed: Fed) -> dict[str, int]:
@@ -84,18 +84,18 @@ class EngineSession:
 
     # -- running -----------------------------------------------------------------------------------------------
     def run(self, fed: Fed, outputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Run once. `outputs`: those that are written to a given place, the others are allocated. -> all of them."""
+        """Run once. `outputs`: tensors to write outputs to; the others are allocated. -> all outputs."""
         fed = {name: fed[name] for name in self.inputs}
         sizes = self.sizes(fed)
         number = self.profile_for(sizes)
         if number not in self._contexts:
             self._contexts[number] = self.engine.context(number)
         tensors = {name: self.on_device(name, value) for name, value in fed.items()}
-        made = {name: (outputs or {}).get(name) for name in self.outputs}
-        whole = {name: self.zeros(name, sizes) if given is None else given for name, given in made.items()}
-        _bind(self._contexts[number], tensors, whole)
+        places = {name: (outputs or {}).get(name) for name in self.outputs}
+        results = {name: self.zeros(name, sizes) if place is None else place for name, place in places.items()}
+        _bind(self._contexts[number], tensors, results)
         self._contexts[number].execute()
-        return whole
+        return results
 
     def repeated(self, fed: Fed, outputs: Mapping[str, Tensor]) -> "RepeatedCall":
         """A call to be made many times, of the same sizes and into the same buffers."""
@@ -151,7 +151,7 @@ def _bind(context: Context, inputs: Mapping[str, Tensor], outputs: Mapping[str, 
 
 def _outside(profile: Profile, sizes: Mapping[str, int]) -> list[str]:
     """The symbols whose size the profile does not hold."""
-    return [symbol for symbol, held in profile.sizes.items() if not held.min <= sizes[symbol] <= held.max]
+    return [symbol for symbol, bounds in profile.sizes.items() if not bounds.min <= sizes[symbol] <= bounds.max]
 
 
 def _shape(port: Port, sizes: Mapping[str, int]) -> list[int]:

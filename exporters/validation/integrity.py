@@ -83,12 +83,12 @@ def _processor(manifest: Manifest) -> dict[str, str]:
 
 
 def _compared(directory: Path, expected: Mapping[str, str], progress: Progress | None) -> Check:
-    there = {name: directory / name for name in expected if (directory / name).is_file()}
-    digests = sha256_of_files(list(there.values()), progress)
-    failures = [f"{directory / name} is missing" for name in expected if name not in there]
+    paths = {name: directory / name for name in expected if (directory / name).is_file()}
+    digests = sha256_of_files(list(paths.values()), progress)
+    failures = [f"{directory / name} is missing" for name in expected if name not in paths]
     failures += [
         f"{path} is not the file that was recorded: SHA-256 {digests[path][:12]}, not {expected[name][:12]}"
-        for name, path in there.items()
+        for name, path in paths.items()
         if digests[path] != expected[name]
     ]
     # a file more in the processor's folder may be read in the place of another
@@ -97,30 +97,30 @@ def _compared(directory: Path, expected: Mapping[str, str], progress: Progress |
     return Check("bytes", f"{len(expected)} files of {directory} have the SHA-256 that was recorded", failures)
 
 
-# -- a form against the one it was made of -------------------------------------------------------------------------
+# -- a form against the one it was built from ----------------------------------------------------------------------
 def _patched(a: str | Path, b: str | Path) -> Check:
     """Whichever of the two was patched, against the other."""
     with Checkpoint.open(a) as source, Checkpoint.open(b) as patched:
         if source.config.get(RECORD) and not patched.config.get(RECORD):
             source, patched = patched, source
-        made_of = (patched.config.get(RECORD) or {}).get("source", {})
+        recorded = (patched.config.get(RECORD) or {}).get("source", {})
         failures = []
-        if made_of and made_of.get("fingerprint") != source.fingerprint():
+        if recorded and recorded.get("fingerprint") != source.fingerprint():
             failures.append(
-                f"{patched.directory} was made of {made_of.get('name')}, {str(made_of.get('fingerprint'))[:12]}, and "
+                f"{patched.directory} was made of {recorded.get('name')}, {str(recorded.get('fingerprint'))[:12]}, and "
                 f"{source.directory} is {source.fingerprint()[:12]}: another checkpoint, or altered since"
             )
         failures += _code(patched)
-        other = {name: why for name in source.tensors if (why := _difference(source, patched, name)) is not None}
+        altered = {name: why for name in source.tensors if (why := _difference(source, patched, name)) is not None}
         failures += [
             f"{patched.directory}: {name} is not that of {source.directory}: {why}"
-            for name, why in list(other.items())[:_SHOWN]
+            for name, why in list(altered.items())[:_SHOWN]
         ]
-        if len(other) > _SHOWN:
-            failures.append(f"and {count(len(other) - _SHOWN, 'more tensor')}")
+        if len(altered) > _SHOWN:
+            failures.append(f"and {count(len(altered) - _SHOWN, 'more tensor')}")
         tensors = count(len(source.tensors), "tensor")
-        said = f"{tensors} of {source.directory} in {patched.directory}, byte for byte"
-        return Check("bytes", said, failures)
+        summary = f"{tensors} of {source.directory} in {patched.directory}, byte for byte"
+        return Check("bytes", summary, failures)
 
 
 def _code(patched: Checkpoint) -> list[str]:
@@ -129,10 +129,10 @@ def _code(patched: Checkpoint) -> list[str]:
     if record.get("version") != __version__:
         return []
     kinds = sorted({entry["kind"] for entry in record.get("grafts", [])})
-    described = family(patched.config["model_type"])
+    model_family = family(patched.config["model_type"])
     return [
         f"{patched.directory / name} is not what this version writes: patch the source again"
-        for name, text in travelling_files(described, kinds).items()
+        for name, text in travelling_files(model_family, kinds).items()
         if not (patched.directory / name).is_file() or (patched.directory / name).read_text(encoding="utf-8") != text
     ]
 
@@ -149,7 +149,7 @@ def _difference(source: Checkpoint, other: Checkpoint, name: str) -> str | None:
     if a.file.samefile(b.file) and a.offset == b.offset:
         return None
     try:
-        equal = torch.equal(*(each.read(name).flatten().view(torch.uint8) for each in (source, other)))
+        equal = torch.equal(*(checkpoint.read(name).flatten().view(torch.uint8) for checkpoint in (source, other)))
     finally:
         source.release(name)
         other.release(name)
@@ -178,13 +178,13 @@ def _exported(directory: str | Path, bundle: Path, progress: Progress | None) ->
         for name, path in files.items()
         if digests[path] != source.sha256.get(name)
     ]
-    said = f"{bundle} records the fingerprint of {directory}, and the SHA-256 of {count(len(files), 'weight file')}"
-    return Check("bytes", said, failures)
+    summary = f"{bundle} records the fingerprint of {directory}, and the SHA-256 of {count(len(files), 'weight file')}"
+    return Check("bytes", summary, failures)
 
 
-def count(number: int, what: str) -> str:
+def count(number: int, noun: str) -> str:
     """`1 tensor`, `1,200 tensors`."""
-    return f"{number:,} {what}{'s' * (number != 1)}"
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _built(bundle: Path, engines: Path) -> Check:

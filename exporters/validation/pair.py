@@ -97,8 +97,8 @@ def _age(candidate: Runner) -> tuple[int, bool, int]:
 
 
 def _check_same_model(a: str | Path, config_a: PretrainedConfig, b: str | Path, config_b: PretrainedConfig) -> None:
-    def refuse(what: str, of_a: Any, of_b: Any) -> SurgeonError:
-        return SurgeonError(f"{a} and {b} are not forms of one model: {what} {of_a} in one and {of_b} in the other")
+    def refuse(aspect: str, of_a: Any, of_b: Any) -> SurgeonError:
+        return SurgeonError(f"{a} and {b} are not forms of one model: {aspect} {of_a} in one and {of_b} in the other")
 
     sizes_a, sizes_b = _sizes(config_a), _sizes(config_b)
     for name, value in sizes_a.items():
@@ -107,7 +107,7 @@ def _check_same_model(a: str | Path, config_a: PretrainedConfig, b: str | Path, 
     grafts_a, grafts_b = graft_records(config_a), graft_records(config_b)
     fewer, more = sorted((grafts_a, grafts_b), key=len)
     if any(graft not in more for graft in fewer):
-        raise refuse("grafts", _said(grafts_a), _said(grafts_b))
+        raise refuse("grafts", _grafts_text(grafts_a), _grafts_text(grafts_b))
     scheme_a, scheme_b = record_of(config_a).get("positions"), record_of(config_b).get("positions")
     if scheme_a is not None and scheme_b is not None and scheme_a != scheme_b:
         raise refuse("positions", scheme_a, scheme_b)
@@ -115,24 +115,26 @@ def _check_same_model(a: str | Path, config_a: PretrainedConfig, b: str | Path, 
 
 def _sizes(config: PretrainedConfig) -> dict[str, Any]:
     """What makes two configs those of one model, by the words of a message."""
-    described = family(config.model_type)
-    text, vision = described.text_config(config), described.vision_config(config)
+    model_family = family(config.model_type)
+    text, vision = model_family.text_config(config), model_family.vision_config(config)
     return {
-        "family": described.model_type,
+        "family": model_family.model_type,
         **{f"text {name}": getattr(text, name, None) for name in _TEXT},
-        "text head_dim": described.head_dim(config),
+        "text head_dim": model_family.head_dim(config),
         **{f"vision {name}": getattr(vision, name, None) for name in _VISION},
     }
 
 
-def _said(grafts: list[dict[str, Any]]) -> str:
+def _grafts_text(grafts: list[dict[str, Any]]) -> str:
     """Grafts in words that are short enough for a line."""
 
     def options(graft: Mapping[str, Any]) -> str:
         return ", ".join(f"{key} {value}" for key, value in graft.items() if key not in ("kind", "layers"))
 
-    said = (f"{graft['kind']} at layers {', '.join(map(str, graft['layers']))} ({options(graft)})" for graft in grafts)
-    return " and ".join(said) or "none"
+    descriptions = (
+        f"{graft['kind']} at layers {', '.join(map(str, graft['layers']))} ({options(graft)})" for graft in grafts
+    )
+    return " and ".join(descriptions) or "none"
 
 
 def _check_same_prompts(a: str | Path, config_a: PretrainedConfig, b: str | Path, config_b: PretrainedConfig) -> None:

@@ -84,8 +84,8 @@ class BundleRunner(RuntimeRunner):
 
     @contextmanager
     def with_gates(self, values: Mapping[str, float]) -> Iterator[None]:
-        known = self.gates()
-        before, changed = self._gates, {name: value for name, value in values.items() if name in known}
+        own_gates = self.gates()
+        before, changed = self._gates, {name: value for name, value in values.items() if name in own_gates}
         self._use(changed)
         try:
             yield

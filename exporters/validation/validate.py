@@ -51,7 +51,7 @@ def validate_pair(
     grafts_tuned: bool = False,
     bytes_too: bool = False,
 ) -> Report:
-    """Load two forms of a model, compare them over the default cases or the given images and prompt.
+    """Load two forms of a model, compare them over the default cases, or over the images and prompt of the call.
 
     `positions`: dhr or plain, of both, where they offer RoPE-DHR; by default dhr. `provider`: what runs bundles.
     `backbone_tuned`, `grafts_tuned`: of two checkpoints, the later may hold other values of the earlier one's backbone,
@@ -118,11 +118,11 @@ class _Pair:
             option = "--backbone-tuned" if self.backbone_tuned else "--grafts-tuned"
             raise OptionError(f"{option} is for two checkpoints; a bundle holds its checkpoint's own weights")
         if self._grafts(self.reference) != self._grafts(self.candidate):
-            for each in (self.reference, self.candidate):
-                if each.gates() is None:
+            for runner in (self.reference, self.candidate):
+                if runner.gates() is None:
                     raise SurgeonError(
-                        f"{each.path} has grafts that the other has not, and engines do not show their gates: compare "
-                        "it with the patched checkpoint or its bundle"
+                        f"{runner.path} has grafts that the other has not, and engines do not show their gates: "
+                        "compare it with the patched checkpoint or its bundle"
                     )
 
     @property
@@ -132,16 +132,16 @@ class _Pair:
     # -- what is judged of itself ------------------------------------------------------------------------------
     def check(self, report: Report) -> None:
         """What they are set to, the prompts and, of two checkpoints, their tensors."""
-        said = "configs, tokenizers, chat templates and image processors are the same"
+        summary = "configs, tokenizers, chat templates and image processors are the same"
         failures = compare_settings(self.reference.inputs, self.candidate.inputs)
-        report.checks.append(Check("settings", said, failures))
+        report.checks.append(Check("settings", summary, failures))
         if self._checkpoints:
             self._check_record(report)
         loaded = isinstance(self.reference, TorchRunner)
         folder = self.reference.directory if loaded else Path(self.reference.path) / PROCESSOR  # type: ignore[attr-defined]
         try:
-            said, failures = check_inputs(self.reference.inputs, folder, self.cases)
-            report.checks.append(Check("inputs", said, failures))
+            summary, failures = check_inputs(self.reference.inputs, folder, self.cases)
+            report.checks.append(Check("inputs", summary, failures))
         except ProcessorUnavailable as reason:
             report.notes.append(f"the inputs were not compared with transformers' own processor: {reason}")
         if self._checkpoints:
@@ -158,7 +158,7 @@ class _Pair:
             report.checks.append(Check("record", "grafts and positions are what the recorded passes make", failures))
         elif self._grafts(self.reference) != self._grafts(self.candidate):
             report.notes.append(
-                "the options of the grafts were not judged: the passes that made them of the reference are not "
+                "the options of the grafts were not judged: the passes that added them to the reference are not "
                 "recorded, as of an import, or were altered"
             )
 
@@ -197,34 +197,34 @@ class _Pair:
         ):
             if not names:
                 continue
-            what = f"{_first(names)} of the {part} with other values in the candidate"
+            finding = f"{_first(names)} of the {part} with other values in the candidate"
             if allowed:
-                check.said += f"; {what}, as --{part}-tuned allows"
+                check.said += f"; {finding}, as --{part}-tuned allows"
             else:
-                check.failures.append(f"{what}; where they were tuned, say so with --{part}-tuned")
+                check.failures.append(f"{finding}; where they were tuned, say so with --{part}-tuned")
         report.checks.append(check)
 
     # -- what is judged by its logits --------------------------------------------------------------------------
     def compare(self, report: Report) -> None:
-        known = (self.reference.gates(), self.candidate.gates())
-        a, b = (each or {} for each in known)
-        added = set() if None in known else a.keys() ^ b.keys()  # engines have the other's grafts
+        both_gates = (self.reference.gates(), self.candidate.gates())
+        a, b = (gates or {} for gates in both_gates)
+        added = set() if None in both_gates else a.keys() ^ b.keys()  # engines have the other's grafts
         apart = added | self.tuned
         closing = dict.fromkeys(apart, 0.0) if any(a.get(n) or b.get(n) for n in apart) else {}
         moved = self.candidate.positions != "plain" and self._scheme(self.reference) != self._scheme(self.candidate)
         level = level_between(
             (self.reference.stage, self.candidate.stage), (self.reference.dtype, self.candidate.dtype)
         )
-        said = ["gates closed"] * bool(closing) + ["plain positions"] * moved
-        state = f"{' and '.join(said)} in memory" if said else AS_THEY_ARE
-        if said or self.backbone_tuned:
+        changes = ["gates closed"] * bool(closing) + ["plain positions"] * moved
+        state = f"{' and '.join(changes)} in memory" if changes else AS_THEY_ARE
+        if changes or self.backbone_tuned:
             # first as they are: the backbone that was tuned is then put into the reference
             report.comparisons.append(self._run(MOVED if moved and not closing else TUNED))
         if apart and not closing and self._checkpoints:
             report.notes.append(f"all {len(apart)} gates are 0, as they start: the grafts change nothing until trained")
         if closing:
             report.notes.append(
-                f"gates, largest value: {_said({n: max(a.get(n, 0.0), b.get(n, 0.0)) for n in sorted(apart)})}"
+                f"gates, largest value: {_gates_text({n: max(a.get(n, 0.0), b.get(n, 0.0)) for n in sorted(apart)})}"
             )
         if self.backbone_tuned:
             if not (added or moved):
@@ -258,21 +258,22 @@ class _Pair:
             )
             return
         a, b = self.reference.gates(), self.candidate.gates()
-        known = a or b
-        if known is None:
+        shown_gates = a or b
+        if shown_gates is None:
             report.notes.append("engines do not show their gates: where they are closed, the grafts were not judged")
             return
-        dim = [name for name in known if min((each or known).get(name, SHOWS) for each in (a, b)) < SHOWS]
+        dim = [name for name in shown_gates if min((gates or shown_gates).get(name, SHOWS) for gates in (a, b)) < SHOWS]
         if not dim:
             return
-        what = f"{len(dim)} of {len(known)} gates are closed, or as good as ({_said({n: known[n] for n in dim})})"
+        values = _gates_text({name: shown_gates[name] for name in dim})
+        closed = f"{len(dim)} of {len(shown_gates)} gates are closed, or as good as ({values})"
         if a is None or b is None:
             report.notes.append(
-                f"the grafts were not judged: {what}, and engines cannot be given others; compare a bundle, or engines "
-                "of a trained one"
+                f"the grafts were not judged: {closed}, and engines cannot be given others; compare a bundle, or "
+                "engines of a trained one"
             )
             return
-        report.notes.append(f"{what}: both were also compared with these opened to {OPENED:g} in memory")
+        report.notes.append(f"{closed}: both were also compared with these opened to {OPENED:g} in memory")
         opened = self._run(judged.level, "gates opened in memory", {**closing, **dict.fromkeys(dim, OPENED)}, moved)
         if opened.level.name in MAX_EFFECT_ERROR:
             self._judge_effect(judged, opened)
@@ -297,10 +298,10 @@ class _Pair:
         self, level: Level, state: str = AS_THEY_ARE, gates: Mapping[str, float] | None = None, plain: bool = False
     ) -> Comparison:
         with ExitStack() as stack:
-            for each in (self.reference, self.candidate):
-                stack.enter_context(each.with_gates(gates or {}))
+            for runner in (self.reference, self.candidate):
+                stack.enter_context(runner.with_gates(gates or {}))
                 if plain:
-                    stack.enter_context(_plain_positions(each))
+                    stack.enter_context(_plain_positions(runner))
             return validate(self.reference, self.candidate, self.cases, level, self.steps, self.progress, state)
 
     @staticmethod
@@ -326,7 +327,7 @@ def _first(names: Sequence[str]) -> str:
     return f"{count(len(names), 'tensor')} ({names[0]}{' the first' if len(names) > 1 else ''})"
 
 
-def _said(gates: Mapping[str, float]) -> str:
+def _gates_text(gates: Mapping[str, float]) -> str:
     """Some gates and their values, in words."""
     some = [f"{name.removesuffix('.alpha')} {value:.3g}" for name, value in list(gates.items())[:4]]
     return ", ".join(some) + (f" and {len(gates) - 4} more" if len(gates) > 4 else "")

@@ -31,12 +31,12 @@ def registry() -> dict[str, GraftFunction]:
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
     """Torch operator -> a node that calls the ONNX function by name; `definitions` has what it means."""
-    return {each.operator: each.translation for each in registry().values()}
+    return {function.operator: function.translation for function in registry().values()}
 
 
 def definitions() -> list[ir.Function]:
-    """Every function of the domain. The exporter would inline those that are in the model while it is made."""
-    return [each.function for each in registry().values()]
+    """Every function of the domain. The exporter would inline those that are in the model during export."""
+    return [function.function for function in registry().values()]
 
 
 def call(
@@ -49,14 +49,14 @@ def call(
     rotary: Rotary | None = None,
 ) -> Tensor:
     """`graft.attend(...)` as its one operator; tensors as `Graft.attend` takes them."""
-    found = registry().get(graft.kind)
-    if found is not None:
-        return found.call(graft, hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
+    function = registry().get(graft.kind)
+    if function is not None:
+        return function.call(graft, hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
     output: Tensor = graft.attend(hidden_states, keys, values, memory_mask, visual_token_mask, rotary)
     return output
 
 
 def project(graft: Graft, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
     """`graft.project(...)`, written for export where the graft's function says how."""
-    found = registry().get(graft.kind)
-    return graft.project(visual_embeds, rotary) if found is None else found.project(graft, visual_embeds, rotary)
+    function = registry().get(graft.kind)
+    return graft.project(visual_embeds, rotary) if function is None else function.project(graft, visual_embeds, rotary)

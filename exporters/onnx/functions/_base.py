@@ -52,20 +52,20 @@ class GraftFunction(ABC):
         Raises TypeError where the function's inputs are not the operator's arguments, by name and in order."""
         schema = onnx.defs.OpSchema
         proto = self.definition.to_function_proto()
-        named, arguments = [*proto.input, *proto.attribute], [a.name for a in self.operator._schema.arguments]
-        if named != arguments[: len(named)]:
-            raise TypeError(f"the function {proto.name} takes {named}, and its operator {arguments}")
+        parameters, arguments = [*proto.input, *proto.attribute], [a.name for a in self.operator._schema.arguments]
+        if parameters != arguments[: len(parameters)]:
+            raise TypeError(f"the function {proto.name} takes {parameters}, and its operator {arguments}")
         types = {name: "tensor(bool)" if name.endswith("_mask") else "T" for name in proto.input}
-        described = schema(
+        op_schema = schema(
             proto.name,
             proto.domain,
             self.definition.opset.version,
-            inputs=[schema.FormalParameter(*each) for each in types.items()],
+            inputs=[schema.FormalParameter(*parameter) for parameter in types.items()],
             outputs=[schema.FormalParameter(name, "T") for name in proto.output],
             type_constraints=[("T", [f"tensor({dtype})" for dtype in ("float", "float16", "bfloat16")], "")],
             attributes=[schema.Attribute(name, schema.AttrType.FLOAT, "") for name in proto.attribute],
         )
-        return values.Op(domain, proto.name, described)
+        return values.Op(domain, proto.name, op_schema)
 
     @property
     def function(self) -> ir.Function:

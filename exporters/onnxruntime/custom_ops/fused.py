@@ -1,4 +1,4 @@
-"""A graph's grafts by fused kernels, and what ONNX Runtime must be told of them."""
+"""A graph's grafts by fused kernels, and their registration with ONNX Runtime."""
 
 import warnings
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ class Fused:
 @cache
 def cuda_device() -> Device | None:
     """The GPU that ONNX Runtime takes, with tile configs as they were measured on it. None where kernels cannot run,
-    which is said once."""
+    with a warning, once."""
     reason = reason_against_device(_GPU)
     if reason is None:
         try:
@@ -75,13 +75,15 @@ def cuda_device() -> Device | None:
 
 
 def fuse(model: ir.Model, device: Device) -> Fused | None:
-    """Replace the functions of grafts in `model` by kernel nodes; None where it has none. What the kernels do not take
-    stays, and is said. Raises CompileError, and leaves half a model then."""
+    """Replace the functions of grafts in `model` by kernel nodes; None where it has none. Functions that the kernels
+    do not support stay, with a warning. Raises CompileError, and leaves `model` partly rewritten then."""
     symbols = {str(size) for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
     rewrite = FusedKernels(variant_specs(symbols, _TOKENS, _SLOTS), dict.fromkeys(symbols, 1) | _MOST, device.choose)
     rewrite(model)
     if not rewrite.replaced:
         return None
     aligned = device.alignment >= 16
-    described = compile_nodes(rewrite.nodes, [device.capability], compiled(), aligned=aligned)
-    return Fused(rewrite.functions, rewrite.nodes, table(described, device.provider, device.driver, device.alignment))
+    descriptions = compile_nodes(rewrite.nodes, [device.capability], compiled(), aligned=aligned)
+    return Fused(
+        rewrite.functions, rewrite.nodes, table(descriptions, device.provider, device.driver, device.alignment)
+    )

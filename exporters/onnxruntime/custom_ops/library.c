@@ -24,7 +24,7 @@
 enum { NUMBER, DIMENSION, ADD, MULTIPLY, DIVIDE };
 
 typedef struct {
-    const int64_t *words; /* postfix: pairs of what it is, and its number, or 256 * input + axis */
+    const int64_t *words; /* postfix: pairs of a kind and its operand: a number, or 256 * input + axis */
     int32_t count;        /* of pairs */
 } Formula;
 
@@ -94,7 +94,7 @@ typedef Status *(*ContextOutput)(Context *, size_t, const int64_t *, size_t, Val
 typedef void (*ReleaseShape)(Shape *);
 typedef Status *(*ContextStream)(const Context *, void **);
 
-/* What ONNX Runtime asks a custom operator: its structure of that name, as of version 16, and room for what later
+/* ONNX Runtime's interface of a custom operator: its structure of that name, as of version 16, and room for what later
  * versions added behind it, which a version of 16 says is not there. */
 typedef struct CustomOp {
     uint32_t version;
@@ -151,9 +151,9 @@ typedef struct Loaded {
 
 /* One for each operator of a session's tables. It lives on: sessions keep pointers to it, and do not say how long. */
 typedef struct {
-    CustomOp op; /* first: ONNX Runtime is given its address */
+    CustomOp op; /* must come first: ONNX Runtime gets its address */
     const Table *table;
-    const Operator *what;
+    const Operator *operator;
     Driver driver;
     Api api;
     pthread_mutex_t lock;
@@ -163,9 +163,9 @@ typedef struct {
 
 static const Registered *of(const CustomOp *op) { return (const Registered *)op; }
 
-static Status *fail(const Registered *self, const char *what, int code) {
+static Status *fail(const Registered *self, const char *reason, int code) {
     char message[256];
-    snprintf(message, sizeof message, "%s: %s (%d)", self->what->name, what, code);
+    snprintf(message, sizeof message, "%s: %s (%d)", self->operator->name, reason, code);
     return ((CreateStatus)self->api[CREATE_STATUS])(FAIL, message);
 }
 
@@ -192,23 +192,23 @@ static Status *find(Registered *self, const Variant *variant, void **function) {
     int code = self->driver.context(&context);
     if (code) return fail(self, "cuCtxGetCurrent", code);
     pthread_mutex_lock(&self->lock);
-    Loaded *found = self->loaded;
-    while (found && (found->variant != variant || found->context != context)) found = found->next;
+    Loaded *kernel = self->loaded;
+    while (kernel && (kernel->variant != variant || kernel->context != context)) kernel = kernel->next;
     const char *failed = NULL;
-    if (found == NULL) {
-        Loaded made = {variant, context, NULL, NULL, self->loaded};
-        if ((code = self->driver.load(&made.module, variant->ptx))) failed = "cuModuleLoadData";
-        else if ((code = self->driver.function(&made.function, made.module, variant->entry))) failed = "cuModuleGetFunction";
+    if (kernel == NULL) {
+        Loaded loaded = {variant, context, NULL, NULL, self->loaded};
+        if ((code = self->driver.load(&loaded.module, variant->ptx))) failed = "cuModuleLoadData";
+        else if ((code = self->driver.function(&loaded.function, loaded.module, variant->entry))) failed = "cuModuleGetFunction";
         else if (variant->shared > UNASKED_SHARED &&
-                 (code = self->driver.set(made.function, MAX_DYNAMIC_SHARED, (int)variant->shared)))
+                 (code = self->driver.set(loaded.function, MAX_DYNAMIC_SHARED, (int)variant->shared)))
             failed = "cuFuncSetAttribute";
-        else if ((found = malloc(sizeof *found)) == NULL) failed = "out of memory";
-        if (found) *found = made, self->loaded = found;
-        else if (made.module) self->driver.unload(made.module);
+        else if ((kernel = malloc(sizeof *kernel)) == NULL) failed = "out of memory";
+        if (kernel) *kernel = loaded, self->loaded = kernel;
+        else if (loaded.module) self->driver.unload(loaded.module);
     }
     pthread_mutex_unlock(&self->lock);
     if (failed) return fail(self, failed, code);
-    *function = found->function;
+    *function = kernel->function;
     return NULL;
 }
 
@@ -230,35 +230,36 @@ static Status *read_input(const Registered *self, const Context *context, size_t
 
 static Status *compute(void *kernel, Context *context) {
     Registered *self = kernel;
-    const Operator *what = self->what;
+    const Operator *operator = self->operator;
     int64_t dims[MOST_INPUTS][MOST_RANK];
     void *pointers[MOST_INPUTS + MOST_OUTPUTS];
     int32_t sizes[MOST_SIZES];
     void *arguments[MOST_INPUTS + MOST_SIZES + MOST_OUTPUTS], **next = arguments;
     Status *status;
-    for (int n = 0; n < what->num_inputs; n++) {
+    for (int n = 0; n < operator->num_inputs; n++) {
         if ((status = read_input(self, context, (size_t)n, dims[n], &pointers[n]))) return status;
         *next++ = &pointers[n];
     }
-    for (int n = 0; n < what->num_sizes; n++) {
-        sizes[n] = (int32_t)evaluate(what->sizes[n], dims);
+    for (int n = 0; n < operator->num_sizes; n++) {
+        sizes[n] = (int32_t)evaluate(operator->sizes[n], dims);
         *next++ = &sizes[n];
     }
 
-    const Variant *variant = what->variants;
+    const Variant *variant = operator->variants;
     while (variant->tokens >= 0 && variant->tokens < sizes[0]) variant++;
-    const Formula *dim = what->output_dims;
-    for (int n = 0; n < what->num_outputs; n++) {
+    const Formula *dim = operator->output_dims;
+    for (int n = 0; n < operator->num_outputs; n++) {
         int64_t shape[MOST_RANK];
         Value *value = NULL;
-        void **pointer = &pointers[what->num_inputs + n];
-        for (int axis = 0; axis < what->output_ranks[n]; axis++) shape[axis] = evaluate(*dim++, dims);
-        status = ((ContextOutput)self->api[CONTEXT_OUTPUT])(context, (size_t)n, shape, (size_t)what->output_ranks[n], &value);
+        void **pointer = &pointers[operator->num_inputs + n];
+        size_t rank = (size_t)operator->output_ranks[n];
+        for (size_t axis = 0; axis < rank; axis++) shape[axis] = evaluate(*dim++, dims);
+        status = ((ContextOutput)self->api[CONTEXT_OUTPUT])(context, (size_t)n, shape, rank, &value);
         if (!status) status = ((TensorData)self->api[TENSOR_DATA])(value, pointer);
         if (status) return status;
         *next++ = pointer;
     }
-    for (int n = 0; n < what->num_inputs + what->num_outputs; n++)
+    for (int n = 0; n < operator->num_inputs + operator->num_outputs; n++)
         if ((uintptr_t)pointers[n] % (uintptr_t)self->table->alignment)
             return fail(self, "a tensor is not placed at a multiple of 16 bytes", n);
 
@@ -296,12 +297,12 @@ static void destroy_kernel(void *kernel) {
     pthread_mutex_unlock(&self->lock);
 }
 
-static const char *name(const CustomOp *op) { return of(op)->what->name; }
+static const char *name(const CustomOp *op) { return of(op)->operator->name; }
 static const char *provider(const CustomOp *op) { return of(op)->table->provider; }
-static int input_type(const CustomOp *op, size_t n) { return of(op)->what->input_types[n]; }
-static size_t num_inputs(const CustomOp *op) { return (size_t)of(op)->what->num_inputs; }
-static int output_type(const CustomOp *op, size_t n) { return of(op)->what->output_types[n]; }
-static size_t num_outputs(const CustomOp *op) { return (size_t)of(op)->what->num_outputs; }
+static int input_type(const CustomOp *op, size_t n) { return of(op)->operator->input_types[n]; }
+static size_t num_inputs(const CustomOp *op) { return (size_t)of(op)->operator->num_inputs; }
+static int output_type(const CustomOp *op, size_t n) { return of(op)->operator->output_types[n]; }
+static size_t num_outputs(const CustomOp *op) { return (size_t)of(op)->operator->num_outputs; }
 static int required(const CustomOp *op, size_t n) { return (void)op, (void)n, 0; }
 static int on_device(const CustomOp *op, size_t n) { return (void)op, (void)n, 0; }
 static int none(const CustomOp *op) { return (void)op, 0; }
@@ -323,9 +324,9 @@ Status *RegisterCustomOps(Options *options, const ApiBase *base) {
     Status *status = ((CreateDomain)api[CREATE_DOMAIN])(table->domain, &domain);
     if (status) return status;
     for (int n = 0; n < table->num_operators; n++) {
-        Registered *made = calloc(1, sizeof *made);
-        if (made == NULL) return say(FAIL, "out of memory");
-        made->op = (CustomOp){
+        Registered *registered = calloc(1, sizeof *registered);
+        if (registered == NULL) return say(FAIL, "out of memory");
+        registered->op = (CustomOp){
             .version = API_VERSION,
             .name = name,
             .provider = provider,
@@ -344,9 +345,10 @@ Status *RegisterCustomOps(Options *options, const ApiBase *base) {
             .create_kernel_with_status = create_kernel,
             .compute = compute,
         };
-        made->table = table, made->what = &table->operators[n], made->driver = driver, made->api = api;
-        pthread_mutex_init(&made->lock, NULL);
-        if ((status = ((DomainAdd)api[DOMAIN_ADD])(domain, made))) return status;
+        registered->table = table, registered->operator = &table->operators[n];
+        registered->driver = driver, registered->api = api;
+        pthread_mutex_init(&registered->lock, NULL);
+        if ((status = ((DomainAdd)api[DOMAIN_ADD])(domain, registered))) return status;
     }
     return ((AddDomain)api[ADD_DOMAIN])(options, domain);
 }

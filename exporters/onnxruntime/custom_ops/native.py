@@ -27,17 +27,17 @@ _lock = threading.Lock()
 
 
 class CompilerError(SurgeonError):
-    """The library cannot be made here: no C compiler, one that fails, or no folder to keep and load the result."""
+    """The library cannot be built here: no C compiler, one that fails, or no folder to keep and load the result."""
 
 
 @cache
 def build() -> Path:
     """The compiled library, kept with the kernels; it loads. Raises CompilerError."""
     compiler = _compiler()
-    made_of = "\n".join([_SOURCE.read_text(encoding="utf-8"), *compiler, *_FLAGS, platform.machine()])
-    path = folder() / f"onnxruntime-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    content = "\n".join([_SOURCE.read_text(encoding="utf-8"), *compiler, *_FLAGS, platform.machine()])
+    path = folder() / f"onnxruntime-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
     try:
-        if not _loads(path):  # not there, damaged, or made on another machine, whose C library is newer
+        if not _loads(path):  # missing, damaged, or built on another machine, whose C library is newer
             _compile(compiler, path)
             ctypes.CDLL(str(path))
     except (OSError, TargetError) as error:
@@ -57,19 +57,19 @@ def _loads(path: Path) -> bool:
 
 def _compile(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with staged_file(path, overwrite=True) as made:
-        command = [*compiler, *_FLAGS, "-o", str(made), str(_SOURCE), *_LIBRARIES]
+    with staged_file(path, overwrite=True) as library:
+        command = [*compiler, *_FLAGS, "-o", str(library), str(_SOURCE), *_LIBRARIES]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise CompilerError(f"the C compiler {shlex.join(compiler)} does not run: {error}") from error
         if done.returncode:
-            told = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:300])
-            raise CompilerError(f"the C compiler {shlex.join(compiler)} fails: {told}")
+            reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:300])
+            raise CompilerError(f"the C compiler {shlex.join(compiler)} fails: {reason}")
 
 
 def register(options: ort.SessionOptions, table: Table) -> None:
-    """Make a table's operators known to the sessions that are made with these options. Raises CompilerError."""
+    """Register a table's operators for the sessions created with these options. Raises CompilerError."""
     path = str(build())
     with _lock:
         ctypes.CDLL(path).surgeon_offer(ctypes.byref(table))
@@ -78,9 +78,9 @@ def register(options: ort.SessionOptions, table: Table) -> None:
 
 def _compiler() -> list[str]:
     """$CC, or the first of the usual names that is there."""
-    if asked := os.environ.get("CC"):
-        return shlex.split(asked)
+    if command := os.environ.get("CC"):
+        return shlex.split(command)
     for name in ("cc", "gcc", "clang"):
-        if found := shutil.which(name):
-            return [found]
+        if executable := shutil.which(name):
+            return [executable]
     raise CompilerError("there is no C compiler (install gcc or clang, or set CC)")

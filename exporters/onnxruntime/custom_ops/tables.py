@@ -40,7 +40,7 @@ class _Operator(ctypes.Structure):
 
 
 class Table(ctypes.Structure):
-    """What `surgeon_offer` takes; it lives as long as the sessions that were made with it."""
+    """What `surgeon_offer` takes; it lives as long as the sessions created with it."""
 
     _fields_ = (
         ("domain", ctypes.c_char_p),
@@ -52,11 +52,11 @@ class Table(ctypes.Structure):
     )
 
 
-def table(described: Mapping[str, dict[str, Any]], provider: str, driver: str, alignment: int) -> Table:
-    """`described`: what `compile_nodes` says of each operator for one compute capability; `provider`: the execution
+def table(descriptions: Mapping[str, dict[str, Any]], provider: str, driver: str, alignment: int) -> Table:
+    """`descriptions`: those of `compile_nodes`, of each operator for one compute capability; `provider`: the execution
     provider that the operators belong to; `driver`: the file of CUDA's driver; `alignment`: bytes of which every
     address must be a multiple."""
-    operators = [_operator(name, each) for name, each in described.items()]
+    operators = [_operator(name, description) for name, description in descriptions.items()]
     return Table(
         NAMESPACE.encode(),
         provider.encode(),
@@ -67,8 +67,8 @@ def table(described: Mapping[str, dict[str, Any]], provider: str, driver: str, a
     )
 
 
-def _operator(name: str, described: dict[str, Any]) -> _Operator:
-    inputs, outputs, sizes = described["inputs"], described["outputs"], described["sizes"]
+def _operator(name: str, description: dict[str, Any]) -> _Operator:
+    inputs, outputs, sizes = description["inputs"], description["outputs"], description["sizes"]
     assert len(inputs) <= _INPUTS and len(outputs) <= _OUTPUTS and len(sizes) <= _SIZES
     assert all(len(output["shape"]) <= _RANK for output in outputs)
     return _Operator(
@@ -81,7 +81,7 @@ def _operator(name: str, described: dict[str, Any]) -> _Operator:
         _array(ctypes.c_int32, [len(output["shape"]) for output in outputs]),
         _array(_Formula, map(_formula, sizes)),
         _array(_Formula, [_formula(size) for output in outputs for size in output["shape"]]),
-        _array(_Variant, map(_variant, described["variants"])),
+        _array(_Variant, map(_variant, description["variants"])),
     )
 
 
@@ -114,5 +114,5 @@ def _postfix(formula: Formula) -> list[int]:
 
 def _array(kind: Any, values: Any) -> Any:
     """Ctypes keeps what pointers in a structure point to for as long as the structure."""
-    found = list(values)
-    return (kind * len(found))(*found)
+    items = list(values)
+    return (kind * len(items))(*items)

@@ -1,4 +1,4 @@
-"""Small things about nodes and values that several rewrites ask or do."""
+"""Helpers for nodes and values that several rewrites share."""
 
 from collections.abc import Collection
 
@@ -7,9 +7,9 @@ import onnx_ir as ir
 CONTRIB = "com.microsoft"
 
 
-def says_only(node: ir.Node, known: set[str]) -> bool:
-    """Whether every other attribute is zero, which is what those of Attention and RotaryEmbedding are by default."""
-    return all(name in known or attribute.value in (0, 0.0) for name, attribute in node.attributes.items())
+def sets_only(node: ir.Node, names: set[str]) -> bool:
+    """Whether all attributes but `names` are zero, the default of those of Attention and RotaryEmbedding."""
+    return all(name in names or attribute.value in (0, 0.0) for name, attribute in node.attributes.items())
 
 
 def int_attribute(node: ir.Node, name: str) -> int:

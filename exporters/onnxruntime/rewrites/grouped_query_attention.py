@@ -14,7 +14,7 @@ from exporters.onnxruntime.rewrites._nodes import (
     attention_scale,
     copy_dtype,
     int_attribute,
-    says_only,
+    sets_only,
     static_size,
     take_over,
 )
@@ -35,10 +35,10 @@ class GroupedQueryAttention(Rewrite):
         causal: dict[tuple[ir.Value, ir.Value], bool] = {}
         lengths: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         for node in list(model.graph):
-            found = _cached_attention(node)
-            if found is None:
+            parts = _cached_attention(node)
+            if parts is None:
                 continue
-            query, keys, values, mask, write_indices = found
+            query, keys, values, mask, write_indices = parts
             heads = _heads(query, keys.outputs[0])
             if heads is None:
                 continue
@@ -65,8 +65,8 @@ class GroupedQueryAttention(Rewrite):
     ) -> None:
         tape = Tape()
         new = [_packed(tape, model, value) for value in (query, keys.inputs[1], values.inputs[1])]
-        for made in tape.nodes:
-            copy_dtype(made.outputs[0], query)
+        for new_node in tape.nodes:
+            copy_dtype(new_node.outputs[0], query)
         if write_indices not in lengths:
             lengths[write_indices] = _lengths(tape, model, write_indices, new[0])
         attended, *present = tape.op_multi_out(
@@ -104,7 +104,7 @@ def _cached_attention(node: ir.Node) -> tuple[ir.Value, ir.Node, ir.Node, ir.Val
     query, keys, values, mask, *rest = node.inputs
     if query is None or keys is None or values is None or mask is None or any(v is not None for v in rest):
         return None
-    if not says_only(node, {"scale"}):
+    if not sets_only(node, {"scale"}):
         return None
     scatters = [keys.producer(), values.producer()]
     for scatter in scatters:
@@ -137,12 +137,12 @@ def _heads(query: ir.Value, cache: ir.Value) -> _Heads | None:
     sizes = (query.shape[1], cache.shape[1], query.shape[3], cache.shape[2])
     if not all(isinstance(n, int) for n in sizes) or query.shape[3] != cache.shape[3]:
         return None
-    found = _Heads(*map(static_size, sizes))
-    return found if found.query % found.key_value == 0 else None
+    heads = _Heads(*map(static_size, sizes))
+    return heads if heads.query % heads.key_value == 0 else None
 
 
 def _is_causal(model: ir.Model, mask: ir.Value, write_indices: ir.Value, max_length: int) -> bool:
-    """Whether the mask lets a token written at slot j see slots 0..j of its row, found by evaluating it."""
+    """Whether the mask lets a token written at slot j see slots 0..j of its row, by evaluating it."""
     inputs = [value for value in model.graph.inputs if value in _ancestors(mask)]
     if write_indices not in inputs:
         return False
@@ -165,21 +165,21 @@ def _is_causal(model: ir.Model, mask: ir.Value, write_indices: ir.Value, max_len
             feeds[str(value.name)] = np.zeros(shape, dtype=value.dtype.numpy())  # type: ignore[arg-type]
         slots = np.arange(max_length)
         expected = slots <= (np.array(starts)[:, None] + np.arange(length))[..., None]
-        found = session.run(None, feeds)[0]
-        if found.dtype != np.bool_ or not np.array_equal(found, expected[:, None]):
+        actual = session.run(None, feeds)[0]
+        if actual.dtype != np.bool_ or not np.array_equal(actual, expected[:, None]):
             return False
     return True
 
 
 def _ancestors(value: ir.Value) -> set[ir.Value]:
-    seen, waiting = {value}, [value]
+    ancestors, waiting = {value}, [value]
     while waiting:
         producer = waiting.pop().producer()
         for source in producer.inputs if producer is not None else ():
-            if source is not None and source not in seen:
-                seen.add(source)
+            if source is not None and source not in ancestors:
+                ancestors.add(source)
                 waiting.append(source)
-    return seen
+    return ancestors
 
 
 def _lengths(tape: Tape, model: ir.Model, write_indices: ir.Value, query: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -206,7 +206,7 @@ def _packed(tape: Tape, model: ir.Model, value: ir.Value | None) -> ir.Value:
         return tape.op("Reshape", [producer.inputs[0], _constant(model, [0, 0, -1])])
     if producer is not None and is_standard(producer, "RotaryEmbedding") and len(producer.inputs) == 3:
         x, cos, sin = producer.inputs
-        if x is not None and x.shape is not None and len(x.shape) == 4 and says_only(producer, {"interleaved"}):
+        if x is not None and x.shape is not None and len(x.shape) == 4 and sets_only(producer, {"interleaved"}):
             interleaved = int_attribute(producer, "interleaved")
             attributes = {"interleaved": interleaved, "num_heads": static_size(x.shape[1])}
             return tape.op("RotaryEmbedding", [_packed(tape, model, x), cos, sin], attributes)
@@ -221,9 +221,9 @@ def _swaps_heads(node: ir.Node) -> bool:
 def _constant(model: ir.Model, numbers: list[int]) -> ir.Value:
     """An int64 initialiser, shared by all that ask for the same numbers."""
     name = "ort_rewrites." + "_".join(map(str, numbers))
-    known = model.graph.initializers.get(name)
-    if known is not None:
-        return known
+    existing = model.graph.initializers.get(name)
+    if existing is not None:
+        return existing
     value = ir.Value(name=name, const_value=ir.tensor(np.array(numbers, dtype=np.int64), name=name))
     model.graph.register_initializer(value)
     return value

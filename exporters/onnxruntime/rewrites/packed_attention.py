@@ -8,7 +8,7 @@ from exporters.onnxruntime.rewrites._nodes import (
     CONTRIB,
     attention_scale,
     int_attribute,
-    says_only,
+    sets_only,
     static_size,
     take_over,
 )
@@ -32,7 +32,7 @@ class PackedMultiHeadAttention(Rewrite):
             query = node.inputs[0]
             if int_attribute(node, "kv_num_heads") != heads or query is None or query.shape is None:
                 continue
-            if not says_only(node, {"q_num_heads", "kv_num_heads", "scale"}):
+            if not sets_only(node, {"q_num_heads", "kv_num_heads", "scale"}):
                 continue
             width = query.shape[2]
             if "scale" not in node.attributes and not isinstance(width, int):

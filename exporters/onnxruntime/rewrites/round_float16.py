@@ -22,7 +22,7 @@ _KERNELS = frozenset(
 
 
 class RoundFloat16(Rewrite):
-    """Operators without an fp16 kernel on the CPU are given casts to fp32 and back.
+    """Operators without an fp16 kernel on the CPU get casts to fp32 and back.
 
     ONNX Runtime puts such casts around them itself, and then takes out those that meet between two operators: what lies
     between is fp32 there, does not overflow, and a graph that is broken on a device looks sound. Casts of the graph's

@@ -16,52 +16,52 @@ from exporters.tensorrt.dtypes import TENSORRT_DTYPES
 _COMBINATION = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int32": "INT32", "bool": "BOOL"}
 
 
-def register(trt: Any, described: Mapping[str, dict[str, Any]]) -> int:
-    """Make plugins known to the library that builds: by name, what `compile_nodes` says of each for one target. ->
-    the flags of a network that has them."""
+def register(trt: Any, descriptions: Mapping[str, dict[str, Any]]) -> int:
+    """Register plugins with the library that builds. `descriptions`: those of `compile_nodes` for one target, by name.
+    -> the flags of a network that has them."""
     plugin = importlib.import_module(f"{trt.__name__}.plugin")
-    for name, what in described.items():
-        _define(trt, plugin, name, what)
+    for name, description in descriptions.items():
+        _define(trt, plugin, name, description)
     return 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
 
 
-def _define(trt: Any, plugin: Any, name: str, described: dict[str, Any]) -> None:
+def _define(trt: Any, plugin: Any, name: str, description: dict[str, Any]) -> None:
     """The three functions of one plugin. Their signatures, which the library reads, have a tensor for every input."""
     where = f"{NAMESPACE}::{name}"
     tensor = plugin.TensorDesc
-    count, outputs = len(described["inputs"]), described["outputs"]
+    count, outputs = len(description["inputs"]), description["outputs"]
     tensors = [_argument(f"input{place}", tensor) for place in range(count)]
-    made = _argument("outputs", tuple[(tensor,) * len(outputs)])  # type: ignore[misc]  # as many as there are
+    output_argument = _argument("outputs", tuple[(tensor,) * len(outputs)])  # type: ignore[misc]  # as many as there are
 
     def describe(*inputs: Any) -> Any:
-        found = []
+        results = []
         for output in outputs:
             shape = tuple(_value(size, inputs) for size in output["shape"])
             dtype = getattr(trt.DataType, TENSORRT_DTYPES[output["dtype"]])
-            found.append(plugin.from_shape_expr(shape, dtype=dtype))
-        return tuple(found)
+            results.append(plugin.from_shape_expr(shape, dtype=dtype))
+        return tuple(results)
 
     def tune(*arguments: Any) -> Any:
-        dtypes = [*described["inputs"], *(output["dtype"] for output in outputs)]
+        dtypes = [*description["inputs"], *(output["dtype"] for output in outputs)]
         combination = ", ".join(_COMBINATION[dtype] for dtype in dtypes)
-        return [plugin.AutoTuneCombination(combination, "LINEAR", list(range(1, len(described["variants"]) + 1)))]
+        return [plugin.AutoTuneCombination(combination, "LINEAR", list(range(1, len(description["variants"]) + 1)))]
 
     def implement(*arguments: Any) -> Any:
         inputs, tactic = arguments[:count], arguments[-1]
-        variant = described["variants"][tactic - 1]
+        variant = description["variants"][tactic - 1]
         (kernel,) = variant["kernels"]
         launch = plugin.KernelLaunchParams()
         launch.grid_x, launch.grid_y, launch.grid_z = (_value(size, inputs) for size in variant["grid"])
         launch.block_x, launch.shared_mem = 32 * kernel["num_warps"], kernel["shared"]
-        sizes = plugin.SymIntExprs(len(described["sizes"]))
-        for place, size in enumerate(described["sizes"]):
+        sizes = plugin.SymIntExprs(len(description["sizes"]))
+        for place, size in enumerate(description["sizes"]):
             sizes[place] = plugin.SymInt32(_value(size, inputs))
         return kernel["entry"], kernel["ptx"], launch, sizes
 
     returned = tuple[str | bytes, str | bytes, plugin.KernelLaunchParams, plugin.SymIntExprs]
-    plugin.register(where)(_signed(describe, tensors, made.annotation))
-    plugin.autotune(where)(_signed(tune, [*tensors, made], list[plugin.AutoTuneCombination]))
-    plugin.aot_impl(where)(_signed(implement, [*tensors, made, _argument("tactic", int)], returned))
+    plugin.register(where)(_signed(describe, tensors, output_argument.annotation))
+    plugin.autotune(where)(_signed(tune, [*tensors, output_argument], list[plugin.AutoTuneCombination]))
+    plugin.aot_impl(where)(_signed(implement, [*tensors, output_argument, _argument("tactic", int)], returned))
 
 
 def _value(size: Any, inputs: Any) -> Any:

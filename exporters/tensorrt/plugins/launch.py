@@ -30,15 +30,15 @@ class Call:
     grid: tuple[int, int, int]
 
 
-def prepare(described: dict[str, Any], dims: Dims) -> Call:
+def prepare(description: dict[str, Any], dims: Dims) -> Call:
     """The variant for these shapes: the first that goes as far as the first of the kernel's sizes, its tokens."""
 
     def value(formula: Any) -> int:
         return int(evaluate(formula, lambda place, axis: dims[place][axis]))
 
-    sizes = [value(formula) for formula in described["sizes"]]
+    sizes = [value(formula) for formula in description["sizes"]]
     variant = next(
-        variant for variant in described["variants"] if variant["tokens"] is None or sizes[0] <= variant["tokens"]
+        variant for variant in description["variants"] if variant["tokens"] is None or sizes[0] <= variant["tokens"]
     )
     x, y, z = (value(formula) for formula in variant["grid"])
     return Call(variant, sizes, (x, y, z))
@@ -48,9 +48,9 @@ def choose(variant: dict[str, Any], capability: int) -> dict[str, Any]:
     """The kernel for a GPU: its own, else the latest that runs on all later ones. Raises LaunchError."""
     kernels = {kernel["capability"]: kernel for kernel in variant["kernels"]}
     if capability in kernels:
-        found: dict[str, Any] = kernels[capability]
-        return found
-    older = [each for each in kernels if each < min(capability, _PORTABLE_BELOW)]
+        exact: dict[str, Any] = kernels[capability]
+        return exact
+    older = [candidate for candidate in kernels if candidate < min(capability, _PORTABLE_BELOW)]
     if not older:
         raise LaunchError(
             f"the engine's kernels are for compute capability {', '.join(map(str, sorted(kernels)))}, and this GPU has "
@@ -82,10 +82,10 @@ class Driver:
         self._capabilities: dict[int, int] = {}
 
     def run(
-        self, described: dict[str, Any], dims: Dims, inputs: Sequence[int], outputs: Sequence[int], stream: int
+        self, description: dict[str, Any], dims: Dims, inputs: Sequence[int], outputs: Sequence[int], stream: int
     ) -> None:
         """Launch on `stream`; `inputs` and `outputs`: addresses. Raises LaunchError."""
-        call = prepare(described, dims)
+        call = prepare(description, dims)
         if 0 in call.grid:
             return
         kernel = choose(call.variant, self.capability())

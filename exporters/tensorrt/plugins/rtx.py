@@ -1,4 +1,4 @@
-"""Plugins as TensorRT for RTX takes them: one class, told by data what it is.
+"""Plugins as TensorRT for RTX takes them: one class, configured by data.
 
 `trt` is the library, which whoever calls has imported: this runs in the process that builds engines, and in the one
 that runs them.
@@ -22,10 +22,10 @@ _registered: list[Any] = []
 """Creators: the library's registry points to them for as long as the process lives."""
 
 
-def register(trt: Any, described: Mapping[str, dict[str, Any]]) -> int:
-    """Make plugins known to the library that builds: by name, what `compile_nodes` says of each. -> the flags of a
-    network that has them."""
-    _register(trt, described, described)
+def register(trt: Any, descriptions: Mapping[str, dict[str, Any]]) -> int:
+    """Register plugins with the library that builds. `descriptions`: those of `compile_nodes`, by name. -> the flags
+    of a network that has them."""
+    _register(trt, descriptions, descriptions)
     return 0
 
 
@@ -34,13 +34,13 @@ def register_runtime(trt: Any, names: Iterable[str]) -> None:
     _register(trt, names, {})
 
 
-def _register(trt: Any, names: Iterable[str], described: Mapping[str, dict[str, Any]]) -> None:
+def _register(trt: Any, names: Iterable[str], descriptions: Mapping[str, dict[str, Any]]) -> None:
     registry, driver = trt.get_plugin_registry(), Driver()
     plugin_class, creator_class = _plugin_class(trt, driver), _creator_class(trt)
-    known = {(each.name, each.plugin_version, each.plugin_namespace) for each in registry.all_creators}
+    registered = {(creator.name, creator.plugin_version, creator.plugin_namespace) for creator in registry.all_creators}
     for name in names:
-        if (name, VERSION, NAMESPACE) not in known:
-            _registered.append(creator_class(name, described.get(name), plugin_class))
+        if (name, VERSION, NAMESPACE) not in registered:
+            _registered.append(creator_class(name, descriptions.get(name), plugin_class))
             registry.register_creator(_registered[-1], NAMESPACE)
 
 
@@ -48,19 +48,19 @@ def _creator_class(trt: Any) -> Any:
     base: Any = trt.IPluginCreatorV3One
 
     class Creator(base):
-        def __init__(self, name: str, described: dict[str, Any] | None, plugin_class: Any) -> None:
+        def __init__(self, name: str, description: dict[str, Any] | None, plugin_class: Any) -> None:
             base.__init__(self)
             self.name, self.plugin_namespace, self.plugin_version = name, NAMESPACE, VERSION
             self.field_names = trt.PluginFieldCollection([])
-            self.described, self.plugin_class = described, plugin_class
+            self.description, self.plugin_class = description, plugin_class
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             """Of a node that is parsed, or of an engine that is loaded, which carries the description."""
             carried = [field for field in fields if field.name == _FIELD]
-            described: Any = json.loads(zlib.decompress(bytes(carried[0].data))) if carried else self.described
-            if described["format"] != FORMAT:
+            description: Any = json.loads(zlib.decompress(bytes(carried[0].data))) if carried else self.description
+            if description["format"] != FORMAT:
                 raise ValueError(f"{self.name} is of another version of surgeon: build the engine again")
-            return self.plugin_class(self.name, described)
+            return self.plugin_class(self.name, description)
 
     return Creator
 
@@ -72,22 +72,22 @@ def _plugin_class(trt: Any, driver: Driver) -> Any:
     runtime: Any = trt.IPluginV3OneRuntime
 
     class Plugin(base, core, build, runtime):
-        def __init__(self, name: str, described: dict[str, Any]) -> None:
-            for each in (base, core, build, runtime):
-                each.__init__(self)
+        def __init__(self, name: str, description: dict[str, Any]) -> None:
+            for interface in (base, core, build, runtime):
+                interface.__init__(self)
             self.plugin_name, self.plugin_namespace, self.plugin_version = name, NAMESPACE, VERSION
-            self.described = described
-            self.num_outputs = len(described["outputs"])
-            dtypes = [*described["inputs"], *(output["dtype"] for output in described["outputs"])]
+            self.description = description
+            self.num_outputs = len(description["outputs"])
+            dtypes = [*description["inputs"], *(output["dtype"] for output in description["outputs"])]
             self.dtypes = [getattr(trt.DataType, TENSORRT_DTYPES[dtype]) for dtype in dtypes]
             # what TensorRT keeps of a field is its address
-            self.carried = zlib.compress(json.dumps(described).encode(), 9)
+            self.carried = zlib.compress(json.dumps(description).encode(), 9)
 
         def get_capability_interface(self, type: Any) -> Any:
             return self
 
         def clone(self) -> Any:
-            return type(self)(self.plugin_name, self.described)
+            return type(self)(self.plugin_name, self.description)
 
         # -- building --------------------------------------------------------------------------------------------
         def get_output_data_types(self, input_types: Any) -> list[Any]:
@@ -97,19 +97,19 @@ def _plugin_class(trt: Any, driver: Driver) -> Any:
             def apply(operation: str, a: Any, b: Any) -> Any:
                 return builder.operation(getattr(trt.DimensionOperation, _OPERATIONS[operation]), a, b)
 
-            found = []
-            for output in self.described["outputs"]:
+            shapes = []
+            for output in self.description["outputs"]:
                 dims = trt.DimsExprs(len(output["shape"]))
                 for axis, size in enumerate(output["shape"]):
                     dims[axis] = evaluate(size, lambda place, axis: inputs[place][axis], builder.constant, apply)
-                found.append(dims)
-            return found
+                shapes.append(dims)
+            return shapes
 
         def configure_plugin(self, inputs: Any, outputs: Any) -> None: ...
 
         def supports_format_combination(self, position: int, tensors: Any, num_inputs: int) -> bool:
-            found = tensors[position].desc
-            return bool(found.format == trt.TensorFormat.LINEAR and found.type == self.dtypes[position])
+            desc = tensors[position].desc
+            return bool(desc.format == trt.TensorFormat.LINEAR and desc.type == self.dtypes[position])
 
         def get_fields_to_serialize(self) -> Any:
             return trt.PluginFieldCollection([trt.PluginField(_FIELD, self.carried, trt.PluginFieldType.UNKNOWN)])
@@ -124,7 +124,7 @@ def _plugin_class(trt: Any, driver: Driver) -> Any:
             self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int
         ) -> int:
             dims = [tuple(desc.dims) for desc in input_desc]
-            driver.run(self.described, dims, list(inputs), list(outputs), stream)
+            driver.run(self.description, dims, list(inputs), list(outputs), stream)
             return 0
 
     return Plugin

@@ -17,17 +17,17 @@ def variant_specs_for(profiles: Sequence[Profile]) -> list[VariantSpec]:
 
 def largest(profiles: Iterable[Profile]) -> dict[str, int]:
     """Every symbol at its largest."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for profile in profiles:
         for symbol, size in profile.sizes.items():
-            found[symbol] = max(found.get(symbol, 0), size.max)
-    return found
+            sizes[symbol] = max(sizes.get(symbol, 0), size.max)
+    return sizes
 
 
 def capabilities(targets: Iterable[str]) -> list[int]:
     """Those to compile for, so that each target ("sm89") has a kernel that runs there. Raises EngineError for one that
     kernels do not run on."""
-    found = set()
+    supported = set()
     for target in targets:
         capability = capability_for(int(target.removeprefix("sm")))
         if capability is None:
@@ -35,5 +35,5 @@ def capabilities(targets: Iterable[str]) -> list[int]:
                 f"--kernels fused: the kernels need compute capability 8.0, and {target} is older: leave it out, or "
                 "take --kernels standard"
             )
-        found.add(capability)
-    return sorted(found)
+        supported.add(capability)
+    return sorted(supported)

@@ -1,4 +1,4 @@
-"""Rewrites of a bundle's standard graphs for TensorRT, made in memory: no file of the bundle changes.
+"""Rewrites of a bundle's standard graphs for TensorRT, in memory: no file of the bundle changes.
 
 Each is an onnx-ir pass that computes what the graph did before; they run in the order of `REWRITES`. `FusedKernels`
 goes before them where it is asked for.
@@ -29,7 +29,7 @@ REWRITES: tuple[type[Rewrite], ...] = (InlineFunctions, StaticHeads, AdditiveMas
 def rewrite(model: ir.Model, first: Sequence[Rewrite] = ()) -> dict[str, int]:
     """Apply `first`, and then every rewrite, to `model` in place -> how many nodes each replaced, by name."""
     replaced = {}
-    for each in (*first, *(made() for made in REWRITES)):
-        each(model)
-        replaced[type(each).__name__] = each.replaced
+    for graph_rewrite in (*first, *(rewrite_class() for rewrite_class in REWRITES)):
+        graph_rewrite(model)
+        replaced[type(graph_rewrite).__name__] = graph_rewrite.replaced
     return replaced

@@ -24,7 +24,7 @@ class AdditiveMask(Rewrite):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         self.replaced = 0
-        made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        additive_masks: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         for node in list(model.graph):
             if not is_standard(node, "Attention") or len(node.inputs) < 4:
                 continue
@@ -34,9 +34,9 @@ class AdditiveMask(Rewrite):
             dtype = keys.dtype or _dtype_of(node)
             if dtype not in _LOWEST:
                 continue
-            if (mask, dtype) not in made:
-                made[mask, dtype] = _additive(model, node, mask, dtype)
-            node.replace_input_with(3, made[mask, dtype])
+            if (mask, dtype) not in additive_masks:
+                additive_masks[mask, dtype] = _additive(model, node, mask, dtype)
+            node.replace_input_with(3, additive_masks[mask, dtype])
             self.replaced += 1
         return ir.passes.PassResult(model, modified=self.replaced > 0)
 
@@ -46,7 +46,7 @@ _KEEPS_DTYPE = ("Expand", "Reshape", "Unsqueeze", "Transpose")
 
 
 def _is_bool(value: ir.Value | None) -> bool:
-    """By its type, or where inlining left it without one, by the operator that made it."""
+    """By its type, or where inlining left it without one, by the operator that computes it."""
     while value is not None:
         if value.dtype is not None:
             return value.dtype == ir.DataType.BOOL
@@ -73,8 +73,8 @@ def _additive(model: ir.Model, node: ir.Node, mask: ir.Value, dtype: ir.DataType
     return bias
 
 
-def _scalar(model: ir.Model, what: str, value: np.ndarray) -> ir.Value:
-    name = f"tensorrt_{what}_{value.dtype}"
+def _scalar(model: ir.Model, kind: str, value: np.ndarray) -> ir.Value:
+    name = f"tensorrt_{kind}_{value.dtype}"
     if name not in model.graph.initializers:
         tensor = ir.tensor(value, name=name)
         model.graph.initializers.add(

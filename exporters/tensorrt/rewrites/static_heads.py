@@ -1,4 +1,4 @@
-"""The number of an Attention's heads made known where the graph computes it."""
+"""The number of an Attention's heads as a constant where the graph computes it."""
 
 import numpy as np
 import onnx_ir as ir
