@@ -23,7 +23,9 @@ def test_without_a_gpu_it_says_that_it_needs_one(source: Path) -> None:
 def test_it_prints_what_was_measured(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     launches = {"pvm_text x=bfloat16[1,1,4096]": Measured(TileConfig(outputs=32), 2e-6, 3.5e-6, 7)}
-    kept = TunedCheckpoint("NVIDIA Test 9000", tmp_path / "tile_configs.json", [TunedGraft("pvm", "batch 1 x 1", launches)])
+    kept = TunedCheckpoint(
+        "NVIDIA Test 9000", tmp_path / "tile_configs.json", [TunedGraft("pvm", "batch 1 x 1", launches)]
+    )
 
     def tune_checkpoint(checkpoint: str, **options: Any) -> TunedCheckpoint:
         asked.update(options, checkpoint=checkpoint)

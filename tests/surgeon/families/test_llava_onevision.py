@@ -153,8 +153,8 @@ def test_features_of_several_layers_cannot_be_exported():
 @pytest.mark.parametrize(
     ("shape", "grid", "message"),
     [
-        ((3, 3, 42, 42), (3, 40, 130), r"40 x 130 pixels was given as 3 image.s., expected 4, or 1 among others"),
-        ((3, 3, 42, 42), (4, 40, 130), "was given as 3 image"),
+        ((3, 3, 42, 42), (3, 40, 130), r"40 x 130 pixels was given as 3 crop.s., expected 4, or 1 among others"),
+        ((3, 3, 42, 42), (4, 40, 130), "was given as 3 crop"),
         ((4, 3, 28, 42), (4, 40, 130), "crops are 28 x 42 pixels, the vision tower takes 42 x 42"),
     ],
 )

@@ -112,9 +112,9 @@ def test_a_row_without_tokens(model):
 @pytest.mark.parametrize(
     ("shape", "grid", "message"),
     [
-        ((4, 3, 42, 42), (1, 2, 2), "2 x 2 tiles was given as 4 image.s., expected 5, one short: the thumbnail is"),
-        ((6, 3, 42, 42), (1, 2, 2), "given as 6 image.s., expected 5$"),
-        ((2, 3, 42, 42), (1, 1, 1), "given as 2 image.s., expected 1$"),
+        ((4, 3, 42, 42), (1, 2, 2), "2 x 2 tiles was given as 4 tile.s., expected 5, one short: the thumbnail is"),
+        ((6, 3, 42, 42), (1, 2, 2), "given as 6 tile.s., expected 5$"),
+        ((2, 3, 42, 42), (1, 1, 1), "given as 2 tile.s., expected 1$"),
         ((3, 3, 28, 42), (1, 2, 1), "tiles are 28 x 42 pixels, the vision tower takes 42 x 42"),
         ((2, 3, 42, 42), (2, 1, 1), "2 frames: video is not supported yet"),
     ],
