@@ -300,7 +300,7 @@ def test_tiles_at_other_ids_are_reported_and_with_plain_ones_judged(tmp_path: Pa
     text_only = next(case for case in moved.cases if not case.images)
     assert text_only.prefill.equal and text_only.decode.equal
     shown = run("validate", source, tmp_path / "patched", "--steps", 2).stdout.splitlines()
-    start = next(i for i, line in enumerate(shown) if line.startswith("level       positions"))
+    start = next(i for i, line in enumerate(shown) if line.startswith("level      positions"))
     assert [line.split()[-1] for line in shown[start + 2 : start + 6]] == ["reported"] * 4
 
     plain = validate_pair(source, tmp_path / "patched", steps=2, positions="plain")
@@ -371,6 +371,7 @@ def fresh(folder: Path, recipe: str, dtype: torch.dtype, model_type: str = "qwen
 ASKED: dict[str, Any] = {"images": [CHART], "prompt": "What is this?", "steps": 2}
 
 
+@pytest.mark.usefixtures("traced_afresh")
 @pytest.mark.parametrize(
     ("recipe", "dtype"),
     # in fp16 the level itself would not notice how little a fresh mixin does
