@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from family_case import family_cases
+from graft_case import graft_cases
 from transformers import PreTrainedModel
 
 import passes
@@ -31,6 +32,8 @@ from surgeon.parity.processor import check_inputs
 pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="needs the demo checkpoint's tokenizer")
 every_family = pytest.mark.parametrize("model_type", FAMILIES)
 GRAFTS = MIXIN + PVM
+OF_GRAFTS = {kind: case.recipe for kind, case in graft_cases().items()}
+OF_PASSES = {name: OF_GRAFTS.get(name, name) for name in sorted(passes.registry())}
 ROWS = [
     Prompt("What is it?", (image(96, 64),)),
     Prompt("A star is a"),
@@ -189,7 +192,7 @@ def test_the_norm_placement_is_declared_and_is_the_layers(
         check_parts(layer, described.norm_placement)
 
 
-@pytest.mark.parametrize("recipe", [*PVM, *MIXIN, "rope-dhr"], ids=[*sorted(passes.registry(), reverse=True)])
+@pytest.mark.parametrize("recipe", OF_PASSES.values(), ids=OF_PASSES)
 @every_family
 def test_a_pass_changes_no_logit(
     checkpoints: Callable[[str], Path], tmp_path: Path, model_type: str, recipe: str
@@ -197,7 +200,7 @@ def test_a_pass_changes_no_logit(
     """Just inserted; of one that moves positions, with plain ones asked for. What a family cannot have is one line."""
     source, out = checkpoints(model_type), tmp_path / "out"
     result = run("patch", source, out, "--pass", recipe)
-    if recipe not in (*PVM, *MIXIN, *family_cases()[model_type].prompt_passes):
+    if recipe not in (*OF_GRAFTS.values(), *family_cases()[model_type].prompt_passes):
         assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and not out.exists()
         return
     assert result.exit_code == 0, result.stderr
