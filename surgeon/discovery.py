@@ -38,6 +38,10 @@ class Extensions:
         entry = _installed_entry_points(self.group).get(name)
         return None if entry is None else entry.load()
 
+    def has_file(self, name: str) -> bool:
+        """Whether a file of this name is here, whatever is in it."""
+        return name in self.names() and name not in _installed_entry_points(self.group)
+
     def all(self) -> dict[str, Any]:
         """By name, in alphabetical order."""
         return {name: each for name in self.names() if (each := self.get(name)) is not None}

@@ -15,11 +15,15 @@ _GRAFTS = Extensions("surgeon.memory", "GRAFT", group="surgeon.grafts")
 def graft_class(kind: str) -> type[Graft]:
     """The graft class of a kind. Raises CheckpointError where there is none."""
     graft: type[Graft] | None = _GRAFTS.get(kind)
+    if graft is None and _GRAFTS.has_file(kind):
+        raise CheckpointError(f"surgeon/memory/{kind}.py has no GRAFT, by which a kind of graft is known")
     if graft is None:
         raise CheckpointError(
             f"the checkpoint holds grafts of kind {kind!r}, which this version does not know; use a newer one, or "
             "install the package that brings them"
         )
+    if graft.kind != kind:
+        raise CheckpointError(f"the graft of the file {kind}.py is of kind {graft.kind!r}: they are named alike")
     return graft
 
 

@@ -111,19 +111,19 @@ def run_passes(graph: "LvlmGraph", passes: Sequence[Pass]) -> list[PassResult]:
     """
     results = []
     for pass_ in passes:
-        pass_.requires(graph)
-        resolved = pass_.resolved(graph)
-        check_replay(graph, pass_, resolved)
         try:
+            pass_.requires(graph)
+            resolved = pass_.resolved(graph)
+            check_replay(graph, pass_, resolved)
             result = pass_.rewrite(graph)
+            if result.modified:
+                graph.record = {**graph.record, "passes": [*graph.record["passes"], {pass_.name: resolved}]}
+                graph.sync_record()
+            pass_.ensures(graph, result)
         except SurgeonError:
             raise
         except Exception as error:
             raise PassCrash(f"pass {pass_.name} crashed: {type(error).__name__}: {error}") from error
-        if result.modified:
-            graph.record = {**graph.record, "passes": [*graph.record["passes"], {pass_.name: resolved}]}
-            graph.sync_record()
-        pass_.ensures(graph, result)
         check(graph, pass_)
         results.append(result)
     return results

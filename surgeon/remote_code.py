@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from surgeon.errors import SurgeonError
 from surgeon.families import Family, family
 from surgeon.grafts import graft_class
 from surgeon.memory import patched
@@ -31,7 +32,7 @@ def _travelling(module: str, files: dict[str, str]) -> None:
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
     if spec.submodule_search_locations is not None:  # transformers does not see what `from . import x` leads to
-        raise AssertionError(f"{module} is a package: whatever travels with checkpoints imports names of its files")
+        raise SurgeonError(f"{module} is a package: whatever travels with checkpoints imports names of its files")
     source = Path(spec.origin).read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(source)):
         imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -39,8 +40,12 @@ def _travelling(module: str, files: dict[str, str]) -> None:
             imported = [node.module or ""]
         for name in imported:
             top = name.split(".")[0]
+            if isinstance(node, ast.Import) and top == "surgeon":
+                raise SurgeonError(
+                    f"{module} travels with checkpoints: write `from {name} import ...` for what it needs"
+                )
             if top != "surgeon" and top not in _ALLOWED:
-                raise AssertionError(f"{module} travels with checkpoints and may not import {name}")
+                raise SurgeonError(f"{module} travels with checkpoints and may not import {name}")
     files[_flat_name(module)] = _OWN_IMPORT.sub(lambda m: f"{m[1]}from .{_flat_name(m[2])} import ", source)
     for match in _OWN_IMPORT.finditer(source):
         _travelling(match[2], files)

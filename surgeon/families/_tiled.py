@@ -31,7 +31,7 @@ class TiledFamily(PlainPositionsFamily):
     processor_kwargs: ClassVar[Mapping[str, Any]] = {}
     """What the family's transformers processor tells the image processor whatever the latter's settings say."""
 
-    image_processor_sizes = TilesSizes
+    image_processor_sizes: ClassVar[type[Sizes]] = TilesSizes
 
     def check_image_processor(self, config: PretrainedConfig, image_processor: Any) -> None:
         check_image_processor_class(image_processor, self.image_processor_class)

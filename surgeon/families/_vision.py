@@ -24,9 +24,10 @@ def finish_export(
     example: Mapping[str, Tensor],
     dynamic: Mapping[str, Any],
     output_names: Sequence[str],
+    constants: Mapping[str, Tensor] | None = None,
 ) -> VisionExport:
     """`module`, made of submodules and parameters of `model`, as a VisionExport. `dynamic` names the first size of each
-    input that varies."""
+    input that varies. `constants`: the values, on the CPU, of the buffers that no checkpoint holds, by name."""
     names = {id(p): name for name, p in model.named_parameters()}
     parameters = dict(module.named_parameters())
     device = next(iter(parameters.values())).device
@@ -35,7 +36,7 @@ def finish_export(
         example={name: tensor.to(device) for name, tensor in example.items()},
         dynamic_shapes={name: {0: dynamic[name]} for name in example},
         output_names=tuple(output_names),
-        constants={},
+        constants=dict(constants or {}),
         parameters={name: names[id(p)] for name, p in parameters.items()},
     )
 

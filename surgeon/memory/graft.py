@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from inspect import isfunction
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -32,25 +33,28 @@ Initialiser = Normal | Constant
 class Graft(nn.Module, ABC):
     """A branch grafted into one decoder layer.
 
-    `project` turns visual embeddings into this layer's keys and values, once, when an image enters; `read` reads them
-    for every token. Both go through the modules that hold the weights, and happen in `forward`, so that adapters,
+    `project` turns visual embeddings into this layer's keys and values, once, when an image enters; `attend` reads
+    them for every token. Both go through the modules that hold the weights, and happen in `forward`, so that adapters,
     quantised layers, offloading and sharding work as they do for the backbone's layers. Nothing is kept on the module
     between calls.
+
+    A graft that has a reference implementation, and one with norms, has `eps: float`.
     """
 
     kind: ClassVar[str]
     """Its name: the attribute of the layer that holds it, and the name of its file."""
     site: ClassVar[Literal["before_layer", "beside_mlp"]]
-    """Where the layer calls it. `before_layer`: its output replaces the layer's input. `beside_mlp`: it reads what the
-    MLP's norm reads, and its output is added to the MLP's."""
+    """Where the layer calls it. `before_layer`: `attend` returns hidden_states with what it read added, which replaces
+    the layer's input. `beside_mlp`: it is given what the MLP's norm is given, and returns what it read alone, which is
+    added to the MLP's output."""
 
     gates: ClassVar[tuple[str, ...]]
     """The parameters that are zero at insertion, which together make the graft change exactly nothing."""
     rope: Rope | None = None
     """How its queries and keys turn with their positions; None where positions do not matter to it."""
     reference: ClassVar[Reference | None] = None
-    """`attend` as a function of tensors (`surgeon.memory.reference`), for a graft that is an operator or has
-    kernels."""
+    """`attend` as a function of tensors (`surgeon.memory.reference`), a staticmethod, for a graft that is an operator
+    or has kernels."""
     memory_reference: ClassVar[Reference | None] = None
     """`project` as one."""
     _weight_names: ClassVar[tuple[str, ...]] = ()
@@ -61,14 +65,21 @@ class Graft(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_config(cls, text_config: Any, options: dict[str, Any]) -> Self:
-        """The module for one layer of a decoder with this config. `options`: the graft's part of the pass record."""
+        """The module for one layer of a decoder with this config. `options`: what the pass's
+        `graft_options` returned, and `kind`, `layers` and `visibility`."""
 
     def initialisers(self, std: float) -> dict[str, Initialiser]:
         """Parameter name -> its value at insertion: the layer computes what it did before, and the graft can learn.
 
-        Gates are zero, norms one, matrices normal: a second zero matrix behind a zero gate would leave both without
-        gradient for ever.
+        Gates and biases are zero, norms one, matrices normal: a second zero matrix behind a zero gate would leave both
+        without gradient for ever. Raises ValueError where a gate is no parameter.
         """
+        own = {name for name, _ in self.named_parameters(recurse=False)}
+        if unknown := sorted(set(self.gates) - own):
+            raise ValueError(
+                f"{type(self).__name__}.gates names {', '.join(unknown)}; its own parameters are "
+                + ", ".join(sorted(own))
+            )
         return {
             f"{path}.{name}" if path else name: self._initialiser(module, name, std)
             for path, module in self.named_modules()
@@ -78,7 +89,9 @@ class Graft(nn.Module, ABC):
     def _initialiser(self, module: nn.Module, name: str, std: float) -> Initialiser:
         if module is self and name in self.gates:
             return Constant(0.0)
-        return Constant(1.0) if isinstance(module, RMSNorm) else Normal(std)
+        if name == "bias":
+            return Constant(0.0)
+        return Constant(1.0) if isinstance(module, RMSNorm | nn.RMSNorm | nn.LayerNorm) else Normal(std)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
@@ -109,7 +122,10 @@ class Graft(nn.Module, ABC):
         """hidden_states [B, S, d]; keys, values [B, Hm, M, hd]; memory_mask bool [B, M], False where padded, or
         [B, S, M] where tokens of a row see different images; visual_token_mask bool [B, S], True at visual tokens,
         None where there is none; rotary: the angles of the tokens' positions, for a graft with a `rope`
-        -> [B, S, d]."""
+        -> [B, S, d].
+
+        A token whose mask is False everywhere has no memory: it is left exactly as it is (`before_layer`) or gets
+        exactly zero (`beside_mlp`), and no NaN."""
 
     def forward(self, hidden_states: Tensor, reading: Reading, entry: str, residual: Tensor | None = None) -> Tensor:
         """hidden_states [B, S, d]; `entry`: its name in the memory -> what it reads there, [B, S, d], added to
@@ -142,6 +158,13 @@ class Graft(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if getattr(cls, "site", "before_layer") not in ("before_layer", "beside_mlp"):
+            raise TypeError(f"{cls.__name__}.site is {cls.site!r}; it is 'before_layer' or 'beside_mlp'")
+        if getattr(cls, "gates", None) == ():
+            raise TypeError(f"{cls.__name__}.gates is empty: nothing would make the graft change nothing when inserted")
+        for name in ("reference", "memory_reference"):
+            if isfunction(vars(cls).get(name)):
+                raise TypeError(f"{cls.__name__}.{name} is a function of tensors alone: write staticmethod(...)")
         cls._weight_names, cls._memory_weight_names = weight_names(cls.reference), weight_names(cls.memory_reference)
 
     def weights(self) -> tuple[Tensor, ...]:

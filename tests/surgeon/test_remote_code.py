@@ -15,6 +15,7 @@ import surgeon.remote_code
 from checkpoints import FAMILIES, tiny_checkpoint, tiny_model
 from patching import apply
 from surgeon import models
+from surgeon.errors import SurgeonError
 
 LOAD = """
 import sys, torch
@@ -109,5 +110,5 @@ def test_an_auto_map_that_is_none_is_as_if_it_were_not_there(entries: Any, tmp_p
 
 def test_a_package_does_not_travel() -> None:
     """transformers copies what `from .file import name` leads to, and nothing of `from . import file`."""
-    with pytest.raises(AssertionError, match=r"surgeon\.memory is a package"):
+    with pytest.raises(SurgeonError, match=r"surgeon\.memory is a package"):
         surgeon.remote_code._travelling("surgeon.memory", {})

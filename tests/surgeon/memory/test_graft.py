@@ -105,3 +105,33 @@ def test_a_branch_shares_keys_among_as_many_query_heads_as_the_backbone() -> Non
             branch = PersistentVisualMemory.from_config(text, {"latent": latent})
         assert branch.q_proj.out_features // 128 == 4 * key_value_heads
         assert branch.k_proj.out_features == 128 * key_value_heads
+
+
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [
+        ({"site": "before"}, "site is 'before'"),
+        ({"gates": ()}, "gates is empty"),
+        ({"reference": lambda keys: keys}, "write staticmethod"),
+    ],
+)
+def test_a_class_that_could_never_work_is_refused_where_it_is_written(attributes: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        type("Wrong", (Small,), attributes)
+
+
+def test_a_gate_that_is_no_parameter_is_named() -> None:
+    wrong = type("Wrong", (Small,), {"gates": ("gate",)})
+    with pytest.raises(ValueError, match="gates names gate; its own parameters are g$"):
+        wrong().initialisers(0.5)
+
+
+def test_norms_of_torch_are_one_and_biases_zero() -> None:
+    class Other(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second, self.biased = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    values = Other().initialisers(0.5)
+    assert values["second.weight"] == Constant(1.0) and values["biased.weight"] == Normal(0.5)
+    assert values["second.bias"] == values["biased.bias"] == Constant(0.0)
