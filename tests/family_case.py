@@ -44,7 +44,9 @@ class MakeConfig(Protocol):
         tie_word_embeddings: bool,
         **others: Any,
     ) -> PretrainedConfig:
-        """A tiny config. `text` and `vision` override its two parts, `token_ids` the ids of special tokens."""
+        """A tiny config. `text` and `vision` override its two parts, `token_ids` the ids of special tokens.
+        `others`: `text_type`, the type of the text model, and `top`, values of neither part, for families that have
+        them."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class FamilyCase:
     """One family in the tests."""
 
     config: MakeConfig
+    processor_class: str
+    """Name of the class that transformers' AutoProcessor gives."""
     special_tokens: Mapping[str, str | Sequence[str]]
     """Config key -> the token, or tokens, whose id it holds."""
     preprocessor: Callable[[PretrainedConfig], dict[str, Any]]

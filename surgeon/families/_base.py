@@ -177,7 +177,8 @@ class Family(ABC):
         self, pixel_values: Sequence[Sequence[np.ndarray]], grids: Sequence[Sequence[Grid]]
     ) -> Mapping[str, np.ndarray]:
         """The keywords besides ids and masks that the transformers model takes for a batch's images, of which there
-        is at least one: what `process_image` gave, by row and image."""
+        is at least one: what `process_image` gave, by row and image. Names and shapes are those of the transformers
+        processor's output; a row may have no image."""
 
     # -- vision export -----------------------------------------------------------------------------------------
     def vision_model(self, model: PreTrainedModel, dtype: torch.dtype) -> Any:

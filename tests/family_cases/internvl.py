@@ -28,6 +28,7 @@ def config(
 
 CASE = FamilyCase(
     config=config,
+    processor_class="InternVLProcessor",
     special_tokens={"image_token_id": "<IMG_CONTEXT>"},
     # as published: InternVL's processor says otherwise when it calls the image processor
     preprocessor=partial(

@@ -56,6 +56,7 @@ def pixels_of_side(config: PretrainedConfig, side: int) -> tuple[np.ndarray, Gri
 
 CASE = FamilyCase(
     config=config,
+    processor_class="LlavaOnevisionProcessor",
     special_tokens={"image_token_index": "<image>", "video_token_index": "<video>"},
     preprocessor=preprocessor,
     processor=processor,

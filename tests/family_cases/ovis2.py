@@ -37,6 +37,7 @@ def config(
 
 CASE = FamilyCase(
     config=config,
+    processor_class="Ovis2Processor",
     special_tokens={"image_token_id": "<IMG_ATOM>", "visual_indicator_token_ids": INDICATORS},
     preprocessor=partial(
         _plain.preprocessor,

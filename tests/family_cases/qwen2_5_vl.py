@@ -22,6 +22,7 @@ def config(text: Any, vision: Any, token_ids: Any, tie_word_embeddings: bool, **
 
 CASE = FamilyCase(
     config=config,
+    processor_class="Qwen2_5_VLProcessor",
     special_tokens=_qwen_vl.SPECIAL_TOKENS,
     preprocessor=_qwen_vl.preprocessor,
     side_multiple=2,

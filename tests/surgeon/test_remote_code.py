@@ -34,12 +34,12 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMul
 from transformers import AutoTokenizer, AutoImageProcessor
 path, again = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)
-assert hasattr(model.model.language_model.layers[1], "pvm")
+(alpha,) = [name for name, _ in model.named_parameters() if name.endswith("layers.1.pvm.alpha")]
 with torch.no_grad():
-    model.model.language_model.layers[1].pvm.alpha.fill_(0.5)
+    model.get_parameter(alpha).fill_(0.5)
     model.save_pretrained(again)
     other = AutoModelForImageTextToText.from_pretrained(again, trust_remote_code=True)
-    assert float(other.model.language_model.layers[1].pvm.alpha) == 0.5
+    assert float(other.get_parameter(alpha)) == 0.5
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(model(input_ids=ids).logits, other(input_ids=ids).logits)
 for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):

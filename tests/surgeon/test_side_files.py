@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import transformers
+from family_case import family_cases
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from checkpoints import FAMILIES, has_tokenizer, tiny_checkpoint
@@ -15,13 +16,6 @@ from command import assert_refused, run
 from patching import apply
 
 PVM = "pvm:layers=1,latent=32"
-PROCESSORS = {
-    "qwen3_vl": "Qwen3VLProcessor",
-    "qwen2_5_vl": "Qwen2_5_VLProcessor",
-    "internvl": "InternVLProcessor",
-    "ovis2": "Ovis2Processor",
-    "llava_onevision": "LlavaOnevisionProcessor",
-}
 pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="needs the demo's tokenizer")
 
 
@@ -64,7 +58,8 @@ def test_auto_classes_give_what_they_give_for_the_source(model_type: str, tmp_pa
     for path in source.glob("*processor_config.json"):
         assert read(patched / path.name).items() >= read(path).items()
     described = [read(path) for path in patched.glob("*processor_config.json")]
-    assert [each["processor_class"] for each in described if "processor_class" in each] == [PROCESSORS[model_type]]
+    named = [each["processor_class"] for each in described if "processor_class" in each]
+    assert named == [family_cases()[model_type].processor_class]
     if model_type == "ovis2":  # the one that needs no video processor, which would need torchvision
         assert outcome(AutoProcessor, patched).startswith("Ovis2Processor Qwen2Tokenizer Ovis2ImageProcessor")
 
@@ -79,7 +74,7 @@ def test_processors_agree_with_torchvision(model_type: str, tmp_path: Path) -> N
         edit(source / "processor_config.json", num_image_tokens=9, vision_feature_select_strategy="full")
     apply(source, patched, PVM)
     plain, processor = (AutoProcessor.from_pretrained(directory) for directory in (source, patched))
-    assert type(processor).__name__ == PROCESSORS[model_type]
+    assert type(processor).__name__ == family_cases()[model_type].processor_class
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     text = plain.apply_chat_template(messages, add_generation_prompt=True)
     photo = image(90, 60)
