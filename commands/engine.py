@@ -95,7 +95,7 @@ def engine(
 
     \b
     surgeon engine BUNDLE OUT --target sm89,sm120 --prefill 1..4096 --batch 1..8
-    surgeon engine BUNDLE OUT --backend tensorrt --target native --timing-cache timings
+    surgeon engine BUNDLE OUT --backend tensorrt --target native
     surgeon engine BUNDLE OUT --target sm89 --serve-layout triton
     surgeon engine BUNDLE --target sm89 --dry-run
     """

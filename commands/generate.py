@@ -51,7 +51,7 @@ def generate(
 
     \b
     surgeon generate CKPT --image cat.png --prompt "What is this?"
-    surgeon generate BUNDLE --image a.png --image b.png --prompt "Compare them." --temperature 0.7 --top-p 0.9
+    surgeon generate BUNDLE --image a.png --image b.png --prompt "Compare them."
     """
     if not temperature and (top_p is not None or top_k is not None):
         raise click.UsageError("--top-p and --top-k shape sampling, and without --temperature nothing is sampled")

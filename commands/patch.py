@@ -51,7 +51,7 @@ def patch_command(
 
     \b
     surgeon patch CKPT OUT --pass pvm:layers=8,16,24,latent=512
-    surgeon patch CKPT OUT --recipe examples/recipes/qwen3-vl-8b-pvm.yaml --weights link
+    surgeon patch CKPT OUT -r examples/recipes/qwen3-vl-8b-pvm.yaml
     surgeon patch CKPT --pass pvm:layers=every:4 --dry-run
     """
     if not arguments and recipe is None:

@@ -67,7 +67,7 @@ def validate(
     \b
     surgeon validate CKPT PATCHED
     surgeon validate BUNDLE --bytes
-    surgeon validate PATCHED BUNDLE --image cat.png --prompt "What is this?" --report report.json
+    surgeon validate PATCHED BUNDLE --image cat.png --report report.json
     """
     from surgeon import console
     from surgeon.progress import progress_bars

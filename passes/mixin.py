@@ -39,7 +39,7 @@ class MixinPass(GraftPass):
     """Source: "CoMemo: LVLMs Need Image Context with Image Memory", section 3; published with every=4."""
 
     name = kind = "mixin"
-    summary = "CoMemo's memory path: gated cross-attention to the images in front of every N-th layer"
+    summary = "CoMemo's gated cross-attention to the images, before every N-th layer"
     Options = MixinOptions
     options: MixinOptions
 

@@ -28,7 +28,7 @@ class PvmPass(GraftPass):
     """Source: "Persistent Visual Memory", section 4; settings of section 5: layers 8, 16, 24 and latent 512."""
 
     name = kind = "pvm"
-    summary = "Persistent Visual Memory: a gated branch beside the MLP that attends to the images alone"
+    summary = "a gated branch beside the MLP that attends to the images alone"
     Options = PvmOptions
     options: PvmOptions
 

@@ -33,7 +33,7 @@ class RopeDhrPass(Pass):
     """
 
     name = "rope-dhr"
-    summary = "RoPE-DHR: tiles take the position ids of the thumbnail patches they cover"
+    summary = "tiles take the position ids of the thumbnail patches they cover"
     Options = RopeDhrOptions
     identity = False
     options: RopeDhrOptions

@@ -18,16 +18,20 @@ if TYPE_CHECKING:
     from surgeon.patch import PatchReport
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on stdout; columns whose every value is a number are aligned on the right."""
+PROSE_WIDTH = 80
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], prose: bool = False) -> None:
+    """A table on stdout; columns whose every value is a number are aligned on the right. `prose`: the last column is
+    text, which is wrapped."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         numbers = bool(rows) and all(isinstance(row[i], int) for row in rows)
         table.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))
-    # In a pipe a line is as long as it needs to be: whoever reads it there looks for whole lines.
-    width = None if sys.stdout.isatty() else 1000
+    # In a pipe a line of values is as long as it needs to be: whoever reads it there looks for whole lines.
+    width = None if sys.stdout.isatty() else PROSE_WIDTH if prose else 1000
     console = Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
     with console.capture() as captured:
         console.print(table)
@@ -123,7 +127,7 @@ def report_passes(passes: Sequence[PassDescription]) -> None:
         for o in described.options:
             default = "(required)" if o.required else "" if o.default is None else o.default
             rows.append((f"  {o.name}", o.type, default, o.description))
-        print_table(("  option", "type", "default", "description"), rows)
+        print_table(("  option", "type", "default", "description"), rows, prose=True)
 
 
 def report_patch(report: "PatchReport", target: Path | None) -> None:
@@ -174,15 +178,15 @@ def _report_comparison(comparison: "Comparison") -> None:
             (
                 case.name,
                 f"{case.prompt_tokens} + {case.rows} x {case.steps}",
-                f"{bad} NaN/inf" if bad else "0, bit-equal" if worst == 0 else f"{worst:.2e}",
-                f"{min(case.prefill.cosine, case.decode.cosine):.6f}",
+                f"{bad} NaN/inf" if bad else "bit-equal" if worst == 0 else f"{worst:.2e}",
+                f"{min(case.prefill.cosine, case.decode.cosine):.5f}",
                 f"{max(case.prefill.kl_mean, case.decode.kl_mean):.1e}",
                 f"{min(case.prefill.top1, case.decode.top1):.4f}",
                 f"{case.tokens_equal}/{case.rows * case.steps}",
                 "FAILED" if case.failures else "passed" if comparison.level.judged else "reported",
             )
         )
-    columns = ("case", "tokens", "max abs", "min cosine", "mean KL", "top-1", "greedy", "verdict")
+    columns = ("case", "tokens", "max abs", "cosine", "KL", "top-1", "greedy", "verdict")
     print_table(columns, rows)
     for failure in comparison.failures:
         print(f"FAILED: {failure}")
@@ -195,33 +199,38 @@ def _report_comparison(comparison: "Comparison") -> None:
 
 def report_bench(measurements: Sequence[Mapping[str, Any]]) -> None:
     """Forms side by side, each what `surgeon bench --json` gives; speeds are compared to the first's."""
-    rows = []
+    first = measurements[0]["speed"]
+    columns: list[tuple[str, ...]] = []
     for measurement in measurements:
         low, high = min(measurement["tokens_per_second"]), max(measurement["tokens_per_second"])
-        memory = decimal(measurement["peak_memory"])
-        rows.append(
+        on_device = f" + {decimal(measurement['device_memory'])}" if measurement["device_memory"] else ""
+        columns.append(
             (
-                measurement["path"],
                 f"{measurement['stage']}, {measurement['dtype']}, {measurement['device']}",
                 f"{measurement['first_token'] * 1e3:,.1f} ms",
                 f"{measurement['step'] * 1e3:,.2f} ms",
                 f"{measurement['step_p95'] * 1e3:,.2f} ms",
                 f"{measurement['speed']:,.1f} ({low:,.1f} to {high:,.1f})",
-                f"{measurement['speed'] / measurements[0]['speed']:.2f} x",
-                memory + (f" + {decimal(measurement['device_memory'])}" if measurement["device_memory"] else ""),
+                f"{measurement['speed'] / first:.2f} x",
+                f"{decimal(measurement['peak_memory'])}{on_device}",
             )
         )
-    columns = ("what", "form", "first token", "step", "step p95", "tokens/s", "of the first", "peak memory")
-    print_table(columns, rows)
+    figures = ("", "first token", "step", "step, p95", "tokens/s", "of the first", "peak memory")
+    print_table(("", *(measurement["path"] for measurement in measurements)), list(zip(figures, *columns, strict=True)))
 
 
 def report_diagnosis(diagnosis: Diagnosis) -> None:
     print_table(
         ("package", "version", ""),
         [(p.name, p.version or "not installed", p.problem or "") for p in diagnosis.packages],
+        prose=True,
     )
     print()
-    print_table(("backend", "works", ""), [(b.name, "yes" if b.works else "no", b.detail) for b in diagnosis.backends])
+    print_table(
+        ("backend", "works", ""),
+        [(b.name, "yes" if b.works else "no", b.detail) for b in diagnosis.backends],
+        prose=True,
+    )
     for backend in diagnosis.backends:
         if backend.remedy:
             print(f"{backend.name}: {backend.remedy}")

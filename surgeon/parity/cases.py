@@ -26,7 +26,7 @@ def default_cases() -> list[Case]:
         Case("three images", (Prompt("Describe each picture.", (chart, landscape, page)),)),
         Case("text only", (Prompt("Hello! What can you do?"),)),
         Case(
-            "batch of three",
+            "batch",
             (describe, Prompt("Hello!"), Prompt("What is the difference between these pictures?", (page, landscape))),
         ),
     ]
