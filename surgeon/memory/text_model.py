@@ -43,7 +43,7 @@ def patched_text_model_class(base: type, visibility: Visibility) -> type:
             sample_ids: Tensor | None = None,
             **kwargs: Any,
         ) -> Any:
-            """As the base's, and: visual_token_mask bool [B, S], or has_image=False with embeddings that are text
+            """As the base's, and: visual_token_mask bool [B, S], or has_images=False with embeddings that are text
             alone; memory_token_mask bool [B, S], which visual tokens enter the memory, by default all; or memory_embeds
             [B, M, d] with mask, positions and places (counted from this call's first token) [B, M], which enter in
             their place; sample_ids int64 [B, S]: which of a row's packed samples each token belongs to. Without them,

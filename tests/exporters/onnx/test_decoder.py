@@ -107,7 +107,7 @@ def test_prefill_and_decoding_give_the_logits_of_transformers(
             **memory,
         )
         for b, i in enumerate(at):
-            text = {"has_image": False} if recipe else {}
+            text = {"has_images": False} if recipe else {}
             want = references[b].step(rows[b][i : i + 1], positions[b][:, i : i + 1], **text)
             assert np.abs(got[b] - want).max() < 1e-4
 

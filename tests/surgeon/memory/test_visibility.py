@@ -107,7 +107,7 @@ def test_an_image_split_over_two_calls_is_seen_as_far_as_it_came(make: Make) -> 
     embeds = torch.randn(1, 9, width, generator=torch.Generator().manual_seed(0))
     visual = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 0, 0]], dtype=torch.bool)
     with torch.no_grad():
-        call = {"has_image": True, "use_cache": True}
+        call = {"has_images": True, "use_cache": True}
         whole = decoder(inputs_embeds=embeds, visual_token_mask=visual, **call).last_hidden_state
         for cut in range(1, 9):
             one = decoder(inputs_embeds=embeds[:, :cut], visual_token_mask=visual[:, :cut], **call)
@@ -129,7 +129,7 @@ def test_packed_samples_see_their_own_images_behind_them(make: Make) -> None:
     samples = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
     positions = torch.arange(4).repeat(2)[None]
     with torch.no_grad():
-        call = {"has_image": True, "use_cache": False}
+        call = {"has_images": True, "use_cache": False}
         packed = decoder(
             inputs_embeds=embeds, visual_token_mask=visual, sample_ids=samples, position_ids=positions, **call
         ).last_hidden_state
@@ -158,7 +158,7 @@ def test_packed_samples_see_their_own_however_it_is_said(make: Make, told: str, 
         "position_ids": {"position_ids": positions},
         "position_ids of four axes": {"position_ids": positions.expand(4, 2, -1)},
     }[told]
-    call = {"has_image": True, "use_cache": use_cache}
+    call = {"has_images": True, "use_cache": use_cache}
     with torch.no_grad():
         packed = decoder(inputs_embeds=embeds, visual_token_mask=visual, **packing, **call).last_hidden_state
         for own in (slice(0, 4), slice(4, 8)):
