@@ -90,7 +90,7 @@ def test_it_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_the_command(export: Callable[..., Pair], tmp_path: Path, schema: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engines themselves are built in tests/exporters/tensorrt; here their place is what matters."""
-    from exporters.tensorrt import build, show
+    from exporters.tensorrt import build, report
 
     pair = export("qwen3_vl", PVM)
 
@@ -103,7 +103,7 @@ def test_the_command(export: Callable[..., Pair], tmp_path: Path, schema: Any, m
         return Built
 
     monkeypatch.setattr(build, "build_engines", built)
-    monkeypatch.setattr(show, "built_json", lambda built: {"built": True})
+    monkeypatch.setattr(report, "built_json", lambda built: {"built": True})
     arguments = ["engine", str(pair.bundle), str(tmp_path / "demo"), "--serve-layout", "triton", "--target", "sm89"]
     refused = run(*arguments, "--graph", "embed")
     assert refused.exit_code == 2 and "a server needs the engines of all graphs" in refused.stderr

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from engines import Case
+from exporters.fusion import FORMAT
 from exporters.tensorrt.build import Built, Options, build_engines, plan_engines
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.manifest import EngineManifest
@@ -165,7 +166,7 @@ def library() -> Iterator[Any]:
 
 def test_a_loaded_plugin_is_what_its_engine_says(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     described = {
-        "format": 1,
+        "format": FORMAT,
         "kernel": "linear",
         "inputs": ["float16", "float16"],
         "outputs": [{"dtype": "float32", "shape": [["dim", 0, 0], 64]}],
@@ -181,8 +182,8 @@ def test_a_loaded_plugin_is_what_its_engine_says(library: Any, monkeypatch: pyte
     assert (plugin.plugin_name, plugin.plugin_version, plugin.num_outputs) == ("pvm_text", "1", 1)
     assert plugin.get_output_data_types(["HALF", "HALF"]) == ["FLOAT"]
     with pytest.raises(ValueError, match="pvm_text is of another version of surgeon: build the engine again"):
-        newer = json.dumps(described | {"format": 2})
-        creator.create_plugin("layer", [library.PluginField("described", zlib.compress(newer.encode()), 0)], "RUNTIME")
+        older = json.dumps(described | {"format": FORMAT - 1})
+        creator.create_plugin("layer", [library.PluginField("described", zlib.compress(older.encode()), 0)], "RUNTIME")
     (again,) = plugin.get_fields_to_serialize()
     assert json.loads(zlib.decompress(again.data)) == described
 
