@@ -367,7 +367,7 @@ def test_a_prompt_that_is_too_long(runtime: BundleRuntime) -> None:
 
 def test_another_number_of_rows(pair: Pair, runtime: BundleRuntime) -> None:
     state, _ = runtime.start(pair.raw(FIRST_TURN))
-    with pytest.raises(BundleError, match=r"has 3 row\(s\), 2 were given"):
+    with pytest.raises(BundleError, match=r"has 3 row\(s\), and append got 2"):
         runtime.append(state, pair.raw(SECOND_TURN[:2]))
 
 
