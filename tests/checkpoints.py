@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import transformers
-from family_case import TOKEN_IDS, family_cases
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from family_case import TOKEN_IDS, family_cases
 from surgeon.families import family
 
 __all__ = ["TOKEN_IDS", "fill", "tiny_checkpoint", "tiny_config", "tiny_model"]

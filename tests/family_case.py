@@ -4,16 +4,14 @@ Each family has a file in `tests/family_cases`, named by its model_type, with `C
 test that goes over all families, find it there; a family without one fails `tests/conformance`.
 """
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from transformers import PretrainedConfig
 
+from case_files import cases_in
 from surgeon.families import Grid
 
 TEXT: Mapping[str, Any] = {
@@ -86,9 +84,6 @@ class FamilyCase:
         return np.random.default_rng(side).standard_normal((1, 3, height, width), dtype=np.float32), (1, 1, 1)
 
 
-@cache
 def family_cases() -> dict[str, FamilyCase]:
     """By model_type."""
-    folder = Path(__file__).parent / "family_cases"
-    names = sorted(path.stem for path in folder.glob("[!_]*.py"))
-    return {name: importlib.import_module(f"family_cases.{name}").CASE for name in names}
+    return cases_in("family_cases")

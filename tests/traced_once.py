@@ -1,8 +1,8 @@
 """Exports of tiny models, made quick: what one worker has traced, all of a run take.
 
 Most of an export's time is spent tracing modules of a few layers, which the next test's model has too. A trace is known
-by the pickled module, on the meta device, its inputs and their names, and the
-grafts that are functions: equal bytes are an equal module.
+by the pickled module, on the meta device, its inputs and their names, and the grafts that are functions: equal bytes
+are an equal module.
 """
 
 import hashlib

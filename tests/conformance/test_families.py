@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from family_case import family_cases
-from graft_case import graft_cases
 from transformers import PreTrainedModel
 
 import passes
 from checkpoints import FAMILIES, has_tokenizer, tiny_checkpoint, tiny_model
 from command import run
 from exporters.onnxruntime import BundleRuntime
+from family_case import family_cases
+from graft_case import graft_cases
 from pairs import MIXIN, PVM, Pair, image
 from patching import apply, randomise_grafts
 from surgeon import models

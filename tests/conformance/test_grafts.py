@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from graft_case import graft_cases
 from transformers import AutoModelForImageTextToText
 
 import passes
@@ -19,6 +18,7 @@ from checkpoints import has_tokenizer, tiny_checkpoint
 from exporters.kernels.kernel import chains_of
 from exporters.onnx import functions
 from exporters.onnxruntime import BundleRuntime
+from graft_case import graft_cases
 from pairs import Pair, image, make_pair
 from patching import apply, randomise_grafts
 from surgeon import models

@@ -1,9 +1,9 @@
 """Tests here export much."""
 
 import pytest
-from traced_once import trace_afresh
 
 from exporters.onnx import trace as tracing
+from traced_once import trace_afresh
 
 
 @pytest.fixture(scope="session", autouse=True)

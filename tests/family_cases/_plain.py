@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from family_case import TEXT, TOWER
 from transformers import PretrainedConfig
+
+from family_case import TEXT, TOWER
 
 # every part of a message as the published template of such families writes it
 TEMPLATE = """{%- for message in messages -%}

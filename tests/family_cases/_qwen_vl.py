@@ -4,10 +4,10 @@ import json
 from typing import Any
 
 import numpy as np
-from family_case import TEXT, TOWER
 from transformers import PretrainedConfig
 
 from checkpoints import DEMO
+from family_case import TEXT, TOKEN_IDS, TOWER
 from surgeon.families import Grid
 
 SPECIAL_TOKENS = {
@@ -18,18 +18,29 @@ SPECIAL_TOKENS = {
 }
 
 
-def text_config(text: dict[str, Any], **rope: Any) -> dict[str, Any]:
-    """`text` over the tiny one, with frequencies in three sections of its head size."""
-    merged = {**TEXT, **text}
-    half = (merged.get("head_dim") or merged["hidden_size"] // merged["num_attention_heads"]) // 2
+def config(
+    config_class: type[PretrainedConfig],
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    token_ids: dict[str, Any],
+    tie_word_embeddings: bool,
+    rope: dict[str, Any] | None = None,
+    **others: Any,
+) -> PretrainedConfig:
+    """A tiny config of `text` and `vision`, with frequencies in three sections of the head size. `rope`: what else the
+    family's rope parameters say."""
+    text = {**TEXT, **text}
+    half = (text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]) // 2
     side = half * 5 // 16
-    sections = [half - 2 * side, side, side]
-    merged.setdefault("rope_parameters", {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections, **rope})
-    return merged
-
-
-def vision_config(text: dict[str, Any], **tower: Any) -> dict[str, Any]:
-    return {**TOWER, "depth": 3, "num_heads": 2, "out_hidden_size": text["hidden_size"], **tower}
+    frequencies = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [half - 2 * side, side, side]}
+    text.setdefault("rope_parameters", {**frequencies, **(rope or {})})
+    return config_class(
+        text_config={**text, "tie_word_embeddings": tie_word_embeddings},
+        vision_config={**TOWER, "depth": 3, "num_heads": 2, "out_hidden_size": text["hidden_size"], **vision},
+        tie_word_embeddings=tie_word_embeddings,
+        **{**TOKEN_IDS, **token_ids},
+        **others,
+    )
 
 
 def preprocessor(config: PretrainedConfig) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from functools import partial
 from typing import Any
 
+from transformers import InternVLConfig, PretrainedConfig
+
 from family_case import TOKEN_IDS, FamilyCase
 from family_cases import _plain
-from transformers import InternVLConfig, PretrainedConfig
 
 
 def config(

@@ -3,10 +3,10 @@
 from typing import Any
 
 import numpy as np
-from family_case import TOKEN_IDS, FamilyCase
-from family_cases import _plain
 from transformers import LlavaOnevisionConfig, PretrainedConfig
 
+from family_case import TOKEN_IDS, FamilyCase
+from family_cases import _plain
 from surgeon.families import Grid
 
 

@@ -3,9 +3,10 @@
 from functools import partial
 from typing import Any
 
+from transformers import Ovis2Config, PretrainedConfig
+
 from family_case import TOKEN_IDS, FamilyCase
 from family_cases import _plain
-from transformers import Ovis2Config, PretrainedConfig
 
 INDICATORS = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
 

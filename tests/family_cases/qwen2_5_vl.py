@@ -2,22 +2,17 @@
 
 from typing import Any
 
-from family_case import TOKEN_IDS, FamilyCase
-from family_cases import _qwen_vl
 from transformers import PretrainedConfig, Qwen2_5_VLConfig
 
+from family_case import FamilyCase
+from family_cases import _qwen_vl
 
-def config(text: Any, vision: Any, token_ids: Any, tie_word_embeddings: bool, **others: Any) -> PretrainedConfig:
+
+def config(text: Any, vision: Any, **others: Any) -> PretrainedConfig:
     # this family's defaults of these ids lie outside the small vocabulary
-    text = _qwen_vl.text_config({"bos_token_id": None, "eos_token_id": None, **text})
+    text = {"bos_token_id": None, "eos_token_id": None, **text}
     tower = {"patch_size": 14, "fullatt_block_indexes": [1], "window_size": 112, **vision}
-    return Qwen2_5_VLConfig(
-        text_config={**text, "tie_word_embeddings": tie_word_embeddings},
-        vision_config=_qwen_vl.vision_config(text, **tower),
-        tie_word_embeddings=tie_word_embeddings,
-        **{**TOKEN_IDS, **token_ids},
-        **others,
-    )
+    return _qwen_vl.config(Qwen2_5_VLConfig, text, tower, **others)
 
 
 CASE = FamilyCase(

@@ -2,21 +2,16 @@
 
 from typing import Any
 
-from family_case import TOKEN_IDS, FamilyCase
-from family_cases import _qwen_vl
 from transformers import PretrainedConfig, Qwen3VLConfig
 
+from family_case import FamilyCase
+from family_cases import _qwen_vl
 
-def config(text: Any, vision: Any, token_ids: Any, tie_word_embeddings: bool, **others: Any) -> PretrainedConfig:
-    text = _qwen_vl.text_config({"head_dim": 16, **text}, mrope_interleaved=True)
+
+def config(text: Any, vision: Any, **others: Any) -> PretrainedConfig:
+    text = {"head_dim": 16, **text}
     tower = {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], **vision}
-    return Qwen3VLConfig(
-        text_config={**text, "tie_word_embeddings": tie_word_embeddings},
-        vision_config=_qwen_vl.vision_config(text, **tower),
-        tie_word_embeddings=tie_word_embeddings,
-        **{**TOKEN_IDS, **token_ids},
-        **others,
-    )
+    return _qwen_vl.config(Qwen3VLConfig, text, tower, rope={"mrope_interleaved": True}, **others)
 
 
 CASE = FamilyCase(

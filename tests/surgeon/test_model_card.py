@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import passes
+from cards import blocks, card_of, section
 from checkpoints import has_tokenizer, tiny_checkpoint
 from command import run
 from hub_stand_in import COMMIT, hub
@@ -71,20 +71,6 @@ def source(made: Path, tmp_path: Path) -> Path:
 def snapshot(made: Path, tmp_path: Path) -> Path:
     """The source as it lies in the Hugging Face cache."""
     return Path(shutil.copytree(made, tmp_path / "hub" / "models--org--Tiny-VL" / "snapshots" / COMMIT))
-
-
-def card_of(directory: Path) -> ModelCard:
-    return ModelCard.load(directory / "README.md")
-
-
-def section(directory: Path, heading: str) -> str:
-    """The text under a heading, up to the next."""
-    text = card_of(directory).text
-    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def run_recipe(directory: Path, **places: Path) -> None:

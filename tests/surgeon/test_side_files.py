@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import transformers
-from family_case import family_cases
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from checkpoints import FAMILIES, has_tokenizer, tiny_checkpoint
 from command import assert_refused, run
+from family_case import family_cases
 from patching import apply
 
 PVM = "pvm:layers=1,latent=32"

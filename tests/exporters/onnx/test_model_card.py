@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from cards import blocks, card_of, section
 from checkpoints import has_tokenizer, tiny_checkpoint
 from command import run
 from exporters.calibration.calibrate import not_measured
@@ -39,18 +40,6 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(fresh: Path) -> Path:
     export_bundle(fresh, fresh.parent / "bundle", dtype=torch.float32, max_length=LENGTH)
     return fresh.parent / "bundle"
-
-
-def card_of(directory: Path) -> ModelCard:
-    return ModelCard.load(directory / "README.md")
-
-
-def section(directory: Path, heading: str) -> str:
-    return card_of(directory).text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def commands(directory: Path, heading: str, **places: Path) -> list[list[str]]:
