@@ -58,8 +58,7 @@ class RopeDhrPass(Pass):
 
     def rewrite(self, graph: "LvlmGraph") -> PassResult:
         graph.lay_out_tiles(positions={"scheme": "rope_dhr", "tile_order": self.options.tile_order})
-        limits = {"min_patches": self.options.min_tiles, "max_patches": self.options.max_tiles}
-        graph.image_processor |= {key: value for key, value in limits.items() if value is not None}
+        graph.image_processor |= graph.family.tile_limits(self.options.min_tiles, self.options.max_tiles)
         return PassResult(modified=True, touched=[])
 
     def ensures(self, graph: "LvlmGraph", result: PassResult) -> None:

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from exporters.onnx.manifest import GraphFile, Manifest, Port
 from exporters.tensorrt.errors import EngineError
 from surgeon.errors import BundleError
+from surgeon.families import family
 from surgeon.json_file import read_object
-from surgeon.sizes import Pinpoints, Size, Sizes, TileSize, check
 
 LOGITS = 64
 """Positions of a prefill that one call gives logits of, at most: a vocabulary is wide, and a prefill long."""
@@ -26,6 +26,7 @@ _COMMON = 1024
 _LARGEST_VOLUME = 2**31 - 1
 """Elements of one tensor, in both libraries."""
 _MANY_TILES = 12
+"""What models cut an image into, where a bundle does not say."""
 _DIMENSION = re.compile(r"(?:(\d+)\*)?([A-Za-z]\w*)")
 
 
@@ -225,7 +226,7 @@ def _vision(bundle: Path, manifest: Manifest, prefill: Range, image_tokens: Rang
                 min=math.ceil(tokens.min / per_tile), opt=tokens.opt // per_tile or 1, max=tokens.max // per_tile
             )
         else:
-            sizes["T"] = Range.of(1, _most_tiles(bundle))
+            sizes["T"] = Range.of(1, _most_tiles(bundle, manifest))
     return _Vision(Profile(name="any", sizes=sizes), tokens.max)
 
 
@@ -238,7 +239,7 @@ def _usual_tokens(bundle: Path, manifest: Manifest, prefill: Range, per_tile: in
     """As many as a prefill holds; of tiles no more than the processor cuts."""
     if not tiles_alone:
         return prefill.max
-    most = per_tile * _most_tiles(bundle)
+    most = per_tile * _most_tiles(bundle, manifest)
     return most if manifest.allocation == "memory" else min(most, prefill.max // per_tile * per_tile)
 
 
@@ -252,24 +253,12 @@ def _windows(graph: GraphFile, tokens: Range) -> Range:
     return Range(min=smallest, opt=common, max=max(common, math.ceil(tokens.max / side)))
 
 
-def _most_tiles(bundle: Path) -> int:
+def _most_tiles(bundle: Path, manifest: Manifest) -> int:
     """Tiles of one image, the thumbnail included, that the bundle's image processor cuts at most."""
     path = bundle / "processor" / "preprocessor_config.json"
-    if not path.is_file():
-        return _MANY_TILES + 1  # a bundle may come without an image processor: the usual numbers hold then
-    settings = check(_Tiles, read_object(path, BundleError), file=path.name)
-    if settings.image_grid_pinpoints and settings.size is not None:
-        largest = max(height * width for height, width in settings.image_grid_pinpoints)
-        return largest // (settings.size.height * settings.size.width) + 1
-    return (settings.max_patches or _MANY_TILES) + 1
-
-
-class _Tiles(Sizes):
-    """What an image processor's settings say of tiles."""
-
-    image_grid_pinpoints: Pinpoints | None = None
-    size: TileSize | None = None
-    max_patches: Size | None = None
+    # a bundle may come without an image processor
+    settings = read_object(path, BundleError) if path.is_file() else {}
+    return family(manifest.source.model_type).most_tiles(settings) or _MANY_TILES + 1
 
 
 def cache_bytes(manifest: Manifest, profiles: Mapping[str, Sequence[Profile]], prefixes: tuple[str, ...]) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from surgeon.errors import CheckpointError, InputError
+from surgeon.errors import CheckpointError, FamilyError, InputError
 from surgeon.sizes import Sizes, TextSizes, VisionSizes, check, one_line
 
 Grid = tuple[int, int, int]
@@ -130,6 +130,20 @@ class Family(ABC):
     def deepstack_layers(self, config: PretrainedConfig) -> int:
         """How many of the first decoder layers get a DeepStack feature added to their output; 0 where there is none."""
         return 0
+
+    def tile_limits(self, min_tiles: int | None, max_tiles: int | None) -> Mapping[str, int]:
+        """The image processor's settings that make it cut an image into no fewer and no more tiles; None: as it is.
+
+        Raises FamilyError where it has none for a limit that is asked for.
+        """
+        if min_tiles is None and max_tiles is None:
+            return {}
+        raise FamilyError(f"the image processor of family {self.model_type} has no limits of tiles to set")
+
+    def most_tiles(self, image_processor: Mapping[str, Any]) -> int | None:
+        """Most tiles that an image processor of these settings (preprocessor_config.json) makes of one image, the
+        thumbnail included; None where the family cuts no tiles or the settings do not say. Raises CheckpointError."""
+        return None
 
     # -- decoder positions -------------------------------------------------------------------------------------
     @abstractmethod

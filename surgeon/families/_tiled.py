@@ -13,13 +13,17 @@ from transformers import PretrainedConfig
 from surgeon.errors import InputError
 from surgeon.families._base import Grid, TileLayout, call_image_processor
 from surgeon.families._plain import PlainPositionsFamily, check_image_processor_class
-from surgeon.sizes import Sizes, TileSize
+from surgeon.sizes import Size, Sizes, TileSize, check
 
 
 class TilesSizes(Sizes):
     size: TileSize
     min_patches: Annotated[int, Field(gt=0, le=1024)]
     max_patches: Annotated[int, Field(gt=0, le=1024)]
+
+
+class TileCountSizes(Sizes):
+    max_patches: Size | None = None
 
 
 class TiledFamily(PlainPositionsFamily):
@@ -36,6 +40,14 @@ class TiledFamily(PlainPositionsFamily):
     def check_image_processor(self, config: PretrainedConfig, image_processor: Any) -> None:
         check_image_processor_class(image_processor, self.image_processor_class)
         super().check_image_processor(config, image_processor)
+
+    def tile_limits(self, min_tiles: int | None, max_tiles: int | None) -> Mapping[str, int]:
+        limits = {"min_patches": min_tiles, "max_patches": max_tiles}
+        return {setting: tiles for setting, tiles in limits.items() if tiles is not None}
+
+    def most_tiles(self, image_processor: Mapping[str, Any]) -> int | None:
+        settings = check(TileCountSizes, image_processor, file="preprocessor_config.json")
+        return None if settings.max_patches is None else settings.max_patches + 1
 
     @abstractmethod
     def tile_layout(self, config: PretrainedConfig) -> TileLayout:

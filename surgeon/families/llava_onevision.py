@@ -18,7 +18,7 @@ from surgeon.errors import FamilyError, InputError
 from surgeon.families._base import Grid, VisionExport, call_image_processor
 from surgeon.families._plain import PlainPositionsFamily, check_image_processor_class
 from surgeon.families._vision import finish_export, image_attention
-from surgeon.sizes import Pinpoints, Sizes, SquareTowerSizes, TileSize, TokenId
+from surgeon.sizes import Pinpoints, Sizes, SquareTowerSizes, TileSize, TokenId, check
 
 
 class LlavaOnevisionSizes(Sizes):
@@ -31,6 +31,11 @@ class LlavaOnevisionSizes(Sizes):
 class LlavaOnevisionImageProcessorSizes(Sizes):
     size: TileSize
     image_grid_pinpoints: Pinpoints
+
+
+class TileCountSizes(Sizes):
+    size: TileSize | None = None
+    image_grid_pinpoints: Pinpoints | None = None
 
 
 class LlavaOnevision(PlainPositionsFamily):
@@ -47,6 +52,13 @@ class LlavaOnevision(PlainPositionsFamily):
     vision_tower = "model.vision_tower"
     projector = "model.multi_modal_projector"
     visual_token_keys = ("image_token_id", "video_token_id")
+
+    def most_tiles(self, image_processor: Mapping[str, Any]) -> int | None:
+        settings = check(TileCountSizes, image_processor, file="preprocessor_config.json")
+        if settings.size is None or not settings.image_grid_pinpoints:
+            return None
+        largest = max(height * width for height, width in settings.image_grid_pinpoints)
+        return largest // (settings.size.height * settings.size.width) + 1
 
     def side(self, config: PretrainedConfig) -> int:
         """Patches, and features, along a side of each crop that the vision tower sees."""
