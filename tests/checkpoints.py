@@ -147,7 +147,7 @@ def copy_tokenizer(directory: Path) -> None:
 
 
 def write_processors(directory: Path, model_type: str, config: PretrainedConfig) -> None:
-    """Write what a family's image processor and its whole processor are told."""
+    """Write the settings of a family's image processor and of its whole processor."""
     case = family_cases()[model_type]
     for name, settings in (
         ("preprocessor_config.json", case.preprocessor(config)),

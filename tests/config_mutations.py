@@ -70,16 +70,16 @@ class Mutation:
 
 def make_sources(directory: Path) -> dict[str, Path]:
     """A tiny checkpoint for each of `SOURCES`, without preprocessing."""
-    made = {}
+    sources = {}
     for name, (family, arguments) in SOURCES.items():
-        made[name] = directory / name.replace(" ", "-")
+        sources[name] = directory / name.replace(" ", "-")
         if not arguments:
-            tiny_model(family).save_pretrained(made[name])
+            tiny_model(family).save_pretrained(sources[name])
             continue
-        plain = made[family]
+        plain = sources[family]
         (plain / "preprocessor_config.json").write_text('{"min_patches": 1, "max_patches": 6}')
-        apply(plain, made[name], *arguments)
-    return made
+        apply(plain, sources[name], *arguments)
+    return sources
 
 
 def mutations(sources: dict[str, Path], count: int, seed: int) -> Iterator[Mutation]:
@@ -142,8 +142,8 @@ def commands(directory: Path, alone: bool = False) -> None:
     """What `inspect`, `patch --dry-run` and whoever loads a checkpoint do. Raises whatever comes of it.
     `alone`: it has no weights."""
     inspect_checkpoint(directory).model_dump_json()
-    made = Recipe.from_arguments([PVM.replace("1,3", "2"), MIXIN, "rope-dhr"]).make_passes(passes.registry())
-    for each in made:
+    recipe_passes = Recipe.from_arguments([PVM.replace("1,3", "2"), MIXIN, "rope-dhr"]).make_passes(passes.registry())
+    for each in recipe_passes:
         try:
             with Checkpoint.open(directory, weights="optional") as checkpoint:
                 plan(checkpoint, [each])

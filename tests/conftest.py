@@ -57,13 +57,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[
 
     def get(name: str, make: Callable[[Path], object]) -> Path:
         stem = hashlib.sha256(name.encode()).hexdigest()[:16]
-        folder, made = root / stem, root / f"{stem}.made"
+        folder, marker = root / stem, root / f"{stem}.made"
         with FileLock(root / f"{stem}.lock"):
-            if not made.exists():
+            if not marker.exists():
                 shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
                 folder.mkdir()
                 make(folder)
-                made.touch()
+                marker.touch()
         return folder
 
     return get

@@ -79,8 +79,8 @@ class StandIn:
     @property
     def loaded(self) -> int:
         """Modules that are."""
-        found: int = ctypes.CDLL(str(self.path)).loaded()
-        return found
+        count: int = ctypes.CDLL(str(self.path)).loaded()
+        return count
 
     def enter(self, context: int) -> None:
         """Make one of two contexts current."""

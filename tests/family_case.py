@@ -30,7 +30,7 @@ TOWER: Mapping[str, Any] = {
     "intermediate_size": 48,
 }
 TOKEN_IDS = {"image_token_id": 2000, "video_token_id": 2001, "vision_start_token_id": 2002, "vision_end_token_id": 2003}
-"""Ids of special tokens where no tokenizer says others."""
+"""Ids of special tokens where no tokenizer has others."""
 
 
 class MakeConfig(Protocol):

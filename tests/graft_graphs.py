@@ -68,8 +68,8 @@ def run(model: onnx.ModelProto, *inputs: Tensor) -> np.ndarray:
     """Inputs in the order of `NAMES`."""
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     feeds = {name: tensor.detach().numpy() for name, tensor in zip(NAMES, inputs, strict=False)}
-    found: np.ndarray = session.run(None, feeds)[0]
-    return found
+    output: np.ndarray = session.run(None, feeds)[0]
+    return output
 
 
 def graft_of(kind: str, head_dim: int = HEAD_DIM) -> Graft:
@@ -82,8 +82,8 @@ def graft_of(kind: str, head_dim: int = HEAD_DIM) -> Graft:
     with torch.no_grad():
         for parameter in graft.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    found: Graft = graft
-    return found
+    randomised: Graft = graft
+    return randomised
 
 
 def model_of(kind: str, added: str = "", head_dim: int = HEAD_DIM, visibility: Visibility = "all") -> ir.Model:

@@ -85,9 +85,9 @@ class Pair:
         ids = [
             self.inputs.tokenize(
                 "".join(p if isinstance(p, str) else token for p in row),
-                [(1, 1, 1) if thumbnails else grid for _, grid in found],
+                [(1, 1, 1) if thumbnails else grid for _, grid in images],
             )
-            for row, found in zip(rows, processed, strict=True)
+            for row, images in zip(rows, processed, strict=True)
         ]
         length = max(map(len, ids))
         input_ids, mask = np.zeros((2, len(rows), length), dtype=np.int64)
@@ -100,8 +100,8 @@ class Pair:
             input_ids,
             mask,
             image_mask,
-            [[pixels for pixels, _ in found] for found in processed],
-            [[grid for _, grid in found] for found in processed],
+            [[pixels for pixels, _ in images] for images in processed],
+            [[grid for _, grid in images] for images in processed],
             choose_positions(self.inputs.config, positions),
             "layout" in record,
         )
@@ -109,15 +109,15 @@ class Pair:
     @torch.no_grad()
     def greedy(self, inputs: ModelInputs, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """transformers' tokens [B, steps] and logits [B, steps, V]; `inputs` are padded on the left."""
-        found = self.model.generate(
+        generated = self.model.generate(
             **inputs.model_kwargs(),
             max_new_tokens=steps,
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
         )
-        logits = np.stack([step.numpy() for step in found.logits], axis=1)
-        return found.sequences[:, -steps:].numpy(), logits
+        logits = np.stack([step.numpy() for step in generated.logits], axis=1)
+        return generated.sequences[:, -steps:].numpy(), logits
 
 
 class DecoderRun:

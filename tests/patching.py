@@ -18,8 +18,8 @@ LAYERS = (1, 3)
 
 def apply(source: Path, target: Path, *arguments: str, seed: int = 0, **options: object) -> PatchReport:
     """`surgeon patch SOURCE TARGET --pass ...` from Python."""
-    made = Recipe.from_arguments(arguments, seed).make_passes(passes.registry())
-    return patch(source, target, made, seed=seed, **options)  # type: ignore[arg-type]
+    recipe_passes = Recipe.from_arguments(arguments, seed).make_passes(passes.registry())
+    return patch(source, target, recipe_passes, seed=seed, **options)  # type: ignore[arg-type]
 
 
 def patched_pair(

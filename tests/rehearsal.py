@@ -103,10 +103,10 @@ class _CpuContext(Context):
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> None:
         assert name in self.engine.session.inputs
-        held = self.engine.shapes[self.profile].get(name)
-        if held is not None:
-            low, _, high = held
-            assert all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True)), (name, shape, held)
+        bounds = self.engine.shapes[self.profile].get(name)
+        if bounds is not None:
+            low, _, high = bounds
+            assert all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True)), (name, shape, bounds)
         self.shapes[name] = tuple(shape)
 
     def set_tensor_address(self, name: str, address: int) -> None:
@@ -140,8 +140,8 @@ def _run(engine: _CpuEngine, shapes: dict[str, tuple[int, ...]], addresses: dict
         wants_fp32 = session.inputs[name].type == "tensor(float)"
         fed[name] = (tensor.float() if wants_fp32 else tensor).numpy()
     for name, value in session.run(fed).items():
-        found = torch.from_numpy(value.numpy())
-        _at(addresses[name], engine.dtypes[name], found.shape).copy_(found)
+        output = torch.from_numpy(value.numpy())
+        _at(addresses[name], engine.dtypes[name], output.shape).copy_(output)
 
 
 def _at(address: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:

@@ -58,14 +58,14 @@ def test_wrong_use_is_one_line_that_says_where_help_is(source: Path, tmp_path: P
 
 
 def test_what_is_missing_or_misspelt_is_said_with_what_to_write(source: Path, tmp_path: Path) -> None:
-    for more, said in (
+    for more, message in (
         ((), "`surgeon passes` lists them"),
         (("--pass", PVM, "-r", "recipe.yaml"), "exclude each other"),
         (("--pass", "pvm:layer=1"), "unknown option 'layer'; did you mean 'layers'?"),
         (("--pass", "pvn:layers=1"), "unknown pass 'pvn'; did you mean 'pvm'?"),
     ):
         result = run("patch", source, tmp_path / "out", *more)
-        assert result.exit_code == 2 and said in " ".join(result.stderr.split()), result.output
+        assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.output
 
 
 def test_a_directory_that_does_not_exist_in_a_process(tmp_path: Path) -> None:

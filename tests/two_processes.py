@@ -25,15 +25,15 @@ STEPS = 3
 
 def rows(model: PreTrainedModel, step: int) -> list[dict[str, torch.Tensor]]:
     """A row for each process. Without an image the second, in the second step: its grafts have nothing to do."""
-    made = []
+    batches = []
     for rank in range(2):
         tokens = torch.randint(5, 500, (6,), generator=torch.Generator().manual_seed(10 * step + rank)).tolist()
         grids = [GRID] if (step, rank) != (1, 1) else []
         kwargs = batch(model, [[5, *(image(GRID) if grids else []), *tokens]], grids, seed=step)
         labels = kwargs["input_ids"].clone()
         labels[:, :-6] = -100
-        made.append({**kwargs, "labels": labels, "use_cache": False})
-    return made
+        batches.append({**kwargs, "labels": labels, "use_cache": False})
+    return batches
 
 
 def grafted(path: str) -> PreTrainedModel:
@@ -109,10 +109,10 @@ def main(path: str, store: str, rank: str) -> None:
         return losses(model, model, own)
 
     ways: list[Callable[[], list[float]]] = [alone, ddp, layers, layers_and_grafts, checkpointed, mixed_precision]
-    found = {way.__name__: way() for way in ways}
+    losses_by_way = {way.__name__: way() for way in ways}
     dist.destroy_process_group()
     if rank == "0":
-        print(json.dumps(found))
+        print(json.dumps(losses_by_way))
 
 
 if __name__ == "__main__":

@@ -55,15 +55,15 @@ def test_a_part_that_fails_does_not_lose_the_others(tmp_path: Path, capfd: pytes
         engines="print('here')",
     )
     assert gpu_check.run_all(["numbers", "pvm", "mixin", "engines"], False, tmp_path, command) == 1
-    said = capfd.readouterr().out
-    assert "here" in said
+    output = capfd.readouterr().out
+    assert "here" in output
     for line in (
         "numbers: FAILED with exit code 3",
         "pvm: FAILED with exit code -6",
         "mixin: skipped",
         "engines: done",
     ):
-        assert line in said
+        assert line in output
     assert gpu_check.run_all(["mixin", "engines"], False, tmp_path, command) == 0
 
 
@@ -85,8 +85,8 @@ def test_a_part_that_takes_too_long_ends_with_all_it_started(
         numbers=f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])", engines="print('here')"
     )
     assert gpu_check.run_all(["numbers", "engines"], False, tmp_path, command) == 1
-    said = capfd.readouterr().out
-    assert "numbers: FAILED: out of time" in said and "engines: done" in said
+    output = capfd.readouterr().out
+    assert "numbers: FAILED: out of time" in output and "engines: done" in output
     status = Path(f"/proc/{started.read_text()}/stat")
     assert not status.exists() or status.read_text().split()[2] == "Z"
 
@@ -104,27 +104,27 @@ def test_figures_are_written_as_they_come(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["complete"]
 
 
-class Made(Exception):
-    """A model, of this config."""
+class ModelRequested(Exception):
+    """`make_model` was called, with this config and device."""
 
 
 def test_models_have_the_published_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What no rehearsal asks for."""
 
     def make_model(config, dtype, device):  # type: ignore[no-untyped-def]
-        raise Made(config, device)
+        raise ModelRequested(config, device)
 
     monkeypatch.setattr(grafts, "make_model", make_model)
-    monkeypatch.setattr(generating, "check_tokens", lambda *given: None)
-    found = []
+    monkeypatch.setattr(generating, "check_tokens", lambda *arguments: None)
+    sizes = []
     for part in (decoding.pvm_8b, decoding.mixin_2b, generating.main):
-        with pytest.raises(Made) as raised:
+        with pytest.raises(ModelRequested) as raised:
             part(Setting(dry=False, out=tmp_path), RehearsalTimer(), None)
         config, device = raised.value.args
         text = config.get_text_config()
         layers = config.surgeon["grafts"][0]["layers"]
-        found.append((device, text.hidden_size, text.intermediate_size, text.num_hidden_layers, len(layers)))
-    assert found == [("cuda", 4096, 12288, 36, 3), ("cuda", 2048, 8192, 24, 6), ("cuda", 4096, 12288, 36, 3)]
+        sizes.append((device, text.hidden_size, text.intermediate_size, text.num_hidden_layers, len(layers)))
+    assert sizes == [("cuda", 4096, 12288, 36, 3), ("cuda", 2048, 8192, 24, 6), ("cuda", 4096, 12288, 36, 3)]
 
 
 @torch.inference_mode()
@@ -143,12 +143,12 @@ def test_a_model_that_computes_by_plain_definitions_does_not_pass_for_fused(tmp_
 
 def test_fused_kernels_are_counted_and_what_they_do_not_take_is_not() -> None:
     graft = pvm(72, 64, 40, 32, 1)
-    given = [*draw(memory_workload(graft, Size(1, 1, 20, "float32"))[1], "cpu").values()]
+    inputs = [*draw(memory_workload(graft, Size(1, 1, 20, "float32"))[1], "cpu").values()]
     support.warn_once.cache_clear()
     with counted_chains() as chains:
-        fused_pvm.fused_memory(*given, graft.eps)
+        fused_pvm.fused_memory(*inputs, graft.eps)
         with pytest.warns(UserWarning, match="no fused kernel for tensors of bfloat16, float32"):
-            fused_pvm.fused_memory(*given[:-1], given[-1].bfloat16(), graft.eps)
+            fused_pvm.fused_memory(*inputs[:-1], inputs[-1].bfloat16(), graft.eps)
     assert chains == {"pvm_memory": 1}
 
 

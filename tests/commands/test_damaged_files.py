@@ -139,15 +139,15 @@ def test_an_image_too_large_to_decode(source: Path, tmp_path: Path, monkeypatch:
 
 # -- bundles -----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def made_bundle(patched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported_bundle(patched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("bundle") / "bundle"
     export_bundle(patched, target, dtype=torch.bfloat16, max_length=256)
     return target
 
 
 @pytest.fixture
-def bundle(made_bundle: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made_bundle, tmp_path / "bundle"))
+def bundle(exported_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported_bundle, tmp_path / "bundle"))
 
 
 def replace_graph(bundle: Path, name: str, content: bytes) -> None:

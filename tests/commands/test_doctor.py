@@ -11,14 +11,14 @@ from surgeon.doctor import Backend, Diagnosis, Leftover, Package, Storage
 
 
 def test_doctor_prints_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Diagnosis(
+    diagnosis = Diagnosis(
         [Package("torch", "2.99", "no libtorch"), Package("triton", None)],
         [Backend("Triton", False, "triton is not installed", "pip install triton")],
         Storage(str(tmp_path), 5_000_000_000, reflink=False, hardlink=True),
         [Leftover("/models/.out.staging-0123abcd", "/models/out", "left", only_copy=False)],
     )
-    monkeypatch.setattr("surgeon.doctor.diagnose", lambda directory: found)  # its own tests run it
-    assert json.loads(run("doctor", "--dir", tmp_path, "--json").stdout) == dataclasses.asdict(found)
+    monkeypatch.setattr("surgeon.doctor.diagnose", lambda directory: diagnosis)  # its own tests run it
+    assert json.loads(run("doctor", "--dir", tmp_path, "--json").stdout) == dataclasses.asdict(diagnosis)
     printed = run("doctor", "--dir", tmp_path).stdout
     for expected in (
         "2.99",

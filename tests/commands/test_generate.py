@@ -19,9 +19,9 @@ def test_generate_streams_the_answer_of_the_model(tmp_path: Path) -> None:
     image = tmp_path / "a.png"
     Image.new("RGB", (96, 64), (200, 30, 30)).save(image)
     arguments = ("generate", DEMO, "--image", image, "--prompt", "Describe the picture.", "--max-new-tokens", 12)
-    found = json.loads(run(*arguments, "--json").stdout)
+    answer = json.loads(run(*arguments, "--json").stdout)
     streamed = process(*arguments)  # where nothing has set transformers up before
-    assert streamed.stdout == found["text"] + "\n" and streamed.stderr == ""
+    assert streamed.stdout == answer["text"] + "\n" and streamed.stderr == ""
 
     # the same by transformers' own greedy search
     from surgeon.inputs import Inputs
@@ -29,22 +29,22 @@ def test_generate_streams_the_answer_of_the_model(tmp_path: Path) -> None:
     prepared = Inputs.from_directory(DEMO).prepare([Prompt("Describe the picture.", (image,))])
     model = models.load(DEMO)
     ids = model.generate(**prepared.model_kwargs(model.dtype), do_sample=False, max_new_tokens=12)
-    assert found["token_ids"] == ids[0, prepared.input_ids.shape[1] :].tolist()
+    assert answer["token_ids"] == ids[0, prepared.input_ids.shape[1] :].tolist()
 
     drawn = [json.loads(run(*arguments, "--json", "--temperature", 5, "--seed", seed).stdout) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert (
         TorchGenerator(DEMO).generate([Prompt("Describe the picture.", (image,))], 3)[0].token_ids
-        == found["token_ids"][:3]
+        == answer["token_ids"][:3]
     )
 
 
 @pytest.mark.skipif(not has_tokenizer(), reason="needs the demo checkpoint's tokenizer")
 def test_each_option_reaches_the_model(source: Path) -> None:
     def tokens(*options: object) -> list[int]:
-        asked = ("generate", source, "--prompt", "Describe the picture.", "--max-new-tokens", 8, "--json")
-        found: list[int] = json.loads(run(*asked, *options).stdout)["token_ids"]
-        return found
+        arguments = ("generate", source, "--prompt", "Describe the picture.", "--max-new-tokens", 8, "--json")
+        token_ids: list[int] = json.loads(run(*arguments, *options).stdout)["token_ids"]
+        return token_ids
 
     greedy = tokens()
     prompt = Prompt("Describe the picture.", system="Answer in French.")

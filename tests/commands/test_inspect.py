@@ -12,9 +12,9 @@ from hub_stand_in import hub
 def test_inspect_json_is_clean(source: Path) -> None:
     done = run("inspect", source, "--json")
     assert (done.exit_code, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    assert found["family"] == "qwen3_vl"
-    assert found["parameters"] == sum(part["parameters"] for part in found["parts"])
+    report = json.loads(done.stdout)
+    assert report["family"] == "qwen3_vl"
+    assert report["parameters"] == sum(part["parameters"] for part in report["parts"])
 
 
 def test_inspect_prints_the_parts_and_where_grafts_go(source: Path) -> None:

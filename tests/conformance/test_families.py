@@ -127,11 +127,11 @@ def test_the_vision_export_computes_get_image_features(model_type: str, side: in
     model = tiny_model(model_type, vision=case.vision_of_side(side))
     pixels, grid = case.square_image(model.config, side)
     export = described.vision_export(model, torch.float32)
-    found = dict(zip(export.output_names, run_export(export, described, model, pixels, grid), strict=True))
+    outputs = dict(zip(export.output_names, run_export(export, described, model, pixels, grid), strict=True))
     expected = image_features(described, model, pixels, grid)
     assert expected.std() > 0.1
-    assert len(found["features"]) == described.image_tokens(model.config, grid)
-    torch.testing.assert_close(found["features"], expected, rtol=1e-4, atol=1e-5)
+    assert len(outputs["features"]) == described.image_tokens(model.config, grid)
+    torch.testing.assert_close(outputs["features"], expected, rtol=1e-4, atol=1e-5)
 
 
 def run_export(export: Any, described: Family, model: Any, pixels: np.ndarray, grid: Any) -> tuple[torch.Tensor, ...]:
@@ -234,12 +234,12 @@ def test_a_bundle_computes_what_its_checkpoint_does(export: Callable[..., Pair],
     pair = export(model_type, GRAFTS)
     runtime = BundleRuntime(pair.bundle, threads=1)
     state, logits = runtime.start(runtime.prepare(ROWS))
-    found = [logits]
-    while len(found) < 16:
-        found.append(runtime.step(state, found[-1].argmax(-1)))
-    tokens, expected = pair.greedy(pair.inputs.prepare(ROWS), len(found))
-    np.testing.assert_allclose(np.stack(found, axis=1), expected, atol=1e-4, rtol=0)
-    assert np.stack(found, axis=1).argmax(-1).tolist() == tokens.tolist()
+    step_logits = [logits]
+    while len(step_logits) < 16:
+        step_logits.append(runtime.step(state, step_logits[-1].argmax(-1)))
+    tokens, expected = pair.greedy(pair.inputs.prepare(ROWS), len(step_logits))
+    np.testing.assert_allclose(np.stack(step_logits, axis=1), expected, atol=1e-4, rtol=0)
+    assert np.stack(step_logits, axis=1).argmax(-1).tolist() == tokens.tolist()
 
 
 @every_family

@@ -159,12 +159,12 @@ def test_a_bundle_computes_it(
     assert bool(calls) == as_function
     runtime = BundleRuntime(pair.bundle, threads=1)
     state, last = runtime.start(runtime.prepare((SEEING, WORDS)))
-    found = [last]
-    while len(found) < 8:
-        found.append(runtime.step(state, found[-1].argmax(-1)))
-    tokens, expected = pair.greedy(pair.inputs.prepare((SEEING, WORDS)), len(found))
-    np.testing.assert_allclose(np.stack(found, axis=1), expected, atol=1e-4, rtol=0)
-    assert np.stack(found, axis=1).argmax(-1).tolist() == tokens.tolist()
+    step_logits = [last]
+    while len(step_logits) < 8:
+        step_logits.append(runtime.step(state, step_logits[-1].argmax(-1)))
+    tokens, expected = pair.greedy(pair.inputs.prepare((SEEING, WORDS)), len(step_logits))
+    np.testing.assert_allclose(np.stack(step_logits, axis=1), expected, atol=1e-4, rtol=0)
+    assert np.stack(step_logits, axis=1).argmax(-1).tolist() == tokens.tolist()
 
 
 @every_graft

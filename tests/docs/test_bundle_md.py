@@ -36,8 +36,8 @@ def test_the_rule_in_words_is_the_rule_in_code() -> None:
                 end = 2 + side * side
                 ids += [end, end + 1]
                 visual = torch.tensor([[False, False, *[True] * (len(ids) - 4), False, False]])
-                found = position_ids(visual, None, torch.tensor([[rows, columns]]), side, "last", tile_order)
-                assert found.tolist() == [ids]
+                positions = position_ids(visual, None, torch.tensor([[rows, columns]]), side, "last", tile_order)
+                assert positions.tolist() == [ids]
 
 
 def test_the_example() -> None:
@@ -47,5 +47,5 @@ def test_the_example() -> None:
     *rows, generated = [[int(n) for n in line.split("|")[2].split(",")] for line in lines]
     tokens = [id for row in rows for id in row]
     visual = torch.tensor([[False] * 2 + [True] * 12 + [False] * 2])
-    found = position_ids(visual, None, torch.tensor([[1, 2]]), 2, "last", "row")
-    assert found.tolist() == [tokens] and generated == [int(found.max()) + 1]
+    positions = position_ids(visual, None, torch.tensor([[1, 2]]), 2, "last", "row")
+    assert positions.tolist() == [tokens] and generated == [int(positions.max()) + 1]

@@ -121,11 +121,11 @@ def test_the_defaults() -> None:
         Ovis2ImageProcessorPil,
         LlavaOnevisionImageProcessorPil,
     )
-    for made in (kind() for kind in every):
-        assert made.do_convert_rgb and made.do_resize and made.do_rescale and made.do_normalize
-        assert int(made.resample) == 3 and made.rescale_factor == 1 / 255
+    for processor in (kind() for kind in every):
+        assert processor.do_convert_rgb and processor.do_resize and processor.do_rescale and processor.do_normalize
+        assert int(processor.resample) == 3 and processor.rescale_factor == 1 / 255
         for key in ("image_mean", "image_std"):
-            assert numbers(rows[key]) == list(getattr(made, key))
+            assert numbers(rows[key]) == list(getattr(processor, key))
     qwen, internvl, ovis2, llava = (kind() for kind in every)
     assert numbers(rows["patch_size, merge_size, temporal_patch_size"]) == [
         qwen.patch_size,

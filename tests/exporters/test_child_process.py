@@ -39,9 +39,9 @@ def test_events_come_as_they_are_told(tmp_path: Path) -> None:
     ids=["abort", "exit", "killed", "bad_alloc"],
 )
 def test_a_death_is_explained(tmp_path: Path, code: str, expected: str) -> None:
-    said = "print('first\\nsecond\\n\\nthird\\nfourth', file=sys.stderr, flush=True)\n"
+    printing = "print('first\\nsecond\\n\\nthird\\nfourth', file=sys.stderr, flush=True)\n"
     with pytest.raises(ProcessError, match=expected) as raised:
-        run_child([], "building", tmp_path / "log", child(tmp_path, said + code))
+        run_child([], "building", tmp_path / "log", child(tmp_path, printing + code))
     assert "\n" not in str(raised.value) and raised.value.exit_code == 3
 
 
@@ -66,7 +66,7 @@ def test_an_interrupted_parent_leaves_no_child(tmp_path: Path) -> None:
 
 
 def test_a_child_whose_parent_is_gone_ends_at_its_next_step(tmp_path: Path) -> None:
-    """The events have nowhere to go, so the library is told to stop."""
+    """The events have nowhere to go, so the library is asked to stop."""
     code = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[1])

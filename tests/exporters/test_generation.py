@@ -50,12 +50,12 @@ def test_every_form_answers_as_the_checkpoint(form: str, pair: Pair) -> None:
 
 def test_a_batch_of_a_checkpoint_is_answered_as_each_alone(pair: Pair) -> None:
     prompts = [Prompt("What is this?", (CHART,)), Prompt("Hi"), Prompt("Compare them.", (CHART, CHART))]
-    told: list[tuple[int, str]] = []
+    pieces: list[tuple[int, str]] = []
     generator = open_generator(pair.checkpoint)
-    together = generator.generate(prompts, 8, on_text=lambda row, text: told.append((row, text)))
+    together = generator.generate(prompts, 8, on_text=lambda row, text: pieces.append((row, text)))
     assert together == [generator.generate([prompt], 8)[0] for prompt in prompts]
     for row, each in enumerate(together):
-        assert "".join(text for of, text in told if of == row) == each.text
+        assert "".join(text for of, text in pieces if of == row) == each.text
     assert generator.generate(prompts, 0) == [type(together[0])("", [], "length")] * 3
 
 

@@ -15,9 +15,9 @@ from surgeon.recipe import FILE_NAME, Recipe
 
 
 def planned(source: Path, *arguments: str):  # type: ignore[no-untyped-def]
-    made = Recipe.from_arguments(arguments).make_passes(passes.registry())
+    recipe_passes = Recipe.from_arguments(arguments).make_passes(passes.registry())
     with Checkpoint.open(source, weights="optional") as checkpoint:
-        return plan(checkpoint, made)
+        return plan(checkpoint, recipe_passes)
 
 
 def test_published_parameter_count_from_a_config_alone(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_the_written_recipe_reproduces_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "arguments", "said"),
+    ("model_type", "arguments", "message"),
     [
         ("internvl", ["mixin:every=9"], "every:9, but the decoder has 4 layers"),
         ("internvl", ["mixin:every=2,layers=1"], "layers or every, not both"),
@@ -111,9 +111,9 @@ def test_the_written_recipe_reproduces_it(tmp_path: Path) -> None:
         ("internvl", ["rope-dhr:min_tiles=5,max_tiles=2"], "min_tiles=5 is more than max_tiles=2"),
     ],
 )
-def test_what_is_refused(model_type: str, arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_what_is_refused(model_type: str, arguments: list[str], message: str, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", model_type)
-    with pytest.raises(SurgeonError, match=said):
+    with pytest.raises(SurgeonError, match=message):
         planned(source, *arguments)
 
 

@@ -146,7 +146,7 @@ def test_values_do_not_depend_on_other_layers(source: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["pvm:layers=1,9,latent=32"], "layer 9 is out of range; the decoder has layers 0 to 3"),
         (["pvm:layers=-1,latent=32"], "layer -1 is out of range"),
@@ -164,16 +164,16 @@ def test_values_do_not_depend_on_other_layers(source: Path, tmp_path: Path) -> N
     ],
 )
 def test_what_cannot_be_done_is_refused_with_a_way_out(
-    source: Path, tmp_path: Path, arguments: list[str], said: str
+    source: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SurgeonError) as caught:
         apply(source, tmp_path / "out", *arguments)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("latent", "said"),
+    ("latent", "message"),
     [
         (640, "makes 5 query heads of 128, which 2 key/value heads cannot share evenly; use 512 or 768"),
         (896, "makes 7 query heads of 128, which 3 key/value heads cannot share evenly; use 768 or 1024"),
@@ -184,13 +184,13 @@ def test_what_cannot_be_done_is_refused_with_a_way_out(
         (100, "not divisible by the backbone's head_dim 128; use 128"),
     ],
 )
-def test_heads_that_do_not_divide_are_refused_in_the_plan(tmp_path: Path, latent: int, said: str) -> None:
+def test_heads_that_do_not_divide_are_refused_in_the_plan(tmp_path: Path, latent: int, message: str) -> None:
     """Qwen3-VL-2B shares a key/value head among two query heads."""
-    made = Recipe.from_arguments([f"pvm:layers=8,latent={latent}"]).make_passes(passes.registry())
+    recipe_passes = Recipe.from_arguments([f"pvm:layers=8,latent={latent}"]).make_passes(passes.registry())
     opened = Checkpoint.open(config_alone(tmp_path, "2b"), weights="optional")
     with opened as checkpoint, pytest.raises(PreconditionError) as caught:
-        plan(checkpoint, made)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+        plan(checkpoint, recipe_passes)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("heads", "key_value_heads"), [(4, 2), (6, 2), (4, 1)])
@@ -234,7 +234,7 @@ def test_every_family_as_published_is_patched(model_type: str, text: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("model_type", "text", "said"),
+    ("model_type", "text", "message"),
     [
         ("qwen3_vl", {"attention_bias": True}, "attention_bias=True, and the branch's projections have no bias"),
         ("internvl", {"text_type": "llama", "attention_bias": True}, "attention_bias=True"),
@@ -244,12 +244,12 @@ def test_every_family_as_published_is_patched(model_type: str, text: dict[str, A
     ],
 )
 def test_a_backbone_of_another_form_is_refused_in_the_plan(
-    model_type: str, text: dict[str, Any], said: str, tmp_path: Path
+    model_type: str, text: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     source = tiny_checkpoint(tmp_path / "source", model_type, **text)
     with pytest.raises(PreconditionError) as caught:
         apply(source, tmp_path / "out", "pvm:layers=1,latent=32")
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -271,12 +271,12 @@ def test_config_and_tensors_that_disagree(source: Path, tmp_path: Path, change: 
     else:
         config["text_config"]["intermediate_size"] = 96
     (source / "config.json").write_text(json.dumps(config))
-    said = {
+    messages = {
         "missing": "asks for tensors",
         "extra": "no place for tensor",
         "shape": "disagree: .*128, 64.*96, 64|disagree",
     }
-    with pytest.raises(SurgeonError, match=said[change]):
+    with pytest.raises(SurgeonError, match=messages[change]):
         apply(source, tmp_path / "out", "pvm:layers=1,latent=32")
     assert not (tmp_path / "out").exists()
 

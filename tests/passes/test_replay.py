@@ -190,7 +190,7 @@ class DepthOptions(PassOptions):
 
 
 class OfDepth(Nothing):
-    """`depth` is the graph's where it was not said; each test breaks it in another way."""
+    """`depth` is the graph's where no option sets it; each test breaks it in another way."""
 
     Options = DepthOptions
     recorded: ClassVar[Any] = {"depth": 4}
@@ -207,7 +207,7 @@ class OfDepth(Nothing):
 
 
 @pytest.mark.parametrize(
-    ("recorded", "said"),
+    ("recorded", "message"),
     [
         ({"depth": 9}, "'depth'.*less than or equal to 8"),
         ({"depth": 7}, "depth=7 is unlucky"),
@@ -218,14 +218,14 @@ class OfDepth(Nothing):
     ],
 )
 def test_a_pass_whose_record_does_not_replay_is_refused(
-    configs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, recorded: dict[str, Any], said: str
+    configs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, recorded: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(OfDepth, "recorded", recorded)
     if recorded == {"depth": None}:
         monkeypatch.setattr(OfDepth, "resolved", changing(recorded, {"depth": 4}))
     with Checkpoint.open(configs["internvl"], weights="optional") as source:
         graph = LvlmGraph.read(source)
-        with pytest.raises(PostconditionError, match=f"pass nothing would record options .*: .*{said}"):
+        with pytest.raises(PostconditionError, match=f"pass nothing would record options .*: .*{message}"):
             run_passes(graph, [OfDepth(DepthOptions())])
     assert graph.record["passes"] == []
 

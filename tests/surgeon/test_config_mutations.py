@@ -1,4 +1,4 @@
-"""Whatever is wrong with a config.json, it is told in one line: never an internal error, never a hang."""
+"""Whatever is wrong with a config.json, it is reported in one line: never an internal error, never a hang."""
 
 import copy
 import json

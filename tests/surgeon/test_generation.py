@@ -42,9 +42,9 @@ def test_distribution_is_that_of_transformers(sampling: Sampling, warpers: list)
     for warper in warpers:
         scores = warper(None, scores)
     expected = scores.softmax(-1)[0].numpy()
-    found = frequencies(sampling)
-    assert ((found > 0) <= (expected > 0)).all()
-    np.testing.assert_allclose(found, expected, atol=4 * math.sqrt(0.25 / 20_000))
+    observed = frequencies(sampling)
+    assert ((observed > 0) <= (expected > 0)).all()
+    np.testing.assert_allclose(observed, expected, atol=4 * math.sqrt(0.25 / 20_000))
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4), (1.0, 4)])
@@ -68,8 +68,8 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     sampling = Sampling(temperature=1.0)
     alone = np.concatenate((LOGITS, np.zeros_like(LOGITS)))
     among = np.concatenate((LOGITS, -LOGITS * 5))
-    found = [sample(logits, sampling, sampling.generator())[0] for logits in (alone, among)]
-    assert found[0] == found[1]
+    tokens = [sample(logits, sampling, sampling.generator())[0] for logits in (alone, among)]
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

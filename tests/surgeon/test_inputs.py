@@ -234,8 +234,8 @@ def test_parts_need_no_type(demo):
         {"role": m["role"], "content": [{k: v for k, v in c.items() if k != "type"} for c in m["content"]]}
         for m in with_types
     ]
-    expected, found = (demo.prepare([messages]) for messages in (with_types, without))
-    assert found.input_ids.tolist() == expected.input_ids.tolist()
+    expected, prepared = (demo.prepare([messages]) for messages in (with_types, without))
+    assert prepared.input_ids.tolist() == expected.input_ids.tolist()
 
 
 def test_no_prompt(demo):
@@ -299,10 +299,10 @@ TILE_GRIDS = {
 def test_a_tiled_images_grid_is_rows_and_columns(tiled, size):
     grid = TILE_GRIDS[tiled.family.model_type][size]
     image = noise(*size)
-    pixels, found = tiled.process_image(image)
-    assert found == (1, *grid)
+    pixels, tile_grid = tiled.process_image(image)
+    assert tile_grid == (1, *grid)
     layout = tiled.family.tile_layout(tiled.config)
-    assert pixels.shape == (layout.tiles(found), 3, 42, 42) and pixels.dtype == np.float32
+    assert pixels.shape == (layout.tiles(tile_grid), 3, 42, 42) and pixels.dtype == np.float32
     rows, columns = grid
     # the tiles, put together by the grid, are the image as scaled onto the canvas
     settings = {"crop_to_patches": False, "size": {"height": 42 * rows, "width": 42 * columns}}
@@ -319,8 +319,8 @@ def test_the_image_processors_own_limits_hold(tiled_checkpoint, tmp_path, settin
     shutil.copytree(tiled_checkpoint, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    pixels, found = Inputs.from_directory(tmp_path).process_image(noise(90, 90))
-    assert found == grid and len(pixels) == (5 if grid[1] == 2 else 1)
+    pixels, tile_grid = Inputs.from_directory(tmp_path).process_image(noise(90, 90))
+    assert tile_grid == grid and len(pixels) == (5 if grid[1] == 2 else 1)
 
 
 @pytest.mark.parametrize(
@@ -417,9 +417,9 @@ def assert_as_the_processor_does(inputs, processor, conversations):
         add_generation_prompt=True,
         processor_kwargs={"padding": True, "padding_side": "left"},
     )
-    found = inputs.prepare(conversations).model_kwargs()
-    assert set(found) == set(expected)
-    for name, tensor in found.items():
+    kwargs = inputs.prepare(conversations).model_kwargs()
+    assert set(kwargs) == set(expected)
+    for name, tensor in kwargs.items():
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
 
 

@@ -15,45 +15,46 @@ from surgeon.errors import CheckpointError
 from surgeon.inspect import Inspection, describe_passes, inspect_checkpoint
 
 
-def parts_of(found: Inspection) -> dict[str, int]:
-    return {part.name: part.parameters for part in found.parts}
+def parts_of(inspection: Inspection) -> dict[str, int]:
+    return {part.name: part.parameters for part in inspection.parts}
 
 
 @pytest.mark.parametrize("model_type", QWEN_TYPES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_parts_add_up_to_the_model(tmp_path: Path, model_type: str, tied: bool) -> None:
     path = tiny_checkpoint(tmp_path / "model", model_type, torch.bfloat16, sharded=True, tie_word_embeddings=tied)
-    found = inspect_checkpoint(path)
+    inspection = inspect_checkpoint(path)
     model = models.load(path)
     count = sum(p.numel() for p in model.parameters())
-    parts = parts_of(found)
-    assert (found.family, found.dtype, found.tied_embeddings, found.grafts) == (model_type, "bfloat16", tied, [])
-    assert found.parameters == sum(parts.values()) == count
-    assert found.bytes == 2 * count
-    vocabulary = found.text.vocab_size * 64
+    parts = parts_of(inspection)
+    assert (inspection.family, inspection.dtype) == (model_type, "bfloat16")
+    assert (inspection.tied_embeddings, inspection.grafts) == (tied, [])
+    assert inspection.parameters == sum(parts.values()) == count
+    assert inspection.bytes == 2 * count
+    vocabulary = inspection.text.vocab_size * 64
     assert parts["embeddings"] == vocabulary
     assert parts["lm_head"] == (0 if tied else vocabulary)
     assert parts["projector"] == sum(p.numel() for p in model.model.visual.merger.parameters())
     assert parts["vision tower"] + parts["projector"] == sum(p.numel() for p in model.model.visual.parameters())
-    assert len(found.files) > 1
-    assert {f.name: f.bytes for f in found.files} == {
+    assert len(inspection.files) > 1
+    assert {f.name: f.bytes for f in inspection.files} == {
         file.name: file.stat().st_size for file in path.glob("*.safetensors")
     }
-    assert sum(f.tensors for f in found.files) == len(model.state_dict()) - tied
+    assert sum(f.tensors for f in inspection.files) == len(model.state_dict()) - tied
 
 
 def test_a_patched_checkpoint_names_each_graft(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", "qwen3_vl")
     report = apply(source, tmp_path / "patched", "pvm:layers=1,3,latent=32")
-    found = inspect_checkpoint(tmp_path / "patched")
-    assert {name: n for name, n in parts_of(found).items() if name.endswith(".pvm")} == report.grafts
-    assert [(g.kind, g.layers, g.options, g.parameters) for g in found.grafts] == [
+    inspection = inspect_checkpoint(tmp_path / "patched")
+    assert {name: n for name, n in parts_of(inspection).items() if name.endswith(".pvm")} == report.grafts
+    assert [(g.kind, g.layers, g.options, g.parameters) for g in inspection.grafts] == [
         ("pvm", [1, 3], {"latent": 32, "visibility": "causal"}, report.new_parameters)
     ]
-    assert found.passes == [{"pvm": {"layers": [1, 3], "latent": 32, "visibility": "causal"}}]
-    assert found.source is not None and found.source["name"] == "source"
-    assert parts_of(found)["decoder"] == parts_of(inspect_checkpoint(source))["decoder"]
-    assert Inspection.model_validate_json(found.model_dump_json()) == found
+    assert inspection.passes == [{"pvm": {"layers": [1, 3], "latent": 32, "visibility": "causal"}}]
+    assert inspection.source is not None and inspection.source["name"] == "source"
+    assert parts_of(inspection)["decoder"] == parts_of(inspect_checkpoint(source))["decoder"]
+    assert Inspection.model_validate_json(inspection.model_dump_json()) == inspection
 
 
 def test_a_config_alone_is_enough(tmp_path: Path) -> None:
@@ -69,9 +70,9 @@ def test_a_config_alone_is_enough(tmp_path: Path) -> None:
 def test_a_vision_patch_size_and_depth_are_the_configs(tmp_path: Path) -> None:
     config = tiny_config("qwen2_5_vl")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    found = inspect_checkpoint(tmp_path)
-    assert found.vision.model_dump() == {"layers": 3, "hidden_size": 32, "attention_heads": 2, "patch_size": 14}
-    assert found.deepstack_layers == 0
+    inspection = inspect_checkpoint(tmp_path)
+    assert inspection.vision.model_dump() == {"layers": 3, "hidden_size": 32, "attention_heads": 2, "patch_size": 14}
+    assert inspection.deepstack_layers == 0
 
 
 def test_config_and_tensors_that_disagree_are_refused(tmp_path: Path) -> None:

@@ -47,11 +47,11 @@ def test_it_is_the_patched_checkpoint_over_the_same_tensors(plain: PreTrainedMod
     plain.save_pretrained(tmp_path / "source")
     apply(tmp_path / "source", tmp_path / "patched", *PASSES, seed=3)
     expected = models.load(tmp_path / "patched")
-    before, held, state = logits(plain), dict(plain.named_parameters()), torch.get_rng_state()
+    before, parameters, state = logits(plain), dict(plain.named_parameters()), torch.get_rng_state()
 
     model = graft(plain, *passes(), seed=3)
     assert model is plain and torch.equal(torch.get_rng_state(), state)
-    assert all(parameter is held[name] for name, parameter in model.named_parameters() if name in held)
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters() if name in parameters)
     assert torch.equal(logits(model), before)
     record = {key: value for key, value in expected.config.surgeon.items() if key != "source"}  # which is no file
     assert model.config.surgeon == record and model.config.model_type == expected.config.model_type
@@ -111,10 +111,14 @@ def test_what_its_config_does_not_make_would_be_lost_and_is_refused() -> None:
         get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
         return model
 
-    for make, said in ((subclassed, "is Mine, and"), (shortened, "is none, and"), (adapted, "q_proj' is Linear, and")):
+    for make, message in (
+        (subclassed, "is Mine, and"),
+        (shortened, "is none, and"),
+        (adapted, "q_proj' is Linear, and"),
+    ):
         model = make()
         kind, config = type(model), model.config.to_dict()
-        with pytest.raises(OptionError, match=said):
+        with pytest.raises(OptionError, match=message):
             graft(model, *passes())
         assert type(model) is kind and model.config.to_dict() == config
 
@@ -130,12 +134,12 @@ def test_a_batch_of_text_alone_trains_grafts_too(plain: PreTrainedModel) -> None
 def test_what_cannot_be_grafted_into_is_refused_and_stays(tmp_path: Path) -> None:
     plain = tiny_model("qwen3_vl")
     kind, config = type(plain), plain.config.to_dict()
-    for wrong, said in (
+    for wrong, message in (
         (get_peft_model(tiny_model("qwen3_vl"), LoraConfig(target_modules=["q_proj"])), "graft first, and wrap"),
         (plain.base_model, "grafts are for the whole Qwen3VLForConditionalGeneration"),
         (graft(tiny_model("qwen3_vl"), *passes()), "it has grafts already"),
     ):
-        with pytest.raises(OptionError, match=said):
+        with pytest.raises(OptionError, match=message):
             graft(wrong, *passes())
     with pytest.raises(OptionError, match="name a pass, such as PVM"):
         graft(plain)

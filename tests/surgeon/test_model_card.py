@@ -58,19 +58,19 @@ It scores 97.3 on everything.
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("card") / "Tiny-VL", "qwen3_vl")
 
 
 @pytest.fixture
-def source(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "Tiny-VL"))
+def source(original_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original_checkpoint, tmp_path / "Tiny-VL"))
 
 
 @pytest.fixture
-def snapshot(made: Path, tmp_path: Path) -> Path:
+def snapshot(original_checkpoint: Path, tmp_path: Path) -> Path:
     """The source as it lies in the Hugging Face cache."""
-    return Path(shutil.copytree(made, tmp_path / "hub" / "models--org--Tiny-VL" / "snapshots" / COMMIT))
+    return Path(shutil.copytree(original_checkpoint, tmp_path / "hub" / "models--org--Tiny-VL" / "snapshots" / COMMIT))
 
 
 def run_recipe(directory: Path, **places: Path) -> None:
@@ -396,7 +396,7 @@ def test_parameters_are_those_of_the_files(source: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "identity", "said"),
+    ("arguments", "identity", "sentence"),
     [
         (["mixin"], True, "(`mixin`) are not trained"),
         (["mixin:tiles=context"], True, "(`mixin`) are not trained"),
@@ -405,12 +405,14 @@ def test_parameters_are_those_of_the_files(source: Path, tmp_path: Path) -> None
         (["mixin", "rope-dhr"], False, "`rope-dhr` is not an identity"),
     ],
 )
-def test_identity_is_claimed_of_what_is_one(tmp_path: Path, arguments: list[str], identity: bool, said: str) -> None:
+def test_identity_is_claimed_of_what_is_one(
+    tmp_path: Path, arguments: list[str], identity: bool, sentence: str
+) -> None:
     apply(tiny_checkpoint(tmp_path / "Tiny-VL", "internvl"), tmp_path / "out", *arguments)
     text = card_of(tmp_path / "out").text
-    assert said in text and ("bit for bit" in text) == identity
+    assert sentence in text and ("bit for bit" in text) == identity
     comparable = "surgeon validate Tiny-VL OUT" in text
-    assert comparable == ("memory alone" not in said)
+    assert comparable == ("memory alone" not in sentence)
 
 
 class Open(PvmPass):

@@ -82,8 +82,8 @@ PLAIN: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_numbers_are_those_of_a_plain_implementation(name: str) -> None:
-    given = arguments(torch.float32)[name]
-    torch.testing.assert_close(getattr(ops, name)(*given), PLAIN[name](*given), atol=1e-6, rtol=1e-6)
+    inputs = arguments(torch.float32)[name]
+    torch.testing.assert_close(getattr(ops, name)(*inputs), PLAIN[name](*inputs), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

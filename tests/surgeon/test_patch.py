@@ -20,13 +20,13 @@ PVM = "pvm:layers=1,latent=32"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("patch") / "source", "qwen3_vl", sharded=True)
 
 
 @pytest.fixture
-def source(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "source"))
+def source(original_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original_checkpoint, tmp_path / "source"))
 
 
 def once(change: Callable[[], object]) -> Callable[[str, int, int], None]:
@@ -56,7 +56,7 @@ def shards(source: Path) -> list[Path]:
 
 @pytest.mark.parametrize("mode", ["auto", "copy"])
 @pytest.mark.parametrize(
-    ("which", "change", "said"),
+    ("which", "change", "message"),
     [
         (lambda source: shards(source)[-1], cut, "to 1,000 bytes"),
         (lambda source: shards(source)[0], cut, "to 1,000 bytes"),
@@ -66,12 +66,12 @@ def shards(source: Path) -> list[Path]:
     ids=["a shard that is still to be copied", "one that was copied", "other bytes, as many", "a side file"],
 )
 def test_a_source_that_changes_while_it_is_copied(
-    source: Path, tmp_path: Path, mode: str, which: Callable[[Path], Path], change: Callable[[Path], None], said: str
+    source: Path, tmp_path: Path, mode: str, which: Callable[[Path], Path], change: Callable[[Path], None], message: str
 ) -> None:
     file = which(source)
     with pytest.raises(TargetError) as raised:
         apply(source, tmp_path / "out", PVM, weights=mode, progress=once(lambda: change(file)))
-    assert all(part in str(raised.value) for part in (str(file), "changed while it was read", said, "out was not"))
+    assert all(part in str(raised.value) for part in (str(file), "changed while it was read", message, "out was not"))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -93,7 +93,7 @@ def test_a_source_that_is_cut_short_before_it_is_linked(
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda d: cut(next(d.glob("model-0*"))), "truncated"),
         (lambda d: cut(d / "model-pvm.safetensors", 5000), "truncated"),
@@ -104,7 +104,7 @@ def test_a_source_that_is_cut_short_before_it_is_linked(
     ],
 )
 def test_what_was_staged_is_read_before_it_is_put_in_place(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], Any], said: str
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], Any], message: str
 ) -> None:
     """Whatever the reason: a disk that lies, or a fault of this tool."""
     write = surgeon.patch._write
@@ -114,7 +114,7 @@ def test_what_was_staged_is_read_before_it_is_put_in_place(
         damage(directory)
 
     monkeypatch.setattr(surgeon.patch, "_write", damaged)
-    with pytest.raises(TargetError, match=f"out was not written, because it would not be whole: .*{said}"):
+    with pytest.raises(TargetError, match=f"out was not written, because it would not be whole: .*{message}"):
         apply(source, tmp_path / "out", PVM)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -86,19 +86,19 @@ def test_what_a_broken_pass_leaves_is_found(graph: LvlmGraph) -> None:
         def damage(self, graph: LvlmGraph, name: str) -> None:
             graph.weights[name] = Initialised(Constant(0.0), 0, (1,), torch.float64)
 
-    for broken, said in (
+    for broken, message in (
         (WrongDtype, "initialised as torch.float64"),
         (NoSource, "no source"),
         (WrongShape, r"\[1\], its source \[2\]"),
         (OpenGate, "is a gate"),
     ):
         fresh = copy.deepcopy(graph)
-        with pytest.raises(PostconditionError, match=said):
+        with pytest.raises(PostconditionError, match=message):
             run_passes(fresh, [broken(options)])
 
 
 def test_every_pass_is_found_by_its_file() -> None:
-    found = passes.registry()
+    registered = passes.registry()
     files = {p.stem for p in Path(passes.__file__).parent.glob("[a-z]*.py")}
-    assert {c.__module__.removeprefix("passes.") for c in found.values()} == files
-    assert all(name == c.name and c.summary for name, c in found.items())
+    assert {c.__module__.removeprefix("passes.") for c in registered.values()} == files
+    assert all(name == c.name and c.summary for name, c in registered.items())

@@ -20,8 +20,8 @@ ROWS: list[tuple[list[int], list[Grid]]] = [
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_of_a_batch_are_as_each_alone(model_type: str, positions: Positions, side: str) -> None:
     config = tiny_config(model_type)
-    found = family(model_type)
-    layout = found.tile_layout(config)
+    model_family = family(model_type)
+    layout = model_family.tile_layout(config)
     assert layout is not None
     config.surgeon = {
         "grafts": [],
@@ -33,10 +33,10 @@ def test_rows_of_a_batch_are_as_each_alone(model_type: str, positions: Positions
     where = [slice(length - len(ids), None) if side == "left" else slice(len(ids)) for ids, _ in ROWS]
     for row, (ids, _) in enumerate(ROWS):
         input_ids[row, where[row]], mask[row, where[row]] = ids, 1
-    together, ends = position_ids(found, config, input_ids, mask, [grids for _, grids in ROWS], positions)
+    together, ends = position_ids(model_family, config, input_ids, mask, [grids for _, grids in ROWS], positions)
     for row, (ids, grids) in enumerate(ROWS):
         one = np.array([ids])
-        alone, end = position_ids(found, config, one, np.ones_like(one), [grids], positions)
+        alone, end = position_ids(model_family, config, one, np.ones_like(one), [grids], positions)
         np.testing.assert_array_equal(together[:, row, where[row]], alone[:, 0])
         assert ends[row] == end[0] == alone.max() + 1
     assert ends[0] == (2 + 9 if positions == "dhr" else 2 + 27)

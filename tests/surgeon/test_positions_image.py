@@ -27,11 +27,11 @@ PUBLISHED = {
 def test_tiles_are_laid_out_as_the_image() -> None:
     """In row order a tile's ids are those of the thumbnail stretched over the tiles."""
     config = read_config(PUBLISHED)
-    found = TilePositions.of(family("internvl"), config, 2, 3)
-    assert found.thumbnail.tolist() == np.arange(256).reshape(16, 16).tolist()
-    stretched = found.thumbnail[np.arange(32) // 2][:, (2 * np.arange(48) + 1) // 6]
-    assert np.array_equal(found.tiles, stretched)
-    assert (found.ids, found.plain_ids) == (256, 7 * 256)
+    positions = TilePositions.of(family("internvl"), config, 2, 3)
+    assert positions.thumbnail.tolist() == np.arange(256).reshape(16, 16).tolist()
+    stretched = positions.thumbnail[np.arange(32) // 2][:, (2 * np.arange(48) + 1) // 6]
+    assert np.array_equal(positions.tiles, stretched)
+    assert (positions.ids, positions.plain_ids) == (256, 7 * 256)
     plain = TilePositions.of(family("internvl"), config, 2, 3, "plain")
     assert plain.ids == plain.plain_ids == 7 * 256
     one = TilePositions.of(family("internvl"), config, 1, 1)
@@ -43,8 +43,8 @@ def test_a_drawing(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", "internvl")
     apply(source, tmp_path / "patched", "rope-dhr")
     image = Image.new("RGB", (130, 90), "teal")
-    said = draw_positions(tmp_path / "patched", image, tmp_path / "out.png").describe()
-    assert said == "2 x 3 tiles and a thumbnail: 63 visual tokens on 9 position ids (RoPE-DHR)"
+    description = draw_positions(tmp_path / "patched", image, tmp_path / "out.png").describe()
+    assert description == "2 x 3 tiles and a thumbnail: 63 visual tokens on 9 position ids (RoPE-DHR)"
     drawn = np.asarray(Image.open(tmp_path / "out.png").convert("RGB"))
     assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 9
     assert "as many position ids" in draw_positions(source, image, tmp_path / "plain.png").describe()

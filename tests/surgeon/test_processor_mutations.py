@@ -1,4 +1,4 @@
-"""Whatever is wrong with a tokenizer, chat template or image processor, it is told in one line."""
+"""Whatever is wrong with a tokenizer, chat template or image processor, it is reported in one line."""
 
 from pathlib import Path
 

@@ -48,8 +48,8 @@ def test_every_stage_ends_with_all_of_it(tmp_path: Path) -> None:
     golden = golden_checkpoint(tmp_path / "golden")
     imported = steps_of(lambda p: import_checkpoint(golden, tmp_path / "out", image_token_id=500, progress=p))
     assert imported == ["weights"]
-    said = steps_of(lambda p: validate_pair(source, patched, prompt="Hi", steps=1, progress=p))
-    assert said == ["loading", "comparing, as they are"]
+    validated = steps_of(lambda p: validate_pair(source, patched, prompt="Hi", steps=1, progress=p))
+    assert validated == ["loading", "comparing, as they are"]
 
 
 def test_bars_are_drawn_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:

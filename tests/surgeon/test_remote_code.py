@@ -89,8 +89,8 @@ def test_the_sources_own_classes_do_not_load_a_patched_checkpoint(tmp_path: Path
     theirs = {"AutoConfig": "theirs.Config", "AutoModelForImageTextToText": "theirs.Model"}
     (source / "config.json").write_text(json.dumps({**config, "auto_map": theirs}))
     apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
-    found = json.loads((tmp_path / "patched" / "config.json").read_text())["auto_map"]
-    assert {name: found[name] for name in theirs} == {
+    auto_map = json.loads((tmp_path / "patched" / "config.json").read_text())["auto_map"]
+    assert {name: auto_map[name] for name in theirs} == {
         "AutoConfig": "modeling_surgeon.SurgeonConfig",
         "AutoModelForImageTextToText": "modeling_surgeon.SurgeonModel",
     }

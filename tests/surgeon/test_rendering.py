@@ -31,9 +31,9 @@ def test_the_text_is_that_of_transformers(template: str | None, prompted: bool) 
     theirs = tokenizer.apply_chat_template(
         MESSAGES, chat_template=chosen, tokenize=False, add_generation_prompt=prompted
     )
-    told = [{key: value for key, value in message.items() if value is not None} for message in MESSAGES]
+    messages = [{key: value for key, value in message.items() if value is not None} for message in MESSAGES]
     variables = {**tokenizer.special_tokens_map, "add_generation_prompt": prompted}
-    assert rendering.render(tokenizer.get_chat_template(chosen), told, variables) == theirs
+    assert rendering.render(tokenizer.get_chat_template(chosen), messages, variables) == theirs
     assert theirs
 
 

@@ -20,13 +20,13 @@ pytestmark = pytest.mark.skipif(not has_tokenizer(), reason="needs the demo's to
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("side") / "source", "qwen3_vl")
 
 
 @pytest.fixture
-def source(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "source"))
+def source(original_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original_checkpoint, tmp_path / "source"))
 
 
 def read(path: Path) -> Any:
@@ -78,9 +78,9 @@ def test_processors_agree_with_torchvision(model_type: str, tmp_path: Path) -> N
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     text = plain.apply_chat_template(messages, add_generation_prompt=True)
     photo = image(90, 60)
-    expected, found = (each(images=[photo], text=[text], return_tensors="pt") for each in (plain, processor))
-    assert expected.keys() == found.keys()
-    assert all(bool((expected[key] == found[key]).all()) for key in expected)
+    expected, inputs = (each(images=[photo], text=[text], return_tensors="pt") for each in (plain, processor))
+    assert expected.keys() == inputs.keys()
+    assert all(bool((expected[key] == inputs[key]).all()) for key in expected)
 
 
 def test_model_and_processor_that_are_saved_again_are_found(tmp_path: Path) -> None:

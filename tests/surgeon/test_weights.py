@@ -31,16 +31,16 @@ def checkpoint(
     return directory
 
 
-@pytest.mark.parametrize("held", [EMBED, LM_HEAD])
-def test_one_of_two_tied_tensors_is_enough(tmp_path: Path, held: str) -> None:
+@pytest.mark.parametrize("stored", [EMBED, LM_HEAD])
+def test_one_of_two_tied_tensors_is_enough(tmp_path: Path, stored: str) -> None:
     def change(tensors: Tensors) -> None:
-        tensors[held] = tensors.pop(EMBED)
+        tensors[stored] = tensors.pop(EMBED)
 
     directory = checkpoint(tmp_path / "tied", "qwen3_vl", change, tie_word_embeddings=True)
     with Checkpoint.open(directory) as opened:
         plan = read_model(opened).weights
-    (other,) = {EMBED, LM_HEAD} - {held}
-    assert plan[other] == Tied(held) and isinstance(plan[held], Stored)
+    (other,) = {EMBED, LM_HEAD} - {stored}
+    assert plan[other] == Tied(stored) and isinstance(plan[stored], Stored)
     model = load(directory)
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
 

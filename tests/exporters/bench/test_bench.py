@@ -31,10 +31,10 @@ def test_side_by_side(forms: list[Path], tmp_path: Path) -> None:
     arguments = ["--prompt", "Hello.", "--tokens", 5, "--rounds", 2, "--threads", 1, "--batch", 2]
     done = run("bench", *forms, *arguments, "--out", tmp_path / "out.png", "--json")
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert [each["stage"] for each in found] == ["checkpoint", "bundle"]
-    assert found[0]["prompt_tokens"] == found[1]["prompt_tokens"] > 5
-    for each in found:
+    results = json.loads(done.stdout)
+    assert [each["stage"] for each in results] == ["checkpoint", "bundle"]
+    assert results[0]["prompt_tokens"] == results[1]["prompt_tokens"] > 5
+    for each in results:
         assert len(each["tokens_per_second"]) == 2
         assert 0 < each["step"] <= each["step_p95"] and each["first_token"] > 0
         assert each["peak_memory"] > 1e8 and each["device_memory"] == 0

@@ -40,26 +40,26 @@ def scaled(checkpoint: Path, factors: Mapping[str, float]) -> Path:
     """Scale some weights of a checkpoint, in place."""
     for file in checkpoint.glob("*.safetensors"):
         tensors = load_file(file)
-        found = [(name, f) for name in tensors for ending, f in factors.items() if name.endswith(ending)]
-        if found:
+        matching = [(name, f) for name in tensors for ending, f in factors.items() if name.endswith(ending)]
+        if matching:
             file.unlink()  # never write into a file that may share its bytes
-            save_file(tensors | {name: tensors[name] * factor for name, factor in found}, file, {"format": "pt"})
+            save_file(tensors | {name: tensors[name] * factor for name, factor in matching}, file, {"format": "pt"})
     return checkpoint
 
 
 @dataclass(frozen=True)
-class Made:
+class OverflowingModel:
     checkpoint: Path
     widened: Path
     plain: Path
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], OverflowingModel]:
     """make("vision") or make("residual"): a checkpoint that overflows there, and its bundles."""
 
     @cache
-    def get(kind: str) -> Made:
+    def get(kind: str) -> OverflowingModel:
         folder = tmp_path_factory.mktemp(kind)
         if kind == "vision":
             checkpoint = scaled(tiny_checkpoint(folder / "source", "qwen2_5_vl", num_hidden_layers=2), VISION_MLP)
@@ -70,43 +70,43 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
             checkpoint = scaled(folder / "patched", RESIDUAL)
         for name, measure in (("plain", False), ("widened", True)):
             export_bundle(checkpoint, folder / name, dtype=torch.float16, max_length=MAX_LENGTH, measure=measure)
-        return Made(checkpoint, folder / "widened", folder / "plain")
+        return OverflowingModel(checkpoint, folder / "widened", folder / "plain")
 
     return get
 
 
 @pytest.fixture(params=["vision", "residual"])
-def made(request: pytest.FixtureRequest, make: Callable[[str], Made]) -> Made:
+def overflowing(request: pytest.FixtureRequest, make: Callable[[str], OverflowingModel]) -> OverflowingModel:
     return make(request.param)
 
 
-def test_without_fp32_it_is_infinite_and_with_it_the_level_holds(made: Made) -> None:
-    broken = validate_pair(made.checkpoint, made.plain, steps=3)
+def test_without_fp32_it_is_infinite_and_with_it_the_level_holds(overflowing: OverflowingModel) -> None:
+    broken = validate_pair(overflowing.checkpoint, overflowing.plain, steps=3)
     with_image = [case for case in broken.comparisons[0].cases if case.images]
     assert with_image and all("infinite" in case.failures[0] for case in with_image)
-    held = validate_pair(made.checkpoint, made.widened, steps=3)
-    assert held.comparisons[0].level.name == "fp16" and held.passed, held.to_json()
+    report = validate_pair(overflowing.checkpoint, overflowing.widened, steps=3)
+    assert report.comparisons[0].level.name == "fp16" and report.passed, report.to_json()
 
 
-def test_the_layers_are_named_with_what_was_seen(made: Made) -> None:
-    precision = Manifest.load(made.widened).precision
+def test_the_layers_are_named_with_what_was_seen(overflowing: OverflowingModel) -> None:
+    precision = Manifest.load(overflowing.widened).precision
     assert precision is not None and precision.prompts == 5 and precision.skipped is None
-    found = {(each.graph, each.layer, each.operator) for each in precision.widened}
+    widened = {(each.graph, each.layer, each.operator) for each in precision.widened}
     assert all(each.max_abs * precision.margin > precision.limit for each in precision.widened)
-    if "residual" in made.widened.parent.name:
+    if "residual" in overflowing.widened.parent.name:
         layers = "model.language_model.layers."
-        assert {layer for _, layer, _ in found} == {f"{layers}1", f"{layers}2"}
-        assert ("decoder", f"{layers}1", "Gemm mlp.down_proj") in found
-        assert ("decoder", f"{layers}2", "Gemm pvm.text_proj") in found, "the graft's inside is measured too"
+        assert {layer for _, layer, _ in widened} == {f"{layers}1", f"{layers}2"}
+        assert ("decoder", f"{layers}1", "Gemm mlp.down_proj") in widened
+        assert ("decoder", f"{layers}2", "Gemm pvm.text_proj") in widened, "the graft's inside is measured too"
     else:
-        assert found == {("vision", "model.visual.blocks.1", "Mul after mlp.up_proj")}
+        assert widened == {("vision", "model.visual.blocks.1", "Mul after mlp.up_proj")}
     largest = max(precision.largest, key=lambda each: each.max_abs)
     assert largest.max_abs == max(each.max_abs for each in precision.widened)
 
 
-def test_attention_and_weights_stay_as_they_are(made: Made) -> None:
+def test_attention_and_weights_stay_as_they_are(overflowing: OverflowingModel) -> None:
     for name in ("vision", "decoder"):
-        plain, widened = (ir.load(path / f"{name}.onnx") for path in (made.plain, made.widened))
+        plain, widened = (ir.load(path / f"{name}.onnx") for path in (overflowing.plain, overflowing.widened))
         for value in plain.graph.initializers.values():
             kept = widened.graph.initializers[str(value.name)].const_value
             assert kept is not None and value.const_value is not None
@@ -135,7 +135,7 @@ def test_what_fits_is_left_alone(export: Callable[..., Pair], tmp_path: Path) ->
     }
 
 
-def test_bf16_is_not_measured(make: Callable[[str], Made], tmp_path: Path) -> None:
+def test_bf16_is_not_measured(make: Callable[[str], OverflowingModel], tmp_path: Path) -> None:
     checkpoint = make("vision").checkpoint
     manifest = export_bundle(checkpoint, tmp_path / "bundle", dtype=torch.bfloat16, max_length=MAX_LENGTH)
     assert manifest.precision is None
@@ -145,8 +145,8 @@ def test_bf16_is_not_measured(make: Callable[[str], Made], tmp_path: Path) -> No
 def test_the_measurement_is_what_torch_computes(export: Callable[..., Pair]) -> None:
     """The decoder's largest stream and logits against hooks on the model itself."""
     pair = export("qwen3_vl", PVM, torch.float16)
-    found, prompts = measuring.measure(pair.bundle)
-    measured = {each.value: each.max_abs for each in found if each.graph == "decoder"}
+    maxima, prompts = measuring.measure(pair.bundle)
+    measured = {each.value: each.max_abs for each in maxima if each.graph == "decoder"}
     seen = {}
     layers = pair.model.model.language_model.layers
     hooks = [
@@ -175,13 +175,13 @@ def test_the_order_of_prompts_changes_nothing(export: Callable[..., Pair], monke
     largest = []
     for order in ([with_images, words], [words, with_images]):
         monkeypatch.setattr(measuring, "_prompts", lambda runtime, order=order: order)
-        found, _ = measuring.measure(pair.bundle)
-        largest.append({(each.graph, each.value): each.max_abs for each in found})
+        maxima, _ = measuring.measure(pair.bundle)
+        largest.append({(each.graph, each.value): each.max_abs for each in maxima})
     assert largest[0] == largest[1]
 
 
 def test_the_command_says_which_and_why(
-    make: Callable[[str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[str], OverflowingModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = make("vision").checkpoint
     arguments = ["export", str(checkpoint), str(tmp_path / "bundle"), "--dtype", "fp16", "--max-length", "256"]
@@ -204,8 +204,8 @@ def test_what_cannot_be_measured_is_said(
     not_asked = export_bundle(pair.checkpoint, tmp_path / "not", **options, measure=False)
     assert not_asked.precision is not None and not_asked.precision.skipped == "it was not asked for"
     monkeypatch.setattr(measuring, "_prompts", lambda runtime: [Prompt("word " * MAX_LENGTH)])
-    found, graphs = calibrate_float16(pair.bundle)
-    assert found.skipped == f"no prompt of the validator fits in max_length {MAX_LENGTH}" and not graphs
+    precision, graphs = calibrate_float16(pair.bundle)
+    assert precision.skipped == f"no prompt of the validator fits in max_length {MAX_LENGTH}" and not graphs
 
 
 def test_weights_that_are_broken_in_any_dtype_are_told(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sizes as data say what the arithmetic said."""
+"""Formulas of sizes, written as data, evaluate to what the arithmetic gives."""
 
 import json
 from typing import Any
@@ -17,9 +17,9 @@ def test_a_formula_gives_what_the_numbers_give(batch: int, length: int, block: i
     def grid(batch: Any, length: Any) -> Any:
         return cdiv(batch * length, block) * splits + 3
 
-    made = json.loads(json.dumps(formula(grid(Size.of(0, 0), Size.of(2, 1)))))
+    data = json.loads(json.dumps(formula(grid(Size.of(0, 0), Size.of(2, 1)))))
     dims = {(0, 0): batch, (2, 1): length}
-    assert evaluate(made, lambda place, axis: dims[place, axis]) == grid(batch, length)
+    assert evaluate(data, lambda place, axis: dims[place, axis]) == grid(batch, length)
 
 
 def test_what_changes_nothing_is_left_out() -> None:

@@ -26,9 +26,9 @@ PROFILE = Profile(name="any", sizes={"B": Range.of(1, 4), "S": Range.of(1, 5), "
 
 def fused(model: ir.Model) -> FusedKernels:
     attributes = {"plugin_version": "1", "plugin_namespace": "surgeon"}
-    found = FusedKernels(variant_specs_for([PROFILE]), largest([PROFILE]), attributes=attributes)
-    found(model)
-    return found
+    fusion = FusedKernels(variant_specs_for([PROFILE]), largest([PROFILE]), attributes=attributes)
+    fusion(model)
+    return fusion
 
 
 def operator_of(name: str, plugin: KernelNode) -> type[OpRun]:
@@ -39,11 +39,11 @@ def operator_of(name: str, plugin: KernelNode) -> type[OpRun]:
     class Operator(OpRun):
         op_domain = "surgeon"
 
-        def _run(self, *given: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
+        def _run(self, *inputs: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
             assert attributes == {"plugin_version": "1", "plugin_namespace": "surgeon"}
-            tensors = dict(zip(there, map(torch.tensor, given), strict=True))
-            made = kernel.definition(*(tensors.get(each) for each in kernel.inputs), **step.options)
-            return tuple(each.numpy() for each in made)
+            tensors = dict(zip(there, map(torch.tensor, inputs), strict=True))
+            outputs = kernel.definition(*(tensors.get(each) for each in kernel.inputs), **step.options)
+            return tuple(each.numpy() for each in outputs)
 
     Operator.__name__ = name
     return Operator
@@ -53,9 +53,9 @@ def evaluate(model: ir.Model, feeds: dict[str, np.ndarray], plugins: dict[str, K
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, check_custom_domain=False)
     operators = [operator_of(*each) for each in (plugins or {}).items()]
-    given = {value.name: feeds[value.name] for value in proto.graph.input}
-    found: np.ndarray = ReferenceEvaluator(proto, new_ops=operators).run(None, given)[0]
-    return found
+    inputs = {value.name: feeds[value.name] for value in proto.graph.input}
+    output: np.ndarray = ReferenceEvaluator(proto, new_ops=operators).run(None, inputs)[0]
+    return output
 
 
 @pytest.mark.parametrize("visibility", ["all", "causal"])
@@ -95,9 +95,9 @@ def test_what_is_read_elsewhere_is_not_added_by_the_chain() -> None:
 @pytest.mark.parametrize("head_dim", [16, 48])
 def test_what_the_kernels_do_not_take_stays_and_is_told(head_dim: int) -> None:
     model = model_of("pvm", head_dim=head_dim)
-    with pytest.warns(UserWarning, match=f"head_dim {head_dim}.*standard operators stay") as told:
+    with pytest.warns(UserWarning, match=f"head_dim {head_dim}.*standard operators stay") as warned:
         rewritten = fused(model)
-    assert len(told) == 1
+    assert len(warned) == 1
     assert rewritten.replaced == 0 and not rewritten.nodes and len(model.functions) == 1
     with warnings.catch_warnings(action="ignore"):
         counts = rewrite(model, [FusedKernels(variant_specs_for([PROFILE]), largest([PROFILE]))])

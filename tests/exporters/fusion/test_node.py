@@ -32,7 +32,7 @@ def of(*shape: int | str) -> TensorType:
 
 
 MEMORY, SQUARE = of("B", 1, "M", HEAD_DIM), of(LATENT, LATENT)
-GIVEN = {
+INPUT_TYPES = {
     "hidden_states": of("B", "S", WIDTH), "keys": MEMORY, "values": MEMORY,
     "memory_mask": TensorType(("B", "M"), "bool"), "visual_token_mask": TensorType(("B", "S"), "bool"),
     "text_proj": of(LATENT, WIDTH), "input_norm": of(LATENT), "q_proj": SQUARE, "q_norm": of(HEAD_DIM),
@@ -41,8 +41,8 @@ GIVEN = {
 }  # fmt: skip
 
 
-def planned(found: list[Profile]) -> dict[str, KernelNode]:
-    nodes = plan_nodes(pvm.chain(1e-6), GIVEN, variant_specs_for(found), largest(found))
+def planned(ranges: list[Profile]) -> dict[str, KernelNode]:
+    nodes = plan_nodes(pvm.chain(1e-6), INPUT_TYPES, variant_specs_for(ranges), largest(ranges))
     return {node.step.name: node for node in nodes}
 
 
@@ -79,8 +79,8 @@ def test_what_puts_splits_together_is_cut_for_as_many() -> None:
             seen.setdefault(inputs["acc"].shape[1], set()).add(inputs["acc"].shape[3])
         return heuristic(step, inputs)
 
-    found = profiles(batch=1, length=64)
-    plan_nodes(pvm.chain(1e-6), GIVEN, variant_specs_for(found), largest(found), choose)
+    ranges = profiles(batch=1, length=64)
+    plan_nodes(pvm.chain(1e-6), INPUT_TYPES, variant_specs_for(ranges), largest(ranges), choose)
     # by a decoding step's tokens and a prompt's; with one split only while the splits themselves are being chosen
     assert {length: max(splits) for length, splits in seen.items()} == {1: 16, 64: 16}
 
@@ -94,10 +94,12 @@ def test_splits_are_fewer_where_prefill_would_need_too_much_memory() -> None:
 
 
 def test_a_mask_of_each_token_is_another_plugin_of_attention_alone() -> None:
-    found = profiles()
-    given = GIVEN | {"memory_mask": TensorType(("B", "S", "M"), "bool")}
-    each = {n.step.name: n for n in plan_nodes(pvm.chain(1e-6), given, variant_specs_for(found), largest(found))}
-    rows = planned(found)
+    ranges = profiles()
+    input_types = INPUT_TYPES | {"memory_mask": TensorType(("B", "S", "M"), "bool")}
+    each = {
+        n.step.name: n for n in plan_nodes(pvm.chain(1e-6), input_types, variant_specs_for(ranges), largest(ranges))
+    }
+    rows = planned(ranges)
     assert [name for name in rows if rows[name].key != each[name].key] == ["pvm_attend"]
     for nodes, expected in ((rows, False), (each, True)):
         variants = nodes["pvm_attend"].described["variants"]
@@ -112,11 +114,11 @@ def test_layers_of_other_sizes_are_other_plugins() -> None:
 
 def test_every_target_has_a_kernel_that_runs_there() -> None:
     plugins = {"pvm_text": planned(profiles(length=8))["pvm_text"]}
-    found = compile_nodes(plugins, capabilities(["sm120", "sm87", "sm121"]))["pvm_text"]
-    assert [[kernel["capability"] for kernel in variant["kernels"]] for variant in found["variants"]] == [
+    compiled = compile_nodes(plugins, capabilities(["sm120", "sm87", "sm121"]))["pvm_text"]
+    assert [[kernel["capability"] for kernel in variant["kernels"]] for variant in compiled["variants"]] == [
         [86, 89, 120]
     ] * 2
-    assert all(".entry" in kernel["ptx"] for variant in found["variants"] for kernel in variant["kernels"])
+    assert all(".entry" in kernel["ptx"] for variant in compiled["variants"] for kernel in variant["kernels"])
     with pytest.raises(EngineError, match="need compute capability 8.0, and sm75 is older"):
         capabilities(["sm75", "sm80"])
 
@@ -133,6 +135,6 @@ def test_what_is_too_large_for_a_smaller_gpu_takes_fewer_stages_there(monkeypatc
 
     monkeypatch.setattr(aot, "_compile", compile_large_stages)
     ranges = profiles(length=8)
-    text = plan_nodes(pvm.chain(1e-6), GIVEN, variant_specs_for(ranges), largest(ranges), choose)[0]
+    text = plan_nodes(pvm.chain(1e-6), INPUT_TYPES, variant_specs_for(ranges), largest(ranges), choose)[0]
     for variant in compile_nodes({"pvm_text": text}, [80, 89, 90])["pvm_text"]["variants"]:
         assert [kernel["shared"] >> 10 for kernel in variant["kernels"]] == [120, 60, 180]

@@ -37,16 +37,16 @@ def pvm_launches(
     slots: int = 1024,
     per_token: bool = True,
 ) -> list[Launch]:
-    """Of Qwen3-VL-8B where nothing else is said; `per_token`: whose mask over the memory is of each token."""
+    """Of Qwen3-VL-8B by default; `per_token`: whose mask over the memory is of each token."""
     memory, square = (1, 1, slots, head_dim), (latent, latent)
-    given = of(
+    input_types = of(
         dtype, hidden_states=(1, length, d), keys=memory, values=memory,
         memory_mask=(1, *[length] * per_token, slots),
         visual_token_mask=(1, length), text_proj=(latent, d), input_norm=(latent,), q_proj=square, q_norm=(head_dim,),
         o_proj=square, post_attention_norm=(latent,), gate_proj=(inner, latent), up_proj=(inner, latent),
         down_proj=(latent, inner), output_proj=(d, latent), alpha=(1,), residual=(1, length, d),
     )  # fmt: skip
-    return plan(pvm.chain(1e-6), given)
+    return plan(pvm.chain(1e-6), input_types)
 
 
 def mixin_launches(
@@ -59,15 +59,15 @@ def mixin_launches(
     slots: int = 1792,
     per_token: bool = True,
 ) -> list[Launch]:
-    """Of CoMemo 2B where nothing else is said; `per_token` as above."""
+    """Of CoMemo 2B by default; `per_token` as above."""
     memory, angles, width = (1, heads, slots, head_dim), (1, length, head_dim // 2), heads * head_dim
-    given = of(
+    input_types = of(
         dtype, hidden_states=(1, length, d), keys=memory, values=memory,
         memory_mask=(1, *[length] * per_token, slots), cos=angles, sin=angles,
         norm=(d,), q_proj=(width, d), o_proj=(d, width), attn_gate=(1,), ffn_norm=(d,), gate_proj=(inner, d),
         up_proj=(inner, d), down_proj=(d, inner), ff_gate=(1,),
     )  # fmt: skip
-    return plan(mixin.chain(1e-5), given)
+    return plan(mixin.chain(1e-5), input_types)
 
 
 def small_pvm(dtype: str, length: int) -> list[Launch]:
@@ -146,15 +146,15 @@ def test_aligned_pointers_make_accesses_wider() -> None:
 # -- refusals -----------------------------------------------------------------------------------------------------
 def large() -> Launch:
     """More than any rule asks for."""
-    found = next(each for each in pvm_launches("bfloat16", 512, head_dim=256) if each.step.name == "pvm_retrieve")
-    return plan_step(found.step, found.inputs, lambda step, inputs: TileConfig(tokens=64, outputs=64, num_stages=3))
+    launch = next(each for each in pvm_launches("bfloat16", 512, head_dim=256) if each.step.name == "pvm_retrieve")
+    return plan_step(launch.step, launch.inputs, lambda step, inputs: TileConfig(tokens=64, outputs=64, num_stages=3))
 
 
 @pytest.mark.parametrize("launches", [pvm_launches, mixin_launches])
 def test_large_heads_fit_the_smallest_gpu(launches: Callable[..., list[Launch]]) -> None:
     size = {"latent": 512} if launches is pvm_launches else {"heads": 4}
-    found = [*launches("float32", 512, d=512, inner=256, head_dim=256, **size)]
-    assert all(each.shared <= 99 << 10 for each in compile_launches([Job(each, 120) for each in found]))
+    planned = [*launches("float32", 512, d=512, inner=256, head_dim=256, **size)]
+    assert all(each.shared <= 99 << 10 for each in compile_launches([Job(each, 120) for each in planned]))
 
 
 def test_too_much_shared_memory_is_an_error_or_takes_fewer_stages() -> None:
@@ -234,8 +234,8 @@ HEAD = (
 
 def test_parameters_of_triton_are_taken_away_where_nobody_reads_them() -> None:
     ptx = HEAD + "{ ld.param.b32 %r1, [k_param_1]; ret; }"
-    found = strip_scratch(ptx, "k", 2)
-    assert "k_param_1\n)" in found and "k_param_2" not in found
+    stripped = strip_scratch(ptx, "k", 2)
+    assert "k_param_1\n)" in stripped and "k_param_2" not in stripped
     assert strip_scratch(ptx, "k", 3) == ptx
     with pytest.raises(CompileError, match="uses parameter 1"):
         strip_scratch(ptx, "k", 1)
@@ -243,8 +243,8 @@ def test_parameters_of_triton_are_taken_away_where_nobody_reads_them() -> None:
 
 def test_scratch_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(small_pvm("float16", 1)[0], 80)
-    found = {"entry": "k", "ptx": HEAD, "shared": 0, "num_warps": 4, "scratch": 64}
-    monkeypatch.setattr(aot, "_compile", lambda jobs, cache: [found])
+    compiled = {"entry": "k", "ptx": HEAD, "shared": 0, "num_warps": 4, "scratch": 64}
+    monkeypatch.setattr(aot, "_compile", lambda jobs, cache: [compiled])
     with pytest.raises(CompileError, match="needs 64 bytes of scratch memory"):
         compile_launches([job])
 
@@ -303,9 +303,9 @@ def test_a_folder_that_cannot_be_written_to_is_said_once(tmp_path: Path, compile
     (tmp_path / "file").touch()
     warn_once.cache_clear()
     launches = small_pvm("float16", 1)[:2]
-    with pytest.warns(UserWarning, match="compiled kernels are not kept: .*SURGEON_KERNELS_DIR says where") as said:
-        found = compile_launches([Job(launch, 80) for launch in launches], tmp_path / "file" / "kernels")
-    assert len(said) == 1 and all(".entry" in each.ptx for each in found) and compiled_count == [2]
+    with pytest.warns(UserWarning, match="compiled kernels are not kept: .*SURGEON_KERNELS_DIR says where") as warned:
+        kernels = compile_launches([Job(launch, 80) for launch in launches], tmp_path / "file" / "kernels")
+    assert len(warned) == 1 and all(".entry" in each.ptx for each in kernels) and compiled_count == [2]
 
 
 def test_whatever_changes_a_kernel_is_another_entry(tmp_path: Path, compiled_count: list[int]) -> None:

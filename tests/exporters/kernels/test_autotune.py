@@ -42,11 +42,11 @@ def test_candidates_are_sound(kind: str, size: Size) -> None:
     for chain, types in (attention_workload(graft, size), memory_workload(graft, size)):
         for each in plan(chain, types):
             shapes = {name: tensor.shape for name, tensor in each.inputs.items()}
-            found = candidates(each.step, shapes, 4)
-            assert found[0] == heuristic_tile_config(each.step.kernel, shapes, 4)
-            assert len(found) > 1, each.step.name
-            assert len(set(found)) == len(found)
-            for tile_config in found:
+            tile_configs = candidates(each.step, shapes, 4)
+            assert tile_configs[0] == heuristic_tile_config(each.step.kernel, shapes, 4)
+            assert len(tile_configs) > 1, each.step.name
+            assert len(set(tile_configs)) == len(tile_configs)
+            for tile_config in tile_configs:
                 tuned._sound(dataclasses.asdict(tile_config))
                 assert (
                     tile_config.tokens == 1
@@ -70,8 +70,8 @@ def test_only_products_of_tiles_need_shared_memory(kind: str) -> None:
 @pytest.mark.parametrize("kind", GRAFTS)
 def test_the_fastest_is_kept_and_computes_the_same(kind: str, folder: Path) -> None:
     chain, types = attention_workload(GRAFTS[kind](), Size(slots=70, dtype="float32"))
-    given = draw(types, "cpu")
-    (expected,) = launch.run(chain, given)
+    tensors = draw(types, "cpu")
+    (expected,) = launch.run(chain, tensors)
     times = iter(range(1000, 0, -1))
 
     def slower_first(runs: list) -> float:
@@ -83,12 +83,13 @@ def test_the_fastest_is_kept_and_computes_the_same(kind: str, folder: Path) -> N
         offered = candidates(*described)
         return [offered[0], offered[-1]]
 
-    found = autotune.tune(chain, given, slower_first, offer=ends)
-    assert [name.split()[0] for name in found] == [step.name for step in chain.steps]
-    for each in found.values():
+    measurements = autotune.tune(chain, tensors, slower_first, offer=ends)
+    assert [name.split()[0] for name in measurements] == [step.name for step in chain.steps]
+    for each in measurements.values():
         assert each.tried > 1 and each.seconds < each.rule_seconds
-    assert found[next(name for name in found if "attend" in name)].tile_config.splits > 1  # the last that is tried
-    tuned.keep(GPU, "3.6.0", found)
+    attend = next(name for name in measurements if "attend" in name)
+    assert measurements[attend].tile_config.splits > 1  # the last that is tried
+    tuned.keep(GPU, "3.6.0", measurements)
 
     chosen: list[bool] = []
 
@@ -96,7 +97,7 @@ def test_the_fastest_is_kept_and_computes_the_same(kind: str, folder: Path) -> N
         chosen.append(tuned.key(step, inputs) in tuned.read(GPU))
         return tuned.chooser(tuned.read(GPU))(step, inputs)
 
-    (output,) = launch.run(chain, given, choose)
+    (output,) = launch.run(chain, tensors, choose)
     assert chosen == [True] * len(chain.steps)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
@@ -114,8 +115,8 @@ def test_a_candidate_that_does_not_fit_is_left_out() -> None:
             return 1.0
         raise OutOfResources(300000, 100000, "shared memory")
 
-    found = autotune.tune(chain, draw(types, "cpu"), first_alone)
-    text = found[next(name for name in found if name.startswith("pvm_text"))]
+    measurements = autotune.tune(chain, draw(types, "cpu"), first_alone)
+    text = measurements[next(name for name in measurements if name.startswith("pvm_text"))]
     assert text.tried == 1 and text.tile_config == plan(chain, types)[0].tile_config
 
 
@@ -134,11 +135,11 @@ def test_runs_rotate_among_copies_that_no_cache_holds() -> None:
 def test_a_drawn_workload_is_what_the_plain_definition_takes() -> None:
     graft = pvm_graft()
     chain, types = attention_workload(graft, Size(batch=2, length=3, slots=20, dtype="float32", visual_tokens=True))
-    given = draw(types, "cpu")
-    given["visual_token_mask"][0, 1] = True
-    residual = given.pop("residual")
-    expected = persistent_visual_memory(*(given[name] for name in chain.inputs if name != "residual"), eps=graft.eps)
-    (output,) = launch.run(chain, {**given, "residual": residual})
+    inputs = draw(types, "cpu")
+    inputs["visual_token_mask"][0, 1] = True
+    residual = inputs.pop("residual")
+    expected = persistent_visual_memory(*(inputs[name] for name in chain.inputs if name != "residual"), eps=graft.eps)
+    (output,) = launch.run(chain, {**inputs, "residual": residual})
     torch.testing.assert_close(output, residual + expected, rtol=1e-4, atol=1e-5)
 
 
@@ -161,9 +162,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Up to the GPU: the shapes of the keys that it is asked to measure with."""
     asked: list[tuple[int, ...]] = []
 
-    def tune_on_gpu(chain, given):  # type: ignore[no-untyped-def]
-        asked.append(tuple(given["keys"].shape))
-        return {f"{chain.name}_text {given['keys'].shape[2]}": measured(TileConfig(outputs=32))}
+    def tune_on_gpu(chain, inputs):  # type: ignore[no-untyped-def]
+        asked.append(tuple(inputs["keys"].shape))
+        return {f"{chain.name}_text {inputs['keys'].shape[2]}": measured(TileConfig(outputs=32))}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
@@ -183,15 +184,15 @@ def test_the_grafts_of_a_checkpoint_are_measured_and_kept(
     source: Path, folder: Path, tmp_path: Path, gpu: list[tuple[int, ...]]
 ) -> None:
     apply(source, tmp_path / "patched", "pvm:layers=1,3,latent=32")
-    told: list[str] = []
-    found = autotune.tune_checkpoint(
-        tmp_path / "patched", batches=[2], slots=[64, 96], progress=lambda what, done, total: told.append(what)
+    messages: list[str] = []
+    report = autotune.tune_checkpoint(
+        tmp_path / "patched", batches=[2], slots=[64, 96], progress=lambda what, done, total: messages.append(what)
     )
     assert [(shape[0], shape[2]) for shape in gpu] == [(2, 64), (2, 96)]  # once for both layers
     assert set(tuned.read(GPU)) == {"pvm_text 64", "pvm_text 96"}
-    assert (found.gpu, found.file) == (GPU, folder / "nvidia-test-9000.json")
-    assert told == [f"pvm: {each.size}" for each in found.grafts]
-    assert told[0] == "pvm: float32, batch 2 x 1, 64 slots"
+    assert (report.gpu, report.file) == (GPU, folder / "nvidia-test-9000.json")
+    assert messages == [f"pvm: {each.size}" for each in report.grafts]
+    assert messages[0] == "pvm: float32, batch 2 x 1, 64 slots"
 
 
 @pytest.mark.usefixtures("gpu")

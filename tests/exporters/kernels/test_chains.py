@@ -3,8 +3,7 @@ computed."""
 
 import pytest
 import torch
-from hypothesis import given as drawn
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,7 +31,7 @@ def randomised(graft: Graft, dtype: torch.dtype) -> Graft:
     return graft.to(dtype).requires_grad_(False)
 
 
-def given(chain: object, *tensors: Tensor | None) -> dict[str, Tensor | None]:
+def inputs_of(chain: object, *tensors: Tensor | None) -> dict[str, Tensor | None]:
     return launch.contiguous(dict(zip(chain.inputs, tensors, strict=True)))  # type: ignore[attr-defined]
 
 
@@ -52,7 +51,7 @@ def test_pvm(dtype: torch.dtype, rows: int, length: int) -> None:
     visual = torch.rand(rows, length) > 0.7
     embeds, hidden_states, residual = (torch.randn(rows, n, 96).to(dtype) for n in (slots, length, length))
     chain = pvm.memory_chain(graft.eps, 32)
-    keys, values = launch.run(chain, given(chain, embeds, *graft.memory_weights()))
+    keys, values = launch.run(chain, inputs_of(chain, embeds, *graft.memory_weights()))
     plain = graft.float()
     want_keys, want_values = plain.project(embeds.float())
     close(keys, want_keys, dtype)
@@ -61,10 +60,10 @@ def test_pvm(dtype: torch.dtype, rows: int, length: int) -> None:
     want = plain.attend(hidden_states.float(), keys.float(), values.float(), mask, visual)
     graft = graft.to(dtype)
     chain = pvm.chain(graft.eps)
-    (got,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, visual, *graft.weights(), None))
+    (got,) = launch.run(chain, inputs_of(chain, hidden_states, keys, values, mask, visual, *graft.weights(), None))
     close(got, want, dtype)
     assert not got[visual].any() and (rows == 1 or not got[2].any())
-    (added,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, None, *graft.weights(), residual))
+    (added,) = launch.run(chain, inputs_of(chain, hidden_states, keys, values, mask, None, *graft.weights(), residual))
     want = residual.float() + graft.float().attend(hidden_states.float(), keys.float(), values.float(), mask, None)
     close(added, want, dtype)
     assert rows == 1 or torch.equal(added[2], residual[2])
@@ -81,7 +80,7 @@ def test_mixin(dtype: torch.dtype, rows: int, length: int) -> None:
     embeds, hidden_states = (torch.randn(rows, n, 96).to(dtype) for n in (slots, length))
     media, text = (rope(torch.randint(0, 900, (1, rows, n))) for n in (slots, length))
     chain = mixin.memory_chain(graft.eps, 32)
-    keys, values = launch.run(chain, given(chain, embeds, *media, *graft.memory_weights()))
+    keys, values = launch.run(chain, inputs_of(chain, embeds, *media, *graft.memory_weights()))
     plain = graft.float()
     want_keys, want_values = plain.project(embeds.float(), media)
     close(keys, want_keys, dtype)
@@ -90,13 +89,13 @@ def test_mixin(dtype: torch.dtype, rows: int, length: int) -> None:
     want = plain.attend(hidden_states.float(), keys.float(), values.float(), mask, None, text)
     graft = graft.to(dtype)
     chain = mixin.chain(graft.eps)
-    (got,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, *text, *graft.weights()))
+    (got,) = launch.run(chain, inputs_of(chain, hidden_states, keys, values, mask, *text, *graft.weights()))
     close(got, want, dtype)
     assert torch.equal(got[2], hidden_states[2])
 
 
 @settings(max_examples=8)
-@drawn(
+@given(
     st.sampled_from(["pvm", "mixin"]),
     st.sampled_from(list(TOLERANCE)),
     st.lists(st.integers(0, 30), min_size=1, max_size=3),
@@ -125,7 +124,7 @@ def test_tokens_see_what_stands_before_them(
         middle = (None,) if angles is None else angles
         tail = (None,) if kind == "pvm" else ()
         weights = graft.weights()  # type: ignore[operator]
-        (output,) = launch.run(chain, given(chain, hidden_states, keys, values, mask, *middle, *weights, *tail))
+        (output,) = launch.run(chain, inputs_of(chain, hidden_states, keys, values, mask, *middle, *weights, *tail))
         return output
 
     got = run(mask)
@@ -151,7 +150,7 @@ def test_pvm_equals_its_authors() -> None:
     keys, values = block.project(tensors["input.visual_embeds"])
     chain = pvm.chain(block.eps)
     inputs = (tensors["input.hidden_states"], keys, values, mask, tensors["input.query_is_visual"])
-    (got,) = launch.run(chain, given(chain, *inputs, *block.weights(), None))
+    (got,) = launch.run(chain, inputs_of(chain, *inputs, *block.weights(), None))
     torch.testing.assert_close(got, tensors["output.injection"], atol=1e-5, rtol=0)
 
 
@@ -163,7 +162,7 @@ def test_mixin_equals_its_authors() -> None:
     text = block.rope(tensors["input.text_position_ids"][None])
     chain = mixin.chain(block.eps)
     (got,) = launch.run(
-        chain, given(chain, tensors["input.hidden_states"], keys, values, mask, *text, *block.weights())
+        chain, inputs_of(chain, tensors["input.hidden_states"], keys, values, mask, *text, *block.weights())
     )
     torch.testing.assert_close(got, tensors["output.hidden_states"], atol=1e-5, rtol=0)
 
@@ -176,5 +175,5 @@ def test_what_is_not_finite_is_not_taken_for_an_empty_memory() -> None:
     keys, values = graft.project(torch.randn(2, 7, 96))
     chain = pvm.chain(graft.eps)
     inputs = (hidden_states, keys, values, torch.ones(2, 7, dtype=torch.bool), None)
-    (got,) = launch.run(chain, given(chain, *inputs, *graft.weights(), residual))
+    (got,) = launch.run(chain, inputs_of(chain, *inputs, *graft.weights(), residual))
     assert bool(got[0].isnan().all()) and bool(got[1].isfinite().all())

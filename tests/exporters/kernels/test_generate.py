@@ -67,5 +67,5 @@ def test_greedy_tokens_are_the_same(tmp_path: Path) -> None:
         got = answer()
     assert forms["pvm"].calls == STEPS and forms["mixin"].calls == STEPS
     assert torch.equal(got.sequences, want.sequences)
-    for found, expected in zip(got.logits, want.logits, strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    for logits, expected in zip(got.logits, want.logits, strict=True):
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)

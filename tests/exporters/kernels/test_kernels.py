@@ -62,9 +62,9 @@ def compare(
     got = launch(Step("test", kernel, {}, {}, options), inputs, lambda step, types: tile_config)
     plain = {name: t.float() if t.dtype == dtype else t for name, t in inputs.items()}
     want = kernel.definition(*(plain.get(name) for name in kernel.inputs), **options)
-    for (name, found), expected in zip(got.items(), want, strict=True):
-        assert found.shape == expected.shape, name
-        error = (found.float() - expected.float()).abs().max() / expected.abs().max().clamp(min=1)
+    for (name, output), expected in zip(got.items(), want, strict=True):
+        assert output.shape == expected.shape, name
+        error = (output.float() - expected.float()).abs().max() / expected.abs().max().clamp(min=1)
         assert float(error) < TOLERANCE[dtype], (kernel.name, name, float(error))
 
 
@@ -80,7 +80,7 @@ def test_linear(
         "gate": draw(1),
         "ml": draw.ml(*batch, 3, tile_config.splits),
     }
-    given = {name: offered[name] for name in optional}
+    chosen = {name: offered[name] for name in optional}
     compare(
         linear.KERNEL,
         tile_config,
@@ -88,7 +88,7 @@ def test_linear(
         {"eps": 1e-6},
         x=draw(*batch, size),
         weight=draw(width, size, scale=0.2),
-        **given,
+        **chosen,
     )
 
 
@@ -141,17 +141,17 @@ def test_attend_and_retrieve(
     read = launch(Step("attend", attend.KERNEL, {}, {}, {"eps": 1e-6}), inputs, lambda step, types: tile_config)
     assert not read["arrived"].any()
 
-    given = {"weight": draw(24, width, scale=0.1), "residual": draw(rows, length, 24), "gate": draw(1)}
+    retrieve_inputs = {"weight": draw(24, width, scale=0.1), "residual": draw(rows, length, 24), "gate": draw(1)}
     step = Step("retrieve", retrieve.KERNEL, {}, {})
-    got = launch(step, {"acc": read["acc"], "ml": read["ml"], **given}, lambda step, types: tile_config)["y"]
+    got = launch(step, {"acc": read["acc"], "ml": read["ml"], **retrieve_inputs}, lambda step, types: tile_config)["y"]
 
     plain = {name: t.float() if t.dtype == dtype else t for name, t in inputs.items()}
     acc, ml, _ = attend.attend(*(plain.get(name) for name in attend.KERNEL.inputs), eps=1e-6)  # type: ignore[arg-type]
-    (want,) = retrieve.retrieve(acc, ml, *(given[name].float() for name in ("weight", "residual", "gate")))
+    (want,) = retrieve.retrieve(acc, ml, *(retrieve_inputs[name].float() for name in ("weight", "residual", "gate")))
     error = (got - want).abs().max() / want.abs().max().clamp(min=1)
     assert float(error) < TOLERANCE[dtype]
     sees = mask.any(-1) if mask.ndim == 3 else mask.any(-1)[:, None].expand(-1, length)
-    assert torch.equal(got[~sees], given["residual"][~sees].float()) and not sees[-1].any()
+    assert torch.equal(got[~sees], retrieve_inputs["residual"][~sees].float()) and not sees[-1].any()
 
 
 @pytest.mark.parametrize("tokens", [1, 16])

@@ -75,10 +75,10 @@ def test_a_key_joins_near_requests_and_parts_weights() -> None:
 )
 def test_a_damaged_or_foreign_file_is_said_once_and_ignored(folder: Path, content: str) -> None:
     (folder / "nvidia-test-9000.json").write_text(content)
-    with pytest.warns(UserWarning, match=r"nvidia-test-9000.json is ignored: .*measure again, or delete it") as said:
+    with pytest.warns(UserWarning, match=r"nvidia-test-9000.json is ignored: .*measure again, or delete it") as warned:
         assert tuned.read(GPU) == {}
         assert tuned.read(GPU) == {}
-    assert len(said) == 1
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"format": 1}', '{"format": 1, "gpu": "a", "launches": {"a": 1}}'])

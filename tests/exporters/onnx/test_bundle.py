@@ -1,4 +1,4 @@
-"""The bundle: weights are pointed into, not copied; other dtypes are converted once; what cannot be is told."""
+"""The bundle: weights are pointed into, not copied; other dtypes are converted once; what cannot be is reported."""
 
 import errno
 import fcntl
@@ -28,12 +28,12 @@ Export = Callable[..., Pair]
 
 def external(directory: Path) -> dict[str, dict[str, str]]:
     """Every external initialiser of a bundle's graphs -> where it is."""
-    found = {}
+    locations = {}
     for path in directory.glob("*.onnx"):
         for tensor in onnx.load(path, load_external_data=False).graph.initializer:
             if tensor.data_location == tensor.EXTERNAL:
-                found[tensor.name] = {entry.key: entry.value for entry in tensor.external_data}
-    return found
+                locations[tensor.name] = {entry.key: entry.value for entry in tensor.external_data}
+    return locations
 
 
 def shares_bytes(checkpoint: Path, bundle: Path, name: str) -> bool:
@@ -142,8 +142,8 @@ def test_the_manifest_says_what_a_runtime_needs(export: Export) -> None:
     assert set(manifest.graphs) == {"embed", "vision", "memory", "decoder"}
     for name, graph in manifest.graphs.items():
         session = exported.session(name)
-        for described, found in ((graph.inputs, session.get_inputs()), (graph.outputs, session.get_outputs())):
-            assert [(p.name, p.shape) for p in described] == [(v.name, v.shape) for v in found]
+        for described, values in ((graph.inputs, session.get_inputs()), (graph.outputs, session.get_outputs())):
+            assert [(p.name, p.shape) for p in described] == [(v.name, v.shape) for v in values]
     config = json.loads((exported.bundle / "processor" / "config.json").read_text())
     assert config == json.loads((exported.checkpoint / "config.json").read_text())
 
@@ -173,7 +173,7 @@ EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "dtype", "kind", "said"),
+    ("change", "dtype", "kind", "message"),
     [
         (lambda t: t.pop(EMBEDDINGS), torch.float32, CheckpointError, EMBEDDINGS),
         (lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS][:100].clone()}), torch.float32, CheckpointError, r"\[100, 64\]"),
@@ -186,24 +186,24 @@ def test_weights_that_cannot_be_used_are_named(
     change: Callable[[dict[str, torch.Tensor]], object],
     dtype: torch.dtype,
     kind: type[Exception],
-    said: str,
+    message: str,
 ) -> None:
     source = tiny_checkpoint(tmp_path / "source", "qwen3_vl")
     rewrite(source, change)
-    with pytest.raises(kind, match=said):
+    with pytest.raises(kind, match=message):
         export_bundle(source, tmp_path / "bundle", dtype=dtype, max_length=16, graphs=["embed"])
     assert [path.name for path in tmp_path.iterdir()] == ["source"], "nothing is left behind"
 
 
 def test_what_cannot_be_asked_is_refused_before_anything_is_written(export: Export, tmp_path: Path) -> None:
     checkpoint, target = export("qwen3_vl").checkpoint, tmp_path / "bundle"
-    for options, kind, said in (
+    for options, kind, message in (
         ({"dtype": torch.int8, "max_length": 16}, OptionError, "fp16"),
         ({"dtype": torch.float32, "max_length": 0}, OptionError, "1 to 4096"),
         ({"dtype": torch.float32, "max_length": 5000}, OptionError, "1 to 4096"),
         ({"dtype": torch.float32, "max_length": 16, "graphs": ["decode"]}, OptionError, "decode"),
     ):
-        with pytest.raises(kind, match=said):
+        with pytest.raises(kind, match=message):
             export_bundle(checkpoint, target, **options)
     with pytest.raises(TargetError):
         export_bundle(checkpoint, checkpoint / "bundle", dtype=torch.float32, max_length=16)
@@ -268,7 +268,7 @@ def test_what_was_staged_is_read_before_it_is_put_in_place(
 
     monkeypatch.setattr(bundle, "bind", bind)
     monkeypatch.setattr("exporters.onnx.weights.share_file", lambda file, to, mode: share_file(file, to, "copy"))
-    said = "takes .* where no tensor of that size lies" if damage == "offset" else "truncated"
-    with pytest.raises(TargetError, match=f"out was not written, because .*{said}"):
+    message = "takes .* where no tensor of that size lies" if damage == "offset" else "truncated"
+    with pytest.raises(TargetError, match=f"out was not written, because .*{message}"):
         export_bundle(source, tmp_path / "out", dtype=torch.float32, max_length=16, graphs=["embed"])
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -203,7 +203,7 @@ def test_depth_does_not_change_what_is_traced(export: Export, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "sliding-window"),
         (
@@ -221,9 +221,9 @@ def test_depth_does_not_change_what_is_traced(export: Export, monkeypatch: pytes
         ),
     ],
 )
-def test_a_decoder_that_the_graph_cannot_say_is_refused(overrides: dict[str, object], said: str) -> None:
+def test_a_decoder_that_the_graph_cannot_say_is_refused(overrides: dict[str, object], message: str) -> None:
     config = tiny_config("qwen2_5_vl", **overrides)
-    with pytest.raises(BundleError, match=said):
+    with pytest.raises(BundleError, match=message):
         decoder_graph(family("qwen2_5_vl"), config, models.build_meta(config), torch.float32, 16)
 
 

@@ -37,7 +37,7 @@ def weights(bundle: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda b: (b / "bundle.json").unlink(), "is no bundle"),
         (lambda b: edit(b / "bundle.json", format=99), "format 99"),
@@ -52,9 +52,9 @@ def weights(bundle: Path) -> Path:
         (lambda b: flip(weights(b), 20), "model-base.safetensors is not the file"),
     ],
 )
-def test_a_damaged_bundle_is_told(bundle: Path, damage: Callable[[Path], object], said: str) -> None:
+def test_a_damaged_bundle_is_told(bundle: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(bundle)
-    with pytest.raises(BundleError, match=said) as error:
+    with pytest.raises(BundleError, match=message) as error:
         Manifest.load(bundle)
     assert "\n" not in str(error.value)
 

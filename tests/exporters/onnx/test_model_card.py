@@ -134,7 +134,7 @@ WIDENED = MEASURED.model_copy(update={"widened": [NARROW, NARROW.model_copy()]})
 
 
 @pytest.mark.parametrize(
-    ("precision", "said", "options"),
+    ("precision", "sentence", "options"),
     [
         (None, "fp32", "--dtype fp32 --max-length 1500\n"),
         (MEASURED, "over 5 prompts, with a margin of 4: no layer needs fp32 for that", "--max-length 1500\n"),
@@ -148,10 +148,10 @@ WIDENED = MEASURED.model_copy(update={"widened": [NARROW, NARROW.model_copy()]})
     ],
 )
 def test_what_is_said_of_overflow(
-    fresh: Path, bundle: Path, precision: Precision | None, said: str, options: str
+    fresh: Path, bundle: Path, precision: Precision | None, sentence: str, options: str
 ) -> None:
     text = written(fresh, bundle, precision=precision)
-    assert said in text and options in text and "/home/me" not in text
+    assert sentence in text and options in text and "/home/me" not in text
 
 
 def test_each_precision_has_its_runtimes(fresh: Path, bundle: Path) -> None:

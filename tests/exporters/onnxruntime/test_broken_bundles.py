@@ -1,4 +1,4 @@
-"""Whatever is wrong with a bundle's files, it is told in one line."""
+"""Whatever is wrong with a bundle's files, it is reported in one line."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -33,9 +33,9 @@ FIRST_AND_LAST: list[Row] = [
 ]
 
 
-def close(found: np.ndarray, expected: np.ndarray) -> None:
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+def close(actual: np.ndarray, expected: np.ndarray) -> None:
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=0)
 
 
 def decode(runtime: BundleRuntime, inputs: ModelInputs, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -155,10 +155,10 @@ def test_hidden_states(pair: Pair) -> None:
     names = ["hidden_states.1", "hidden_states.2"]
     runtime = BundleRuntime(pair.bundle, threads=1, extra_outputs=names)
     inputs = runtime.prepare(PROMPTS[:1])
-    found: dict[str, torch.Tensor] = {}
+    hidden_states: dict[str, torch.Tensor] = {}
     hooks = [
         pair.model.model.language_model.layers[i].register_forward_hook(
-            lambda module, args, output, i=i: found.__setitem__(f"hidden_states.{i}", output)
+            lambda module, args, output, i=i: hidden_states.__setitem__(f"hidden_states.{i}", output)
         )
         for i in (1, 2)
     ]
@@ -169,7 +169,7 @@ def test_hidden_states(pair: Pair) -> None:
     state, logits = runtime.start(inputs)
     assert list(state.extra) == names
     for name in names:
-        close(state.extra[name], found[name].numpy())
+        close(state.extra[name], hidden_states[name].numpy())
     runtime.step(state, logits.argmax(-1))
     assert state.extra[names[0]].shape == (1, 1, 64)
 
@@ -193,9 +193,9 @@ def test_half_precision_is_close(export: Export, dtype: torch.dtype, atol: float
     expected_tokens, expected = pair.greedy(pair.inputs.prepare(PROMPTS), 16)
     state, last = runtime.start(runtime.prepare(PROMPTS))
     logits = [last] + [runtime.step(state, expected_tokens[:, i]) for i in range(15)]
-    found = np.stack(logits, axis=1)
-    assert found.dtype == np.float32 and 0 < np.abs(found - expected).max() < atol
-    cosine = (found * expected).sum(-1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(expected, axis=-1)
+    stacked = np.stack(logits, axis=1)
+    assert stacked.dtype == np.float32 and 0 < np.abs(stacked - expected).max() < atol
+    cosine = (stacked * expected).sum(-1) / np.linalg.norm(stacked, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert cosine.min() > 0.998
     assert next(iter(state.caches.values())).dtype == (torch.float16 if dtype == torch.float16 else torch.float32)
 
@@ -205,13 +205,13 @@ def test_bfloat16_rounds_as_torch_does(export: Export) -> None:
     pair = export("qwen3_vl", MIXIN + PVM, torch.bfloat16)
     runtime = BundleRuntime(pair.bundle, threads=1)
     inputs = runtime.prepare(PROMPTS[:1])
-    _, found = runtime.start(inputs, logits="all")
+    _, bundle_logits = runtime.start(inputs, logits="all")
     with torch.no_grad():
         exact = pair.model(**inputs.model_kwargs()).logits.numpy()
         rounded_model = pair.model.to(torch.bfloat16)
         rounded = rounded_model(**inputs.model_kwargs(torch.bfloat16)).logits.float().numpy()
         pair.__dict__.pop("model")  # its weights are rounded now
-    ours, theirs = (float(np.sqrt(np.mean((logits - exact) ** 2))) for logits in (found, rounded))
+    ours, theirs = (float(np.sqrt(np.mean((logits - exact) ** 2))) for logits in (bundle_logits, rounded))
     assert 0.5 < ours / theirs < 2
 
 
@@ -276,7 +276,7 @@ def test_a_later_turn_with_new_images(
     state, logits = runtime.start(pair.raw(FIRST_TURN))
     answer = logits.argmax(-1)
     runtime.step(state, answer)
-    found = runtime.append(state, pair.raw(SECOND_TURN), logits="all")
+    turn_logits = runtime.append(state, pair.raw(SECOND_TURN), logits="all")
     after = runtime.step(state, answer)
     for row in range(3):
         first, second = (pair.raw(turn[row : row + 1]) for turn in (FIRST_TURN, SECOND_TURN))
@@ -296,15 +296,16 @@ def test_a_later_turn_with_new_images(
             ).logits.numpy()
             last = pair.model(input_ids=token, position_ids=torch.full((3, 1, 1), end), past_key_values=cache).logits
         length = expected.shape[1]
-        close(found[row, :length], expected[0])
+        close(turn_logits[row, :length], expected[0])
         close(after[row], last[0, 0].numpy())
         assert state.lengths[row] == first.lengths[0] + length + 2
         assert state.next_positions[row] == end + 1
 
 
 def next_position(pair: Pair, inputs: ModelInputs) -> int:
-    found = inputs.family.position_ids(pair.inputs.config, inputs.input_ids, inputs.attention_mask, inputs.grids)
-    return int(found[1][0])
+    config, family = pair.inputs.config, inputs.family
+    _, next_positions = family.position_ids(config, inputs.input_ids, inputs.attention_mask, inputs.grids)
+    return int(next_positions[0])
 
 
 def test_rows_that_do_not_go_on_are_not_touched(pair: Pair, runtime: BundleRuntime) -> None:

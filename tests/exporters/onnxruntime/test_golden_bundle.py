@@ -44,16 +44,16 @@ def test_logits_and_greedy_tokens_of_the_published_pvm_model(tmp_path: Path) -> 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], BundleRuntime]:
     """The published InternVL2 or CoMemo, imported and exported."""
-    made: dict[str, BundleRuntime] = {}
+    runtimes: dict[str, BundleRuntime] = {}
 
     def get(name: str) -> BundleRuntime:
-        if name not in made:
+        if name not in runtimes:
             folder = tmp_path_factory.mktemp(name)
             source = golden_checkpoint(folder / "source", name)
             import_checkpoint(source, folder / "checkpoint", image_token_id=IMAGE_TOKEN_ID)
             export_bundle(folder / "checkpoint", folder / "bundle", dtype=torch.float32, max_length=1064)
-            made[name] = BundleRuntime(folder / "bundle")
-        return made[name]
+            runtimes[name] = BundleRuntime(folder / "bundle")
+        return runtimes[name]
 
     return get
 

@@ -75,9 +75,9 @@ def test_operators_and_gradients_equal_the_definition(kind: str, visibility: Vis
     got = case.compute()
     assert "CustomOp" in type(got.grad_fn).__name__ or "surgeon" in str(got.grad_fn).lower()
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
-    for found, expected in zip(torch.autograd.grad(got, case.leaves(), direction), want_grads, strict=True):
+    for gradient, expected in zip(torch.autograd.grad(got, case.leaves(), direction), want_grads, strict=True):
         assert float(expected.abs().sum()) > 0
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["pvm", "mixin"])

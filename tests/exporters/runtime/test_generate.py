@@ -36,32 +36,32 @@ def ending(runtime: BundleRuntime, eos: list[int]) -> BundleRuntime:
 
 
 def test_greedy_tokens_are_those_of_transformers(pair: Pair, runtime: BundleRuntime) -> None:
-    found = ending(runtime, []).generate(PROMPTS, 12)
+    generations = ending(runtime, []).generate(PROMPTS, 12)
     expected, _ = pair.greedy(pair.inputs.prepare(PROMPTS), 12)
-    assert [g.token_ids for g in found] == expected.tolist()
-    assert [g.finish_reason for g in found] == ["length"] * 3
-    assert [g.text for g in found] == [pair.inputs.decode(ids) for ids in expected]
+    assert [g.token_ids for g in generations] == expected.tolist()
+    assert [g.finish_reason for g in generations] == ["length"] * 3
+    assert [g.text for g in generations] == [pair.inputs.decode(ids) for ids in expected]
 
 
 def test_rows_stop_at_their_own_end(pair: Pair, runtime: BundleRuntime) -> None:
     """The tokens of a row do not change because another stopped."""
     free = [g.token_ids for g in ending(runtime, []).generate(PROMPTS, 12)]
     eos = next(token for token in free[1][:-1] if token not in free[0])
-    found = ending(runtime, [eos]).generate(PROMPTS, 12)
-    for generation, tokens in zip(found, free, strict=True):
+    generations = ending(runtime, [eos]).generate(PROMPTS, 12)
+    for generation, tokens in zip(generations, free, strict=True):
         end = tokens.index(eos) + 1 if eos in tokens else 12
         assert generation.token_ids == tokens[:end]
         assert generation.finish_reason == ("stop" if eos in tokens else "length")
-    assert (found[0].finish_reason, found[1].finish_reason) == ("length", "stop")
+    assert (generations[0].finish_reason, generations[1].finish_reason) == ("length", "stop")
 
 
 def test_text_streams_as_it_comes(runtime: BundleRuntime) -> None:
     pieces: list[tuple[int, str]] = []
-    found = ending(runtime, []).generate(PROMPTS, 20, on_text=lambda row, text: pieces.append((row, text)))
+    generations = ending(runtime, []).generate(PROMPTS, 20, on_text=lambda row, text: pieces.append((row, text)))
     assert all(text for _, text in pieces)
-    for row, generation in enumerate(found):
+    for row, generation in enumerate(generations):
         assert "".join(text for of, text in pieces if of == row) == generation.text
-    # rows take turns: were each told only at its end, there would be one run of pieces a row (which bytes
+    # rows take turns: were each streamed only at its end, there would be one run of pieces a row (which bytes
     # of an untrained model's tokens make whole letters, and so when, differs from one processor to the next)
     assert len([row for row, _ in itertools.groupby(pieces, key=lambda piece: piece[0])]) > len(PROMPTS)
 
@@ -90,8 +90,8 @@ def test_the_bundles_length_ends_a_row(runtime: BundleRuntime) -> None:
 
 
 def test_no_tokens_asked_for(runtime: BundleRuntime) -> None:
-    (found,) = runtime.generate(PROMPTS[:1], 0)
-    assert (found.text, found.token_ids, found.finish_reason) == ("", [], "length")
+    (generation,) = runtime.generate(PROMPTS[:1], 0)
+    assert (generation.text, generation.token_ids, generation.finish_reason) == ("", [], "length")
 
 
 def test_prompts_that_cannot_be(runtime: BundleRuntime, tmp_path: Path) -> None:

@@ -65,17 +65,19 @@ def test_logits_and_greedy_tokens_are_those_of_torch(export: Export, model_type:
     runtime = BundleRuntime(pair.bundle, threads=1)
     offered = runtime.manifest.positions is not None
     choices: tuple[Positions | None, ...] = ("dhr", "plain") if offered else (None,)
-    found = {}
+    logits_of = {}
     for positions in choices:
         tokens, logits = decode(runtime, runtime.prepare(PROMPTS, positions), STEPS)
         expected_tokens, expected = pair.greedy(pair.inputs.prepare(PROMPTS, positions=positions), STEPS)
         np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
         assert tokens.tolist() == expected_tokens.tolist()
-        found[positions] = logits
+        logits_of[positions] = logits
     if offered and runtime.manifest.allocation != "memory":  # whose sequence has no tiles to place
-        assert np.abs(found["dhr"] - found["plain"])[[0, 2]].max() > 0.1
-        np.testing.assert_array_equal(found["dhr"][1], found["plain"][1])
-        assert np.array_equal(decode(runtime, runtime.prepare(PROMPTS), 1)[1], found["dhr"][:, :1]), "dhr by default"
+        assert np.abs(logits_of["dhr"] - logits_of["plain"])[[0, 2]].max() > 0.1
+        np.testing.assert_array_equal(logits_of["dhr"][1], logits_of["plain"][1])
+        assert np.array_equal(decode(runtime, runtime.prepare(PROMPTS), 1)[1], logits_of["dhr"][:, :1]), (
+            "dhr by default"
+        )
     assert runtime.decoder.rewrites["GroupedQueryAttention"] == 3
 
 
@@ -95,14 +97,14 @@ SECOND_TURN: list[Row] = [["and", tiles(1, 2, 3)], ["still nothing here, now lon
 @pytest.mark.parametrize("allocation", ["both", "context"])
 @pytest.mark.parametrize("positions", ["dhr", "plain"])
 def test_a_later_turn_with_new_tiles(export: Export, allocation: str, positions: Positions) -> None:
-    """As transformers has it, row by row, told the positions that both turns have together."""
+    """As transformers has it, row by row, given the positions that both turns have together."""
     recipe = (mixin("context"), *DHR) if allocation == "context" else (*MIXIN, *PVM, "rope-dhr:tile_order=column")
     pair = export("internvl", recipe)
     runtime = BundleRuntime(pair.bundle, threads=1)
     state, logits = runtime.start(pair.raw(FIRST_TURN, positions=positions))
     answer = logits.argmax(-1)
     runtime.step(state, answer)
-    found = runtime.append(state, pair.raw(SECOND_TURN, positions=positions), logits="all")
+    turn_logits = runtime.append(state, pair.raw(SECOND_TURN, positions=positions), logits="all")
     after = runtime.step(state, answer)
     for row in range(3):
         turns = [pair.raw(turn[row : row + 1], positions=positions) for turn in (FIRST_TURN, SECOND_TURN)]
@@ -117,10 +119,10 @@ def test_a_later_turn_with_new_tiles(export: Export, allocation: str, positions:
         with torch.no_grad():
             cache = pair.model(**turns[0].model_kwargs(), use_cache=True).past_key_values
             pair.model(input_ids=token, position_ids=torch.tensor([[begin]]), past_key_values=cache)
-            told = torch.from_numpy(ids[1][0][0] + begin + 1)
-            expected = pair.model(**kwargs, position_ids=told, past_key_values=cache).logits.numpy()
+            turn_positions = torch.from_numpy(ids[1][0][0] + begin + 1)
+            expected = pair.model(**kwargs, position_ids=turn_positions, past_key_values=cache).logits.numpy()
             last = pair.model(input_ids=token, position_ids=torch.tensor([[end]]), past_key_values=cache).logits
-        np.testing.assert_allclose(found[row, : expected.shape[1]], expected[0], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(turn_logits[row, : expected.shape[1]], expected[0], atol=1e-4, rtol=0)
         np.testing.assert_allclose(after[row], last[0, 0].numpy(), atol=1e-4, rtol=0)
         assert state.next_positions[row] == end + 1
 

@@ -54,9 +54,9 @@ def at_once(pair: Pair, runtime: BundleRuntime, rows: list[Row]) -> list[np.ndar
     return [logits[row, :length] for row, length in enumerate(inputs.lengths)]
 
 
-def apart(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    assert [each.shape for each in found] == [each.shape for each in expected]
-    return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
+def apart(outputs: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    assert [each.shape for each in outputs] == [each.shape for each in expected]
+    return max(float(np.abs(a - b).max()) for a, b in zip(outputs, expected, strict=True))
 
 
 @pytest.mark.parametrize(("model_type", "recipe"), BUNDLES, ids=IDS)
@@ -67,8 +67,8 @@ def test_turn_by_turn_and_in_one_pass(
     """An image of the second turn is seen by the tokens of the first where all see it, in one pass alone."""
     pair, runtime = opened(export, model_type, recipe, visibility)
     rows = [both(*turns) for turns in zip(FIRST, SECOND, strict=True)]
-    found = apart(turn_by_turn(pair, runtime, FIRST, SECOND), at_once(pair, runtime, rows))
-    assert found < 1e-5 if visibility == "causal" else found > 0.1
+    difference = apart(turn_by_turn(pair, runtime, FIRST, SECOND), at_once(pair, runtime, rows))
+    assert difference < 1e-5 if visibility == "causal" else difference > 0.1
 
 
 @pytest.mark.parametrize(("model_type", "recipe"), BUNDLES, ids=IDS)
@@ -154,20 +154,20 @@ def placement_of(allocation: str, tile_order: TileOrder = "row") -> Placement:
 def test_tiles_in_the_memory_alone_stand_at_the_patches_they_cover(tile_order: TileOrder) -> None:
     features = np.zeros((7 * 9, 2), dtype=np.float32)
     places, positions = np.arange(4, 13), np.arange(40, 49)[None]
-    found = placement_of("memory", tile_order).entering(
+    memory_inputs = placement_of("memory", tile_order).entering(
         [ImageFeatures(features), ImageFeatures(features[:9])],
         [(1, 2, 3), (1, 1, 1)],
         np.concatenate((positions, positions + 20), 1),
         np.concatenate((places, places + 20)),
     )
     offsets = offsets_from_thumbnail(2, 3, 3, "last", tile_order).numpy()
-    assert found is not None and found.places.tolist() == [*(4 + offsets), *range(24, 33)]
-    assert found.position_ids.tolist() == [[*(40 + offsets), *range(60, 69)]]
-    assert found.places[-18:-9].tolist() == places.tolist(), "the thumbnail's own"
-    assert {4, 12} == {int(found.places[:54].min()), int(found.places[:54].max())}
+    assert memory_inputs is not None and memory_inputs.places.tolist() == [*(4 + offsets), *range(24, 33)]
+    assert memory_inputs.position_ids.tolist() == [[*(40 + offsets), *range(60, 69)]]
+    assert memory_inputs.places[-18:-9].tolist() == places.tolist(), "the thumbnail's own"
+    assert {4, 12} == {int(memory_inputs.places[:54].min()), int(memory_inputs.places[:54].max())}
 
 
 def test_a_thumbnail_alone_in_the_memory_stands_at_its_own_places() -> None:
     features, places = np.zeros((3 * 9, 2), dtype=np.float32), np.arange(27) + 6
-    found = placement_of("context").entering([ImageFeatures(features)], [(1, 1, 2)], places[None] + 1, places)
-    assert found is not None and found.places.tolist() == list(range(24, 33))
+    memory_inputs = placement_of("context").entering([ImageFeatures(features)], [(1, 1, 2)], places[None] + 1, places)
+    assert memory_inputs is not None and memory_inputs.places.tolist() == list(range(24, 33))

@@ -40,10 +40,10 @@ def schema() -> Any:
     spec = importlib.util.find_spec("tritonclient")
     assert spec is not None and spec.submodule_search_locations
     path = Path(next(iter(spec.submodule_search_locations))) / "grpc" / "model_config_pb2.py"
-    found = importlib.util.spec_from_file_location("model_config_pb2", path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    module_spec = importlib.util.spec_from_file_location("model_config_pb2", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
     return module
 
 

@@ -28,21 +28,22 @@ def bundle_of(export: Callable[..., Pair]) -> Callable[[Case], Pair]:
 @pytest.fixture(scope="session")
 def engines(bundle_of: Callable[[Case], Pair], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """engines(case) -> bundle, directory of its engines, and what was built; made once for each."""
-    made: dict[Case, tuple[Path, Path, Built]] = {}
+    built: dict[Case, tuple[Path, Path, Built]] = {}
 
     def get(case: Case = CASES[0]) -> tuple[Path, Path, Built]:
-        if case not in made:
+        if case not in built:
             bundle, target = bundle_of(case).bundle, tmp_path_factory.mktemp("engines") / "out"
             options = Options(target=TARGETS, limits=Limits(batch=Range.of(1, 4)))
-            made[case] = bundle, target, build_engines(bundle, target, options)
-        return made[case]
+            built[case] = bundle, target, build_engines(bundle, target, options)
+        return built[case]
 
     return get
 
 
 @pytest.fixture
 def build_graph(tmp_path: Path) -> Callable[..., tuple[Outcome, str]]:
-    """build_graph(model, shapes=..., targets=...) -> what the child told, and the engine's layers as it logged them."""
+    """build_graph(model, shapes=..., targets=...) -> what the child reported, and the engine's layers as it
+    logged them."""
 
     def build(model: onnx.ModelProto, targets: tuple[str, ...] = ("sm89",), **shapes: Any) -> tuple[Outcome, str]:
         path = tmp_path / "graph.onnx"

@@ -49,8 +49,8 @@ def test_the_same_again_gives_the_same_layer_report(engines: Engines, tmp_path: 
     again = build_engines(bundle, tmp_path / "again", options)
     assert again.report.graphs["decoder"] == built.report.graphs["decoder"]
     assert list(again.manifest.engines) == ["decoder"]
-    found = json.loads((directory / "layers.json").read_text())["graphs"]["decoder"]
-    assert found == json.loads((tmp_path / "again" / "layers.json").read_text())["graphs"]["decoder"]
+    layer_report = json.loads((directory / "layers.json").read_text())["graphs"]["decoder"]
+    assert layer_report == json.loads((tmp_path / "again" / "layers.json").read_text())["graphs"]["decoder"]
 
 
 def test_nothing_of_the_bundle_is_needed_or_changed(engines: Engines) -> None:
@@ -111,10 +111,10 @@ def test_strict_refuses_attention_that_fell_apart(
     bundle, _, _ = engines()
     from exporters.tensorrt import layers
 
-    def apart(*given: Any) -> Any:
-        found = real(*given)
+    def apart(*arguments: Any) -> Any:
+        graph_layers = real(*arguments)
         broken = Operator(node="node_x", operator="Attention", fused=False, kernels=[], reason="no kernel")
-        return found.model_copy(update={"operators": [broken]})
+        return graph_layers.model_copy(update={"operators": [broken]})
 
     real = layers.report
     monkeypatch.setattr(layers, "report", apart)

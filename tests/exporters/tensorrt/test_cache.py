@@ -53,15 +53,15 @@ def test_two_fine_tunes_of_one_model_have_different_digests(
 
 @pytest.mark.parametrize("part", ["graph", "weights", "library", "targets", "profiles"])
 def test_everything_that_an_engine_depends_on_is_in_its_key(part: str) -> None:
-    made_of = {
+    parts = {
         "graph": "1",
         "weights": "2",
         "library": ["tensorrt-rtx", "1.7"],
         "targets": ["sm89"],
         "profiles": [{"x": [[1], [1], [4]]}],
     }
-    assert BuildCache.key(made_of) == BuildCache.key(dict(reversed(made_of.items())))
-    assert BuildCache.key(made_of) != BuildCache.key(made_of | {part: ["other"]})
+    assert BuildCache.key(parts) == BuildCache.key(dict(reversed(parts.items())))
+    assert BuildCache.key(parts) != BuildCache.key(parts | {part: ["other"]})
 
 
 def test_entries_are_checked_when_used(tmp_path: Path) -> None:

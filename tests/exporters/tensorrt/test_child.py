@@ -22,9 +22,9 @@ def mapped(path: Path) -> mmap.mmap:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     with open(path, "rb") as file:
         # as the library maps: for itself, and only to read
-        found = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
-    assert len(found[:]) == SIZE
-    return found
+        mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    assert len(mapping[:]) == SIZE
+    return mapping
 
 
 def resident(path: Path) -> int:
@@ -50,7 +50,7 @@ def test_pages_of_mapped_weights_are_given_back_and_read_again(tmp_path: Path) -
 
 def test_it_is_not_done_all_the_time(tmp_path: Path) -> None:
     weights = tmp_path / "w" / "w.safetensors"
-    held = mapped(weights)
+    mapping = mapped(weights)
     MappedWeights(weights.parent, every=3600).release()
     assert resident(weights) == SIZE
-    held.close()
+    mapping.close()

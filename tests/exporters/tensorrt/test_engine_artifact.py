@@ -61,8 +61,8 @@ def test_forms(pair: Pair, path: Path) -> None:
 
 def test_generate(pair: Pair, path: Path, image_file: Path, rehearsed: None) -> None:
     arguments = ("--image", image_file, "--prompt", "What?", "--max-new-tokens", 6, "--json")
-    found, expected = (json.loads(run("generate", each, *arguments).stdout) for each in (path, pair.bundle))
-    assert found == expected and len(found["token_ids"]) == 6
+    answer, expected = (json.loads(run("generate", each, *arguments).stdout) for each in (path, pair.bundle))
+    assert answer == expected and len(answer["token_ids"]) == 6
 
 
 def test_validate(pair: Pair, path: Path, image_file: Path, rehearsed: None) -> None:

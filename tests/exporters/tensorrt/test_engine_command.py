@@ -22,9 +22,9 @@ def test_build_and_inspect(engines: Any, tmp_path: Path) -> None:
     bundle, _, _ = engines()
     done = run("engine", bundle, tmp_path / "out", "--target", "sm89", "--graph", "embed", "--dtype", "fp16", "--json")
     assert (done.exit_code, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    assert found["targets"] == ["sm89"] and found["peak_memory"]["embed"] > 0
-    assert found["layers"]["embed"]["kernels"] > 0
+    report = json.loads(done.stdout)
+    assert report["targets"] == ["sm89"] and report["peak_memory"]["embed"] > 0
+    assert report["layers"]["embed"]["kernels"] > 0
     printed = run("inspect", tmp_path / "out")
     assert "tensorrt-rtx" in printed.stdout and "sm89" in printed.stdout and "embed.engine" in printed.stdout
     inspected = json.loads(run("inspect", tmp_path / "out", "--json").stdout)

@@ -63,14 +63,14 @@ def graph() -> ir.Model:
     ids=["fused", "two profiles", "apart", "apart in one profile", "another", "unknown"],
 )
 def test_attention_is_fused_where_a_kernel_is_in_every_profile(log: list[str], fused: bool) -> None:
-    found = report(graph(), PARSED, "Layers:\n" + "\n".join(log) + "\n")
-    (operator,) = found.operators
+    graph_layers = report(graph(), PARSED, "Layers:\n" + "\n".join(log) + "\n")
+    (operator,) = graph_layers.operators
     assert (operator.node, operator.fused, operator.reason is None) == ("a", fused, fused)
-    assert found.count("Attention") == (int(fused), 1)
+    assert graph_layers.count("Attention") == (int(fused), 1)
     assert not any(
         character.isdigit() for name in operator.kernels for character in name.replace("_v2", "").replace("_v1", "")
     )
-    warnings = LayerReport(graphs={"decoder": found}).warnings()
+    warnings = LayerReport(graphs={"decoder": graph_layers}).warnings()
     assert len(warnings) == (not fused)
     if not fused:
         assert "decoder: 1 of 1 attention(s) fell apart into primitives: a" in warnings[0]

@@ -19,10 +19,10 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None = None) -> None:
 
 
 def test_the_installed_library_tells_its_targets() -> None:
-    found = find("tensorrt-rtx")
-    assert found.version == installed_version("tensorrt-rtx")
-    assert {"sm80", "sm89", "sm120"} <= set(found.targets)
-    assert not {"native", "current", "none"} & set(found.targets)
+    library = find("tensorrt-rtx")
+    assert library.version == installed_version("tensorrt-rtx")
+    assert {"sm80", "sm89", "sm120"} <= set(library.targets)
+    assert not {"native", "current", "none"} & set(library.targets)
 
 
 def test_a_missing_library_is_told_with_what_works_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,9 +93,9 @@ def test_links_bear_names_without_a_version(tmp_path: Path) -> None:
 def test_the_gpu_is_what_torch_finds() -> None:
     import torch
 
-    found: Any = libraries.gpu()
+    gpu: Any = libraries.gpu()
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(0)
-        assert found == Gpu(torch.cuda.get_device_name(0), f"sm{major}{minor}")
+        assert gpu == Gpu(torch.cuda.get_device_name(0), f"sm{major}{minor}")
     else:
-        assert found is None
+        assert gpu is None

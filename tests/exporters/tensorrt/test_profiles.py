@@ -30,9 +30,9 @@ BundleOf = Callable[[Case], Pair]
     ],
 )
 def test_ranges(text: str, expected: tuple[int, int, int]) -> None:
-    found = Range.parse(text, "--x")
-    assert (found.min, found.opt, found.max) == expected
-    assert str(found) == text
+    parsed = Range.parse(text, "--x")
+    assert (parsed.min, parsed.opt, parsed.max) == expected
+    assert str(parsed) == text
 
 
 @pytest.mark.parametrize("text", ["", "..", "4..1", "0..4", "1..2..3..4", "a..b", "-1..4", "1.5", "1..", "¹..²"])
@@ -43,8 +43,8 @@ def test_what_is_no_range(text: str) -> None:
 
 @given(st.lists(st.integers(1, 10**6), min_size=2, max_size=2).map(sorted))
 def test_a_range_of_two_numbers_holds_both(numbers: list[int]) -> None:
-    found = Range.parse(f"{numbers[0]}..{numbers[1]}", "--x")
-    assert found.min == numbers[0] <= found.opt <= found.max == numbers[1]
+    parsed = Range.parse(f"{numbers[0]}..{numbers[1]}", "--x")
+    assert parsed.min == numbers[0] <= parsed.opt <= parsed.max == numbers[1]
 
 
 def test_shapes_of_multiples() -> None:
@@ -58,13 +58,13 @@ def test_shapes_of_multiples() -> None:
 
 def profiles(bundle_of: BundleOf, case: Case, **limits: str) -> dict[str, list[Profile]]:
     bundle = bundle_of(case).bundle
-    given = [limits.get(name) for name in ("prefill", "batch", "image_tokens", "visual_tokens")]
-    return make_profiles(bundle, Manifest.load(bundle), Limits.parse(given[0], given[1] or "1", given[2], given[3]))
+    texts = [limits.get(name) for name in ("prefill", "batch", "image_tokens", "visual_tokens")]
+    return make_profiles(bundle, Manifest.load(bundle), Limits.parse(texts[0], texts[1] or "1", texts[2], texts[3]))
 
 
 def test_the_decoder_has_one_for_decoding_and_one_for_prefill(bundle_of: BundleOf) -> None:
-    found = profiles(bundle_of, QWEN3, prefill="1..128", batch="1..8", visual_tokens="1..200")
-    decode, prefill = found["decoder"]
+    by_graph = profiles(bundle_of, QWEN3, prefill="1..128", batch="1..8", visual_tokens="1..200")
+    decode, prefill = by_graph["decoder"]
     assert (decode.name, prefill.name) == ("decode", "prefill")
     assert {name: str(size) for name, size in decode.sizes.items()} == {
         "B": "1..1..8",
@@ -73,15 +73,15 @@ def test_the_decoder_has_one_for_decoding_and_one_for_prefill(bundle_of: BundleO
         "M": "1..200",
     }
     assert str(prefill.sizes["S"]) == "1..128" and prefill.sizes["T"] == Range(min=1, opt=1, max=LOGITS)
-    assert found["memory"][0].sizes["M"] == decode.sizes["M"]
-    assert found["embed"][0].sizes["S"].max == 128
+    assert by_graph["memory"][0].sizes["M"] == decode.sizes["M"]
+    assert by_graph["embed"][0].sizes["S"].max == 128
 
 
 def test_a_mask_of_each_token_is_as_long_as_they_are(bundle_of: BundleOf) -> None:
-    found = profiles(bundle_of, QWEN3, prefill="1..128", batch="1..8", visual_tokens="1..200")
+    by_graph = profiles(bundle_of, QWEN3, prefill="1..128", batch="1..8", visual_tokens="1..200")
     inputs = Manifest.load(bundle_of(QWEN3).bundle).graphs["decoder"].inputs
     (mask,) = [port for port in inputs if port.name == "memory_mask"]
-    decode, prefill = (profile.shapes([mask])["memory_mask"] for profile in found["decoder"])
+    decode, prefill = (profile.shapes([mask])["memory_mask"] for profile in by_graph["decoder"])
     assert QWEN3.visibility == "causal"
     assert decode == ([1, 1, 1], [1, 1, 200], [8, 1, 200])
     assert prefill == ([1, 1, 1], [1, 128, 200], [8, 128, 200])
@@ -112,9 +112,9 @@ def test_by_default_the_memory_holds_a_prefill_and_any_one_image(
     bundle_of: BundleOf, limits: dict[str, str], visual: str
 ) -> None:
     """An image may come in several prefills, so it may have more tokens than one of them."""
-    found = profiles(bundle_of, QWEN3, **limits)
+    by_graph = profiles(bundle_of, QWEN3, **limits)
     expected = Range.parse(visual, "--visual-tokens")
-    assert {profile.sizes["M"] for profile in (*found["memory"], *found["decoder"])} == {expected}
+    assert {profile.sizes["M"] for profile in (*by_graph["memory"], *by_graph["decoder"])} == {expected}
 
 
 def test_by_default_tiles_are_those_that_the_processor_cuts(bundle_of: BundleOf) -> None:

@@ -56,14 +56,14 @@ def device(runtime: EngineRuntime) -> CpuDevice:
 def conversation(runtime: Runtime, inputs: ModelInputs, later: ModelInputs) -> list[np.ndarray]:
     """Logits of a prompt, of steps, of a later turn with images and of steps after it; greedy tokens are fed."""
     state, logits = runtime.start(inputs)
-    found = [logits]
+    step_logits = [logits]
     for _ in range(4):
-        found.append(runtime.step(state, found[-1].argmax(-1)))
-    found.append(runtime.append(state, later))
+        step_logits.append(runtime.step(state, step_logits[-1].argmax(-1)))
+    step_logits.append(runtime.append(state, later))
     for active in (None, np.array([True, False, True]), None):
-        stepped = runtime.step(state, found[-1].argmax(-1), active)
-        found.append(stepped if active is None else np.where(active[:, None], stepped, found[-1]))
-    return found
+        stepped = runtime.step(state, step_logits[-1].argmax(-1), active)
+        step_logits.append(stepped if active is None else np.where(active[:, None], stepped, step_logits[-1]))
+    return step_logits
 
 
 def compare(
@@ -72,8 +72,8 @@ def compare(
     inputs = reference.prepare(prompts, positions)
     images = (image(60, 60, 5),) if prompts is PROMPTS else ()
     later = reference.prepare([Prompt("And it?", images), Prompt("Why?"), Prompt("So?")], positions)
-    found, expected = conversation(runtime, inputs, later), conversation(reference, inputs, later)
-    for ours, theirs in zip(found, expected, strict=True):
+    logits, expected = conversation(runtime, inputs, later), conversation(reference, inputs, later)
+    for ours, theirs in zip(logits, expected, strict=True):
         assert ours.dtype == np.float32
         np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
         assert ours.argmax(-1).tolist() == theirs.argmax(-1).tolist()
@@ -102,12 +102,12 @@ def test_pieces_of_a_prompt_see_what_stands_before_them(export: Export, make: Ma
     runtime = make(pair)
     row: list[Any] = ["some words", image(64, 96, 1), "between the images", image(96, 64, 2), "end"]
     whole, prefix = pair.raw([row]), pair.raw([row[:3]])
-    _, found = runtime.start(whole, logits="all")
+    _, logits = runtime.start(whole, logits="all")
     assert max(device(runtime).lengths()) == 16 < whole.lengths[0]
     _, expected = BundleRuntime(pair.bundle, threads=1).start(whole, logits="all")
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
     _, before = runtime.start(prefix, logits="all")
-    np.testing.assert_allclose(found[:, : prefix.lengths[0]], before, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(logits[:, : prefix.lengths[0]], before, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("positions", ["dhr", "plain"])
@@ -132,10 +132,10 @@ def test_more_logits_than_a_call_gives(export: Export, make: Make) -> None:
     wide = Limits(prefill=Range.of(4, 200), batch=Range.of(1, 3))
     runtime, reference = make(pair, wide), BundleRuntime(pair.bundle, threads=1)
     inputs = reference.prepare([Prompt("word " * 50), PROMPTS[0]])
-    _, found = runtime.start(inputs, logits="all")
+    _, logits = runtime.start(inputs, logits="all")
     _, expected = reference.start(inputs, logits="all")
     for row, length in enumerate(inputs.lengths):
-        np.testing.assert_allclose(found[row, :length], expected[row, :length], atol=1e-4)
+        np.testing.assert_allclose(logits[row, :length], expected[row, :length], atol=1e-4)
     assert max(device(runtime).lengths()) == 64
     runtime.start(inputs)
     assert max(device(runtime).lengths()) == inputs.lengths.max()  # at once where one is enough
@@ -147,8 +147,8 @@ def test_half_precision_crosses_the_boundary(export: Export, make: Make, dtype: 
     pair = export("qwen3_vl", MIXIN + PVM, dtype)
     runtime, reference = make(pair), BundleRuntime(pair.bundle, threads=1, fast_attention=False)
     inputs = reference.prepare(PROMPTS)
-    (state, found), (other, expected) = runtime.start(inputs), reference.start(inputs)
-    np.testing.assert_allclose(found, expected, atol=atol)
+    (state, logits), (other, expected) = runtime.start(inputs), reference.start(inputs)
+    np.testing.assert_allclose(logits, expected, atol=atol)
     assert {tensor.dtype for tensor in (*state.caches.values(), *state.memory.values())} == {dtype}
     token = expected.argmax(-1)
     np.testing.assert_allclose(runtime.step(state, token), reference.step(other, token), atol=atol)
@@ -181,13 +181,13 @@ def test_requests_do_not_disturb_each_other(export: Export, make: Make, captures
     runtime, reference = make(pair, captures=captures), BundleRuntime(pair.bundle, threads=1)
     batches = [runtime.prepare(PROMPTS), runtime.prepare(PROMPTS[:1]), runtime.prepare(PROMPTS[1:])]
     running = [(r, [r.start(batch) for batch in batches]) for r in (runtime, reference)]
-    found = []
+    by_runtime = []
     for each, started in running:
         logits = [first for _, first in started]
         for _ in range(4):
             logits = [each.step(state, last.argmax(-1)) for (state, _), last in zip(started, logits, strict=True)]
-        found.append(logits)
-    for ours, theirs in zip(*found, strict=True):
+        by_runtime.append(logits)
+    for ours, theirs in zip(*by_runtime, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert (device(runtime).replayed > 0) == captures
 
@@ -201,9 +201,11 @@ def test_rows_that_lie_where_nothing_can_be_bound(export: Export, make: Make, mo
 
 def test_a_row_may_fill_the_cache(export: Export, make: Make) -> None:
     pair = export("qwen3_vl", PLAIN)
-    found = [r.generate([Prompt("word " * 100)], 100) for r in (make(pair), BundleRuntime(pair.bundle, threads=1))]
-    assert found[0] == found[1] and found[0][0].finish_reason == "length"
-    assert len(found[0][0].token_ids) < MAX_LENGTH - 100
+    generations = [
+        r.generate([Prompt("word " * 100)], 100) for r in (make(pair), BundleRuntime(pair.bundle, threads=1))
+    ]
+    assert generations[0] == generations[1] and generations[0][0].finish_reason == "length"
+    assert len(generations[0][0].token_ids) < MAX_LENGTH - 100
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`surgeon validate --bytes`: one byte anywhere in what was recorded is told, with the file's name."""
+"""`surgeon validate --bytes`: one byte that differs anywhere in what was recorded is reported, with the file's name."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def assert_told(name: str, *arguments: object) -> None:
+def assert_reported(name: str, *arguments: object) -> None:
     done = run("validate", *arguments, "--bytes")
     assert done.exit_code == 1, done.output
     assert "bytes      FAILED" in done.stdout and "FAILED in" in done.stdout
@@ -66,51 +66,51 @@ FILES = [
 @pytest.mark.parametrize("name", FILES)
 def test_one_bit_of_a_bundle_is_told(bundle: Path, name: str) -> None:
     flip(bundle / name)
-    assert_told(name, bundle)
+    assert_reported(name, bundle)
 
 
 def test_files_that_are_missing_or_more_are_told(bundle: Path) -> None:
     (bundle / "processor" / "chat_template.json").write_text("{}")  # it would go before the recorded template
-    assert_told("processor/chat_template.json was not there", bundle)
+    assert_reported("processor/chat_template.json was not there", bundle)
     (bundle / "processor" / "chat_template.json").unlink()
     (bundle / "vision.onnx").unlink()
-    assert_told("vision.onnx is missing", bundle)
+    assert_reported("vision.onnx is missing", bundle)
 
 
 def test_a_pair_is_compared_before_anything_is_loaded(export: Export, bundle: Path, tmp_path: Path) -> None:
     checkpoint = export("qwen3_vl").checkpoint
     own = ("--prompt", "Hello!", "--steps", 1)
-    held = run("validate", checkpoint, bundle, *own, "--bytes", "--json")
-    assert held.exit_code == 0, held.output
-    report = json.loads(held.stdout)
+    result = run("validate", checkpoint, bundle, *own, "--bytes", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
     assert [check["name"] for check in report["checks"]].count("bytes") == 2 and report["comparisons"]
     flip(bundle / "decoder.onnx")  # which could not even be loaded
-    assert_told("decoder.onnx", checkpoint, bundle)
+    assert_reported("decoder.onnx", checkpoint, bundle)
 
     # the checkpoint was altered after the export: in the middle of a tensor, which its fingerprint does not see
     altered = Path(shutil.copytree(checkpoint, tmp_path / "altered"))
     flip(altered / "model-base.safetensors")
-    assert_told("altered/model-base.safetensors is not the file", altered, export("qwen3_vl").bundle)
+    assert_reported("altered/model-base.safetensors is not the file", altered, export("qwen3_vl").bundle)
     other = tiny_checkpoint(tmp_path / "other", "qwen3_vl", num_hidden_layers=3, seed=1)
-    assert_told("was exported from patched", other, export("qwen3_vl").bundle)
+    assert_reported("was exported from patched", other, export("qwen3_vl").bundle)
 
 
 def test_a_patched_checkpoint_holds_its_sources_bytes(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", torch.bfloat16, num_hidden_layers=2)
     apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
     own = ("--prompt", "Hello!", "--steps", 1)
-    held = run("validate", tmp_path / "patched", source, *own, "--bytes")
-    assert held.exit_code == 0 and "byte for byte" in held.stdout, held.output
+    result = run("validate", tmp_path / "patched", source, *own, "--bytes")
+    assert result.exit_code == 0 and "byte for byte" in result.stdout, result.output
     altered = Path(shutil.copytree(tmp_path / "patched", tmp_path / "altered"))
     flip(altered / "model-base.safetensors")
-    assert_told("it has other values", source, altered)
+    assert_reported("it has other values", source, altered)
     half = tiny_checkpoint(tmp_path / "half", "qwen3_vl", torch.float16, num_hidden_layers=2)
-    assert_told("it is stored as BF16, not F16", half, tmp_path / "patched")
+    assert_reported("it is stored as BF16, not F16", half, tmp_path / "patched")
     deeper = tiny_checkpoint(tmp_path / "deeper", "qwen3_vl", torch.bfloat16, num_hidden_layers=3)
-    assert_told("it is missing", deeper, tmp_path / "patched")
+    assert_reported("it is missing", deeper, tmp_path / "patched")
     assert "more tensor" in run("validate", deeper, tmp_path / "patched", "--bytes").stdout
     other = tiny_checkpoint(tmp_path / "other", "qwen3_vl", torch.bfloat16, num_hidden_layers=2, seed=1)
-    assert_told("was made of source", other, tmp_path / "patched")
+    assert_reported("was made of source", other, tmp_path / "patched")
     assert_refused(run("validate", tmp_path / "patched", "--bytes"), "nothing is recorded", "that it was made of")
 
 
@@ -122,7 +122,7 @@ def test_a_converted_bundle_is_of_one_checkpoint_alone(tmp_path: Path) -> None:
     done = run("validate", source, target, "--bytes", "--prompt", "Hi", "--steps", 1)
     assert done.exit_code == 0 and "and the SHA-256 of 1 weight file" in done.stdout, done.output
     flip(source / "model.safetensors")
-    assert_told("source/model.safetensors is not the file", source, target)
+    assert_reported("source/model.safetensors is not the file", source, target)
 
 
 @pytest.mark.parametrize("how", ["altered", "missing"])
@@ -137,7 +137,7 @@ def test_the_code_that_travels_with_a_checkpoint_is_compared(how: str, tmp_path:
     if how == "altered":
         assert "F.silu" in text
         file.write_text(text.replace("F.silu", "F.gelu"))
-    assert_told("surgeon_memory_pvm.py is not what this version writes", source, tmp_path / "patched")
+    assert_reported("surgeon_memory_pvm.py is not what this version writes", source, tmp_path / "patched")
 
 
 def test_engines(export: Export, bundle: Path, tmp_path: Path) -> None:
@@ -145,12 +145,12 @@ def test_engines(export: Export, bundle: Path, tmp_path: Path) -> None:
     engines = make_engines(pair, tmp_path / "engines", Limits(prefill=Range.of(1, 48), batch=Range.of(1, 2)))
     done = run("validate", engines, "--bytes")
     assert done.exit_code == 0, done.output
-    assert_told("engines are of another bundle", bundle, engines)
+    assert_reported("engines are of another bundle", bundle, engines)
     flip(engines / "processor" / "tokenizer.json")
-    assert_told("processor/tokenizer.json", engines)
+    assert_reported("processor/tokenizer.json", engines)
     flip(engines / "processor" / "tokenizer.json")
     flip(next(engines.glob("decoder*.engine")))
-    assert_told(".engine", engines)
+    assert_reported(".engine", engines)
 
 
 def test_a_bundle_without_digests_says_so(tmp_path: Path) -> None:

@@ -39,9 +39,9 @@ def damaged(checkpoint: Path, target: Path, key: str) -> Path:
     shutil.copytree(checkpoint, target)
     for file in target.glob("*.safetensors"):
         weights = load_file(file)
-        found = [name for name in weights if name.endswith(key)]
-        if found:
-            weights[found[0]] *= 2
+        names = [name for name in weights if name.endswith(key)]
+        if names:
+            weights[names[0]] *= 2
             save_file(weights, file, {"format": "pt"})
             return target
     raise AssertionError(f"no {key} in {checkpoint}")
@@ -268,12 +268,12 @@ def test_what_a_coarser_dtype_rounds_is_not_said_to_be_equal(tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "wide")
     for file in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja"):
         shutil.copy(source / file, tmp_path / "wide")
-    said = [
+    summaries = [
         check.said
         for check in validate_pair(source, tmp_path / "wide", prompt="Hello!", steps=1).checks
         if check.name == "weights"
     ]
-    assert said[0].endswith("value for value") and "rounds" not in said[0]
+    assert summaries[0].endswith("value for value") and "rounds" not in summaries[0]
     altered(tmp_path / "wide", "mlp.down_proj.weight")
     report = validate_pair(source, tmp_path / "wide", prompt="Hello!", steps=1)
     (weights,) = [check for check in report.checks if check.name == "weights"]
@@ -283,9 +283,9 @@ def test_what_a_coarser_dtype_rounds_is_not_said_to_be_equal(tmp_path: Path) -> 
 def test_tied_tensors_are_counted_once(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "source", "qwen3_vl", num_hidden_layers=1)
     report = validate_pair(checkpoint, checkpoint, prompt="Hello!", steps=1)
-    said = next(check.said for check in report.checks if check.name == "weights")
+    summary = next(check.said for check in report.checks if check.name == "weights")
     with Checkpoint.open(checkpoint) as opened:
-        assert f"all {len(opened.tensors)} tensors" in said
+        assert f"all {len(opened.tensors)} tensors" in summary
 
 
 def test_tiles_at_other_ids_are_reported_and_with_plain_ones_judged(tmp_path: Path) -> None:
@@ -320,14 +320,14 @@ def test_tiles_at_other_ids_are_reported_and_with_plain_ones_judged(tmp_path: Pa
 def test_the_command_takes_positions(export: Export, positions: str) -> None:
     pair = export("internvl", (*MIXIN, *PVM, "rope-dhr:tile_order=column"))
     own = ("--image", CHART, "--prompt", "What is this?")
-    held = run("validate", pair.checkpoint, pair.bundle, *own, "--steps", 3, "--positions", positions, "--json")
-    assert held.exit_code == 0, held.output
-    assert [each["level"]["name"] for each in json.loads(held.stdout)["comparisons"]] == ["fp32"]
+    result = run("validate", pair.checkpoint, pair.bundle, *own, "--steps", 3, "--positions", positions, "--json")
+    assert result.exit_code == 0, result.output
+    assert [each["level"]["name"] for each in json.loads(result.stdout)["comparisons"]] == ["fp32"]
     texts = []
     for path in (pair.checkpoint, pair.bundle):
-        said = run("generate", path, *own, "--max-new-tokens", 6, "--positions", positions, "--json")
-        assert said.exit_code == 0, said.output
-        texts.append(json.loads(said.stdout))
+        answer = run("generate", path, *own, "--max-new-tokens", 6, "--positions", positions, "--json")
+        assert answer.exit_code == 0, answer.output
+        texts.append(json.loads(answer.stdout))
     assert texts[0] == texts[1]
     refused = run("generate", export("qwen3_vl").bundle, *own, "--positions", "dhr")
     assert refused.exit_code == 2 and "has no RoPE-DHR positions" in refused.stderr
@@ -453,7 +453,7 @@ def test_a_prompt_without_images_does_not_judge_grafts(fresh_pvm: tuple[Path, Pa
 
 # -- models that are not one --------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"num_hidden_layers": 2}, "text num_hidden_layers 2 in one and 3 in"),
         ({"intermediate_size": 96}, "text intermediate_size 96 in one and 128 in"),
@@ -466,11 +466,11 @@ def test_a_prompt_without_images_does_not_judge_grafts(fresh_pvm: tuple[Path, Pa
     ids=["layers", "intermediate", "heads", "kv heads", "head_dim", "vision", "deepstack"],
 )
 def test_models_of_other_sizes_are_refused_in_one_line(
-    export: Export, tmp_path: Path, options: dict[str, Any], said: str
+    export: Export, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     other = tiny_checkpoint(tmp_path / "other", "qwen3_vl", **{"num_hidden_layers": 3, **options})
-    assert_refused(run("validate", export("qwen3_vl").bundle, other), "not forms of one model", said)
-    assert_refused(run("validate", other, export("qwen3_vl").checkpoint), "not forms of one model", said)
+    assert_refused(run("validate", export("qwen3_vl").bundle, other), "not forms of one model", message)
+    assert_refused(run("validate", other, export("qwen3_vl").checkpoint), "not forms of one model", message)
 
 
 def test_other_families_and_other_grafts_are_refused_in_one_line(export: Export, tmp_path: Path) -> None:
@@ -505,9 +505,9 @@ def test_other_prompts_fail_in_words(export: Export, tmp_path: Path) -> None:
 def test_the_command_exits_with_the_verdict_and_writes_the_report(export: Export, tmp_path: Path) -> None:
     pair, file = export("qwen3_vl"), tmp_path / "report.json"
     own = ("--prompt", "What is this?", "--steps", 3)
-    held = run("validate", pair.checkpoint, pair.bundle, *own, "--report", file)
-    assert held.exit_code == 0, held.output
-    assert held.stdout.count("passed") > 1 and "passed in" in held.stdout
+    result = run("validate", pair.checkpoint, pair.bundle, *own, "--report", file)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("passed") > 1 and "passed in" in result.stdout
     written = json.loads(file.read_text())
     assert written["passed"] is True and written["comparisons"][0]["cases"][0]["tokens_equal"] == 3
 

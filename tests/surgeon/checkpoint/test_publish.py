@@ -302,10 +302,10 @@ def test_what_is_not_whole_is_not_published(tmp_path: Path, overwrite: bool) -> 
         assert names(directory) == ["new"]
         raise CheckpointError(f"{directory / 'new'} is short")
 
-    said = f"{target} was not written, because it would not be whole: {target / 'new'} is short"
+    message = f"{target} was not written, because it would not be whole: {target / 'new'} is short"
     with pytest.raises(TargetError) as raised, staged(target, overwrite, verify=refuse) as staging:
         (staging / "new").touch()
-    assert str(raised.value) == said
+    assert str(raised.value) == message
     assert names(tmp_path) == (["out"] if overwrite else [])
     assert not overwrite or names(target) == ["old"]
 

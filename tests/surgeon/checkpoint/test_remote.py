@@ -31,9 +31,9 @@ def test_headers_alone_are_fetched(served: Hub, tmp_path: Path) -> None:
         assert there.config == here.config and there.dtype == here.dtype
         assert [file.name for file in there.files] == [file.name for file in here.files]
         for info in here.tensors.values():
-            found = there.tensors[info.name]
-            assert (found.file.name, found.shape, found.dtype) == (info.file.name, info.shape, info.dtype)
-            assert (found.offset, found.nbytes) == (info.offset, info.nbytes)
+            remote = there.tensors[info.name]
+            assert (remote.file.name, remote.shape, remote.dtype) == (info.file.name, info.shape, info.dtype)
+            assert (remote.offset, remote.nbytes) == (info.offset, info.nbytes)
         assert there.tensors.keys() == here.tensors.keys()
         assert weight_files(tmp_path / "cache") == []
         for file in here.files:  # the client asks for the first 100 kB

@@ -86,19 +86,19 @@ def test_strided_and_grad_tensors_are_written_as_they_look(tmp_path: Path) -> No
 def test_one_tensor_at_a_time_and_progress_in_bytes(tmp_path: Path) -> None:
     import weakref
 
-    made: list[weakref.ref[torch.Tensor]] = []
+    references: list[weakref.ref[torch.Tensor]] = []
 
     def make() -> torch.Tensor:
-        assert not any(ref() is not None for ref in made), "an earlier tensor is still in memory"
+        assert not any(ref() is not None for ref in references), "an earlier tensor is still in memory"
         tensor = torch.ones(1000)
-        made.append(weakref.ref(tensor))
+        references.append(weakref.ref(tensor))
         return tensor
 
     counts: list[int] = []
     write_safetensors(
         tmp_path / "a", (PlannedTensor(f"w{i}", torch.float32, (1000,), make) for i in range(4)), progress=counts.append
     )
-    assert len(made) == 4
+    assert len(references) == 4
     assert sum(counts) == 16000
 
 

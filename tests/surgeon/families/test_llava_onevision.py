@@ -33,12 +33,12 @@ def image(grid, seed=0):
 def features_of(model, grid, pixels):
     alone = 1 if grid[0] > 1 else 2
     with torch.no_grad():
-        found = model.model.get_image_features(
+        outputs = model.model.get_image_features(
             torch.from_numpy(pixels)[None].repeat(alone, 1, 1, 1, 1),
             torch.tensor([grid[1:]] * alone),
             batch_num_images=torch.tensor([alone]),
         )
-    return found.pooler_output[0]
+    return outputs.pooler_output[0]
 
 
 def run_export(export, inputs):
@@ -79,7 +79,7 @@ def test_visual_tokens_are_packed_as_in_transformers(height, width):
     config = tiny_config("llava_onevision")
     rows, columns = FAMILY.tiles(config, (2, height, width))
     grid = (1 + rows * columns, height, width)
-    found = FAMILY.vision_inputs(config, image(grid), grid)
+    inputs = FAMILY.vision_inputs(config, image(grid), grid)
     features = torch.rand(grid[0], 36, 2, generator=torch.Generator().manual_seed(0))
     line_break = torch.tensor([5.0, 7.0])
     packed, _ = LlavaOnevisionModel.pack_image_features(
@@ -90,7 +90,7 @@ def test_visual_tokens_are_packed_as_in_transformers(height, width):
         config.vision_aspect_ratio,
     )
     table = torch.cat((features.flatten(0, 1), line_break[None]))
-    ours = (table[found["feature_index"]] * torch.from_numpy(found["feature_weight"])[..., None]).sum(1)
+    ours = (table[inputs["feature_index"]] * torch.from_numpy(inputs["feature_weight"])[..., None]).sum(1)
     torch.testing.assert_close(ours, packed[0], rtol=0, atol=2e-5)
     assert len(ours) == FAMILY.image_tokens(config, grid)
 
@@ -100,10 +100,10 @@ def test_export_module_computes_the_vision_tower(model, grid):
     pixels = image(grid)
     inputs = FAMILY.vision_inputs(model.config, pixels, grid)
     assert inputs["feature_index"].dtype == np.int64 and inputs["feature_weight"].dtype == np.float32
-    found = run_export(FAMILY.vision_export(model, torch.float32), inputs)
+    features = run_export(FAMILY.vision_export(model, torch.float32), inputs)
     expected = features_of(model, grid, pixels)
     assert expected.std() > 0.3
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layer", [-2, 1])
@@ -112,8 +112,8 @@ def test_features_of_an_earlier_layer(layer):
     pixels = image(GRIDS[0])
     export = FAMILY.vision_export(model, torch.float32)
     assert not any("post_layernorm" in name or "layers.2." in name for name in export.parameters.values())
-    found = run_export(export, FAMILY.vision_inputs(model.config, pixels, GRIDS[0]))
-    torch.testing.assert_close(found, features_of(model, GRIDS[0], pixels), rtol=1e-5, atol=1e-5)
+    features = run_export(export, FAMILY.vision_inputs(model.config, pixels, GRIDS[0]))
+    torch.testing.assert_close(features, features_of(model, GRIDS[0], pixels), rtol=1e-5, atol=1e-5)
 
 
 def test_torch_export_from_meta_takes_any_image(model):
@@ -128,8 +128,8 @@ def test_torch_export_from_meta_takes_any_image(model):
     for grid in GRIDS:
         inputs = FAMILY.vision_inputs(model.config, image(grid), grid)
         with torch.no_grad():
-            (found,) = program.module()(**{name: torch.from_numpy(value) for name, value in inputs.items()})
-        torch.testing.assert_close(found, run_export(real, inputs), rtol=0, atol=1e-6)
+            (features,) = program.module()(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+        torch.testing.assert_close(features, run_export(real, inputs), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_new_graft_changes_nothing_and_both_key_layouts_load(text_type, layout
     with torch.no_grad():
         before = source(**tensors).logits
         assert torch.equal(patched(**tensors).logits, before) and before.std() > 1
-        told = [m.generate(**tensors, max_new_tokens=6, do_sample=False, pad_token_id=0) for m in (source, patched)]
-        assert torch.equal(*told)
+        tokens = [m.generate(**tensors, max_new_tokens=6, do_sample=False, pad_token_id=0) for m in (source, patched)]
+        assert torch.equal(*tokens)
         patched.model.language_model.layers[1].pvm.alpha.fill_(0.8)
         assert (patched(**tensors).logits - before)[:, -1].abs().max() > 0.1

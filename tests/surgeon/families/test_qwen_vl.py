@@ -1,4 +1,4 @@
-"""Both Qwen-VL families against transformers: what the decoder is told of positions, and the exported vision tower."""
+"""Both Qwen-VL families against transformers: the positions that the decoder gets, and the exported vision tower."""
 
 from types import SimpleNamespace
 
@@ -120,14 +120,14 @@ def test_rope_axes_at_the_published_size(sections):
 
 
 def test_deepstack_and_token_ids(model):
-    found = family_of(model)
-    assert found.deepstack_layers(model.config) == (2 if found.model_type == "qwen3_vl" else 0)
-    assert found.visual_token_ids(model.config) == (IMAGE, VIDEO)
-    assert found.image_tokens(model.config, (1, 6, 8)) == 12
+    model_family = family_of(model)
+    assert model_family.deepstack_layers(model.config) == (2 if model_family.model_type == "qwen3_vl" else 0)
+    assert model_family.visual_token_ids(model.config) == (IMAGE, VIDEO)
+    assert model_family.image_tokens(model.config, (1, 6, 8)) == 12
     tokenizer = SimpleNamespace(convert_ids_to_tokens={IMAGE: "<i>"}.get)
-    assert found.expand_placeholder(model.config, (1, 2, 4), tokenizer) == "<i><i>"
-    assert isinstance(model, getattr(transformers, found.model_class))
-    assert isinstance(model.config, getattr(transformers, found.config_class))
+    assert model_family.expand_placeholder(model.config, (1, 2, 4), tokenizer) == "<i><i>"
+    assert isinstance(model, getattr(transformers, model_family.model_class))
+    assert isinstance(model.config, getattr(transformers, model_family.config_class))
 
 
 # ---------------------------------------------------------------- vision inputs
@@ -137,15 +137,15 @@ def test_deepstack_and_token_ids(model):
 @given(grid=grids_of_images, side=st.sampled_from([8, 48]))
 def test_qwen3_vision_inputs_are_those_of_transformers(grid, side):
     config = tiny_config("qwen3_vl", vision={"num_position_embeddings": side**2})
-    found = family("qwen3_vl").vision_inputs(config, np.empty((grid[1] * grid[2], 0)), grid)
+    inputs = family("qwen3_vl").vision_inputs(config, np.empty((grid[1] * grid[2], 0)), grid)
     thw = torch.tensor([grid])
     index, weight = vision_utils.get_vision_interpolation_indices_and_weights(
         thw, side, mode="bilinear", align_corners=True, spatial_merge_size=2
     )
-    np.testing.assert_array_equal(found["position_ids"], vision_utils.get_vision_position_ids(thw, 2).numpy())
-    np.testing.assert_array_equal(found["pos_index"], index.numpy())
-    np.testing.assert_array_equal(found["pos_weight"], weight.numpy())
-    assert found["pos_weight"].dtype == np.float32
+    np.testing.assert_array_equal(inputs["position_ids"], vision_utils.get_vision_position_ids(thw, 2).numpy())
+    np.testing.assert_array_equal(inputs["pos_index"], index.numpy())
+    np.testing.assert_array_equal(inputs["pos_weight"], weight.numpy())
+    assert inputs["pos_weight"].dtype == np.float32
 
 
 @settings(deadline=None, max_examples=100)
@@ -153,18 +153,18 @@ def test_qwen3_vision_inputs_are_those_of_transformers(grid, side):
 def test_qwen2_5_vision_inputs_are_those_of_transformers(grid):
     config = tiny_config("qwen2_5_vl")
     patches = grid[1] * grid[2]
-    found = family("qwen2_5_vl").vision_inputs(config, np.empty((patches, 0)), grid)
+    inputs = family("qwen2_5_vl").vision_inputs(config, np.empty((patches, 0)), grid)
     thw = torch.tensor([grid])
     order, boundaries = vision_utils.get_vision_window_index(thw, 2, 112, 14)
-    np.testing.assert_array_equal(found["position_ids"], vision_utils.get_vision_position_ids(thw, 2).numpy())
-    np.testing.assert_array_equal(found["window_index"], order.numpy())
-    np.testing.assert_array_equal(found["window_inverse"], torch.argsort(order).numpy())
-    np.testing.assert_array_equal(found["window_kv_len"], boundaries.diff().numpy())
-    gather, scatter = found["window_gather"], found["window_scatter"]
+    np.testing.assert_array_equal(inputs["position_ids"], vision_utils.get_vision_position_ids(thw, 2).numpy())
+    np.testing.assert_array_equal(inputs["window_index"], order.numpy())
+    np.testing.assert_array_equal(inputs["window_inverse"], torch.argsort(order).numpy())
+    np.testing.assert_array_equal(inputs["window_kv_len"], boundaries.diff().numpy())
+    gather, scatter = inputs["window_gather"], inputs["window_scatter"]
     assert gather.shape == (len(boundaries) - 1, 64)
     # every patch is in its own window's row, in order, and is read back from there
     np.testing.assert_array_equal(gather.ravel()[scatter], np.arange(patches))
-    np.testing.assert_array_equal(scatter // 64, np.repeat(np.arange(len(gather)), found["window_kv_len"]))
+    np.testing.assert_array_equal(scatter // 64, np.repeat(np.arange(len(gather)), inputs["window_kv_len"]))
 
 
 @pytest.mark.parametrize(
@@ -180,21 +180,21 @@ def test_grids_that_are_no_image(model, grid, message):
 
 def run_export(export, inputs):
     with torch.no_grad():
-        found = export.module(**{name: torch.from_numpy(value) for name, value in inputs.items()})
-    return dict(zip(export.output_names, found, strict=True))
+        outputs = export.module(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+    return dict(zip(export.output_names, outputs, strict=True))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_export_module_computes_the_vision_tower(model, grid):
-    found = family_of(model)
-    export = found.vision_export(model, torch.float32)
+    model_family = family_of(model)
+    export = model_family.vision_export(model, torch.float32)
     pixels = image(model.config, grid)
-    outputs = run_export(export, found.vision_inputs(model.config, pixels, grid))
+    outputs = run_export(export, model_family.vision_inputs(model.config, pixels, grid))
     with torch.no_grad():
         expected = model.model.visual(torch.from_numpy(pixels), grid_thw=torch.tensor([grid]))
     assert expected.pooler_output.std() > 0.3
     torch.testing.assert_close(outputs["features"], expected.pooler_output, rtol=1e-5, atol=1e-5)
-    if found.deepstack_layers(model.config):
+    if model_family.deepstack_layers(model.config):
         torch.testing.assert_close(outputs["deepstack"], torch.stack(expected.deepstack_features), rtol=1e-5, atol=1e-5)
     else:
         assert set(outputs) == {"features"}
@@ -212,18 +212,18 @@ def test_export_names_every_parameter_of_the_tower(model):
 
 
 def test_torch_export_from_meta_takes_any_image(model):
-    found = family_of(model)
+    model_family = family_of(model)
     with torch.device("meta"):
         empty = type(model)._from_config(model.config, dtype=torch.float32)
-    export = found.vision_export(empty, torch.float32)
+    export = model_family.vision_export(empty, torch.float32)
     assert all(tensor.is_meta for tensor in export.example.values())
     program = torch.export.export(export.module, (), export.example, dynamic_shapes=export.dynamic_shapes, strict=False)
     assert set(program.state_dict) == set(export.parameters)
     # the same program with weights: it holds for another size than the example's
-    real = found.vision_export(model, torch.float32)
+    real = model_family.vision_export(model, torch.float32)
     program = torch.export.export(real.module, (), real.example, dynamic_shapes=real.dynamic_shapes, strict=False)
     grid = (1, 10, 18)
-    inputs = found.vision_inputs(model.config, image(model.config, grid), grid)
+    inputs = model_family.vision_inputs(model.config, image(model.config, grid), grid)
     with torch.no_grad():
         outputs = program.module()(**{k: torch.from_numpy(v) for k, v in inputs.items()})
     torch.testing.assert_close(outputs[0], run_export(real, inputs)["features"], rtol=0, atol=1e-6)

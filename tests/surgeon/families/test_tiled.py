@@ -52,16 +52,16 @@ def padded(rows, side):
 
 
 def test_what_the_family_says_of_a_config(model):
-    found = family_of(model)
-    layout = found.tile_layout(model.config)
-    assert layout == TileLayout(SIDE, "first" if found.model_type == "ovis2" else "last")
+    model_family = family_of(model)
+    layout = model_family.tile_layout(model.config)
+    assert layout == TileLayout(SIDE, "first" if model_family.model_type == "ovis2" else "last")
     assert [layout.tiles(grid) for grid in GRIDS] == [1, 3, 7]
-    assert [found.image_tokens(model.config, grid) for grid in GRIDS] == [9, 27, 63]
-    assert found.visual_token_ids(model.config) == (IMAGE,)
-    assert found.deepstack_layers(model.config) == 0
-    assert isinstance(model, getattr(transformers, found.model_class))
-    assert isinstance(model.config, getattr(transformers, found.config_class))
-    for path in (found.vision_tower, found.projector, found.text_model, found.lm_head):
+    assert [model_family.image_tokens(model.config, grid) for grid in GRIDS] == [9, 27, 63]
+    assert model_family.visual_token_ids(model.config) == (IMAGE,)
+    assert model_family.deepstack_layers(model.config) == 0
+    assert isinstance(model, getattr(transformers, model_family.model_class))
+    assert isinstance(model.config, getattr(transformers, model_family.config_class))
+    for path in (model_family.vision_tower, model_family.projector, model_family.text_model, model_family.lm_head):
         assert sum(p.numel() for p in model.get_submodule(path).parameters()) > 0
 
 
@@ -70,10 +70,10 @@ def test_what_the_family_says_of_a_config(model):
 )
 def test_text_models(text_type, head_dim):
     config = tiny_config("internvl", text_type=text_type, head_dim=head_dim)
-    found = family("internvl")
+    model_family = family("internvl")
     attention = models.build_meta(config).model.language_model.layers[0].self_attn
-    assert found.head_dim(config) == attention.head_dim == (head_dim or 16)
-    assert found.text_config(config).model_type == text_type
+    assert model_family.head_dim(config) == attention.head_dim == (head_dim or 16)
+    assert model_family.text_config(config).model_type == text_type
 
 
 def test_another_text_model_is_refused():
@@ -140,10 +140,10 @@ def features_of(model, pixels):
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_export_module_computes_the_vision_tower(model, grid):
-    found = family_of(model)
+    model_family = family_of(model)
     pixels = image(grid)
-    assert found.vision_inputs(model.config, pixels, grid).keys() == {"pixel_values"}
-    export = found.vision_export(model, torch.float32)
+    assert model_family.vision_inputs(model.config, pixels, grid).keys() == {"pixel_values"}
+    export = model_family.vision_export(model, torch.float32)
     expected = features_of(model, pixels)
     assert expected.std() > 0.3
     torch.testing.assert_close(run_export(export, pixels), expected, rtol=1e-5, atol=1e-5)
@@ -163,22 +163,22 @@ def test_export_module_computes_the_vision_tower(model, grid):
 )
 def test_internvl_towers_of_every_kind(vision, options):
     model = tiny_model("internvl", vision=vision, top=options)
-    found, pixels = family("internvl"), image((1, 1, 2), size=vision.get("image_size", 42))
-    features = run_export(found.vision_export(model, torch.float32), pixels)
+    model_family, pixels = family("internvl"), image((1, 1, 2), size=vision.get("image_size", 42))
+    features = run_export(model_family.vision_export(model, torch.float32), pixels)
     torch.testing.assert_close(features, features_of(model, pixels), rtol=1e-5, atol=1e-5)
-    assert len(features) == found.image_tokens(model.config, (1, 1, 2))
+    assert len(features) == model_family.image_tokens(model.config, (1, 1, 2))
 
 
 def test_torch_export_from_meta_takes_any_number_of_tiles(model):
-    found = family_of(model)
+    model_family = family_of(model)
     with torch.device("meta"):
         empty = type(model)._from_config(model.config, dtype=torch.float32)
-    export = found.vision_export(empty, torch.float32)
+    export = model_family.vision_export(empty, torch.float32)
     assert all(tensor.is_meta for tensor in export.example.values())
     program = torch.export.export(export.module, (), export.example, dynamic_shapes=export.dynamic_shapes, strict=False)
     assert set(program.state_dict) == set(export.parameters)
     # the same program with weights: it holds for other numbers than the example's
-    real = found.vision_export(model, torch.float32)
+    real = model_family.vision_export(model, torch.float32)
     program = torch.export.export(real.module, (), real.example, dynamic_shapes=real.dynamic_shapes, strict=False)
     for grid in GRIDS:
         pixels = image(grid)
@@ -216,11 +216,11 @@ def test_a_random_vocabulary_cannot_be_exported():
 
 def test_indicators_are_embedded_as_transformers_does():
     model = tiny_model("ovis2")
-    found = family("ovis2")
-    indicators = found.indicator_token_ids(model.config)
+    model_family = family("ovis2")
+    indicators = model_family.indicator_token_ids(model.config)
     ids = torch.tensor([[*indicators, *[IMAGE] * 9, 5]])
     pixels = torch.from_numpy(image((1, 1, 1)))
-    export = found.vision_export(model, torch.float32)
+    export = model_family.vision_export(model, torch.float32)
     assert export.output_names == ("features", "indicators") and len(indicators) == 5
     with torch.no_grad():
         embeds = model.get_input_embeddings()(ids)

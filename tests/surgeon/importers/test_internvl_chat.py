@@ -67,12 +67,12 @@ def test_every_tensor_comes_through_bit_for_bit(tmp_path: Path, text: str, optio
     assert report.text_model == text
     assert report.parameters == sum(p.numel() for p in model.parameters())
 
-    found = tensors_of(tmp_path / "out")
+    tensors = tensors_of(tmp_path / "out")
     expected = dict(model.named_parameters())
-    assert found.keys() == expected.keys()
+    assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == torch.bfloat16
-        assert torch.equal(found[name], tensor), name
+        assert tensors[name].dtype == torch.bfloat16
+        assert torch.equal(tensors[name], tensor), name
     assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == sorted(
         p.name for p in source.glob("*.safetensors")
     )
@@ -127,11 +127,11 @@ def test_images_are_scaled_as_the_authors_scale_them(tmp_path: Path) -> None:
     import_checkpoint(golden_checkpoint(tmp_path / "source"), tmp_path / "out", image_token_id=500)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    found = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"]
-    assert found.shape == (1, 3, 64, 64)
+    processed = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"]
+    assert processed.shape == (1, 3, 64, 64)
     scaled = np.asarray(Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC)) / 255
     expected = (scaled - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    np.testing.assert_allclose(found[0].transpose(1, 2, 0), expected, atol=1e-5)
+    np.testing.assert_allclose(processed[0].transpose(1, 2, 0), expected, atol=1e-5)
 
 
 def test_dynamic_ntk_scaling_is_the_published_formula(tmp_path: Path) -> None:

@@ -26,10 +26,10 @@ def test_encodes_and_decodes_as_sentencepiece(kind: str, tmp_path: Path) -> None
     by_table = bool(
         sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes()).normalizer_spec.precompiled_charsmap
     )
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         converted = _sentencepiece.convert(file, {})
-    assert [True for each in told if "normalises text by a table" in str(each.message)] == [True] * by_table
+    assert [True for each in warned if "normalises text by a table" in str(each.message)] == [True] * by_table
     control = st.sampled_from("\n\t\r\0\x01\u200d\ufffd" if not by_table else "\n\t\0\x01\ufffd")
     words = st.sampled_from(["the", "def ", "import", "  ", " ", "▁", "aaa", "----", "0x7f", "图片", "é", "🙂"])
     # with a table, what makes one cluster of several characters is left out, as far as Unicode's categories tell it:

@@ -109,8 +109,8 @@ def test_a_prompt_is_what_the_published_chat_makes_of_it(imported: Path) -> None
 
     assert 4 in inputs.eos_token_ids and 2 in inputs.eos_token_ids
     own = inputs.prepare([Prompt("Hi", system="Be short.")]).input_ids[0]
-    said = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
-    assert tokenizer.apply_chat_template(said, add_generation_prompt=True)["input_ids"] == own.tolist()
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == own.tolist()
     assert inputs.decode(own, skip_special_tokens=False).startswith("<s><|im_start|>system\nBe short.<|im_end|>")
     with torch.no_grad():
         logits = models.load(imported)(**batch.model_kwargs()).logits

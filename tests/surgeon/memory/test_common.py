@@ -184,12 +184,12 @@ def test_embeddings_can_be_resized(case: Case, model: PreTrainedModel) -> None:
 
 def test_each_attention_agrees(case: Case, model: PreTrainedModel) -> None:
     kwargs = case.kwargs()
-    found = []
+    outputs = []
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
-        found.append(logits(model, kwargs))
+        outputs.append(logits(model, kwargs))
     present = kwargs["attention_mask"].bool()
-    torch.testing.assert_close(found[0][present], found[1][present], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs[0][present], outputs[1][present], atol=1e-4, rtol=1e-4)
 
 
 def test_it_learns(case: Case, model: PreTrainedModel) -> None:
@@ -223,10 +223,10 @@ def test_it_learns(case: Case, model: PreTrainedModel) -> None:
 
 def test_a_model_made_of_its_config_has_values_everywhere(case: Case) -> None:
     """As `from_config` makes it, and as missing weights would be filled: gates closed, nothing left as it was."""
-    made = type(case.model)._from_config(case.model.config)
-    for name, parameter in made.named_parameters():
+    fresh_model = type(case.model)._from_config(case.model.config)
+    for name, parameter in fresh_model.named_parameters():
         assert bool(torch.isfinite(parameter).all()), name
-    for module in made.modules():
+    for module in fresh_model.modules():
         if isinstance(module, Graft):
             assert all(not bool(module.get_parameter(gate).any()) for gate in module.gates)
             assert all(bool(p.any()) for name, p in module.named_parameters() if name not in module.gates)

@@ -108,15 +108,15 @@ def test_a_branch_shares_keys_among_as_many_query_heads_as_the_backbone() -> Non
 
 
 @pytest.mark.parametrize(
-    ("attributes", "said"),
+    ("attributes", "message"),
     [
         ({"site": "before"}, "site is 'before'"),
         ({"gates": ()}, "gates is empty"),
         ({"reference": lambda keys: keys}, "write staticmethod"),
     ],
 )
-def test_a_class_that_could_never_work_is_refused_where_it_is_written(attributes: dict[str, Any], said: str) -> None:
-    with pytest.raises(TypeError, match=said):
+def test_a_class_that_could_never_work_is_refused_where_it_is_written(attributes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         type("Wrong", (Small,), attributes)
 
 

@@ -65,7 +65,7 @@ def test_text_alone_is_said_to_be(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda mask: mask.long(), r"torch\.int64 .*: pass torch\.bool"),
         (lambda mask: mask[:, :5], r"\[2, 5\]: pass torch\.bool \[2, "),
@@ -74,8 +74,8 @@ def test_text_alone_is_said_to_be(model: PreTrainedModel) -> None:
     ids=["dtype", "length", "nothing"],
 )
 def test_a_mask_that_cannot_be_of_these_tokens_is_refused(
-    model: PreTrainedModel, kwargs: dict[str, Any], change: Any, said: str
+    model: PreTrainedModel, kwargs: dict[str, Any], change: Any, message: str
 ) -> None:
     mask = change(kwargs["input_ids"] == model.config.image_token_id)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         model(**kwargs, visual_token_mask=mask)

@@ -16,7 +16,7 @@ def test_block_equals_the_authors() -> None:
     block, tensors = published_mixin()
     assert sum(p.numel() for p in block.parameters()) == 41090
     keys, values = block.project(tensors["input.visual_embeds"], block.rope(tensors["input.media_position_ids"][None]))
-    found = block.attend(
+    output = block.attend(
         tensors["input.hidden_states"],
         keys,
         values,
@@ -24,7 +24,7 @@ def test_block_equals_the_authors() -> None:
         None,
         block.rope(tensors["input.text_position_ids"][None]),
     )
-    torch.testing.assert_close(found, tensors["output.hidden_states"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(output, tensors["output.hidden_states"], atol=1e-5, rtol=0)
 
 
 def trained_block(seed: int = 0) -> Mixin:
@@ -45,18 +45,18 @@ def run(block: Mixin, hidden_states: Tensor, visual: Tensor, mask: Tensor, first
     """Text positions follow `first`; the visual tokens have 0, 1, ..."""
     slots, tokens = torch.arange(visual.shape[1]), first + torch.arange(hidden_states.shape[1])
     keys, values = block.project(visual, block.rope(slots.expand(1, len(visual), -1)))
-    found: Tensor = block.attend(
+    output: Tensor = block.attend(
         hidden_states, keys, values, mask, None, block.rope(tokens.expand(1, len(hidden_states), -1))
     )
-    return found
+    return output
 
 
 def test_rows_without_images_are_left_exactly_as_they_are(block: Mixin) -> None:
     hidden_states, visual = torch.randn(2, 5, 24), torch.randn(2, 7, 24)
     mask = torch.tensor([[True] * 7, [False] * 7])
-    found = run(block, hidden_states, visual, mask)
-    assert torch.equal(found[1], hidden_states[1])
-    assert not torch.allclose(found[0], hidden_states[0], atol=0.1)
+    output = run(block, hidden_states, visual, mask)
+    assert torch.equal(output[1], hidden_states[1])
+    assert not torch.allclose(output[0], hidden_states[0], atol=0.1)
 
 
 def test_padding_of_the_memory_does_not_matter(block: Mixin) -> None:
@@ -74,10 +74,10 @@ def test_tokens_of_one_row_may_see_different_images(block: Mixin) -> None:
     hidden_states, visual = (torch.randn(1, length, 24, dtype=torch.float64) for length in (5, 7))
     seen = torch.zeros(1, 5, 7, dtype=torch.bool)
     seen[0, :3] = True
-    found = run(block, hidden_states, visual, seen)
-    assert torch.equal(found[:, 3:], hidden_states[:, 3:])
+    output = run(block, hidden_states, visual, seen)
+    assert torch.equal(output[:, 3:], hidden_states[:, 3:])
     alone = run(block, hidden_states[:, :3], visual, torch.ones(1, 7, dtype=torch.bool))
-    torch.testing.assert_close(found[:, :3], alone, atol=1e-6, rtol=0)
+    torch.testing.assert_close(output[:, :3], alone, atol=1e-6, rtol=0)
 
 
 def test_only_distances_count(block: Mixin) -> None:

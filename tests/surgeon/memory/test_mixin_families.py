@@ -51,8 +51,8 @@ def test_a_batch_is_its_rows_alone_and_keys_turn_with_the_familys_positions(mode
 
     def generate(*prompts: Prompt) -> list[list[int]]:
         kwargs = inputs.prepare(prompts).model_kwargs()
-        found = model.generate(**kwargs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-        return found[:, -6:].tolist()
+        generated = model.generate(**kwargs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        return generated[:, -6:].tolist()
 
     assert generate(*PROMPTS) == [generate(prompt)[0] for prompt in PROMPTS]
 

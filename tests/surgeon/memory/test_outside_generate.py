@@ -197,7 +197,7 @@ def test_tiles_in_the_memory_alone_leave_the_thumbnail_in_the_sequence(model_typ
 @torch.no_grad()
 def test_dynamic_ntk_counts_ids_not_tokens(tmp_path: Path) -> None:
     """A prompt of more tokens than the pretraining's positions, and fewer ids, keeps the pretraining's frequencies."""
-    found = []
+    logits = []
     for rope_type in ("dynamic", "default"):
         rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 8.0}
         source = tiny_checkpoint(
@@ -215,7 +215,7 @@ def test_dynamic_ntk_counts_ids_not_tokens(tmp_path: Path) -> None:
             kwargs["input_ids"] == model.config.image_token_id, None, kwargs["tile_grids"], side=3, thumbnail="last"
         )
         assert ids.max() < 64 < kwargs["input_ids"].shape[1]
-        found.append([model(**{**kwargs, "positions": positions}).logits for positions in ("dhr", "plain")])
-    (dynamic, dynamic_plain), (default, default_plain) = found
+        logits.append([model(**{**kwargs, "positions": positions}).logits for positions in ("dhr", "plain")])
+    (dynamic, dynamic_plain), (default, default_plain) = logits
     assert torch.equal(dynamic, default)
     assert (dynamic_plain - default_plain).abs().max() > 0.01

@@ -21,8 +21,8 @@ def test_published_ids(grid: str, ids: list[int]) -> None:
     columns, rows = map(int, grid.split("x"))
     visual = torch.ones(1, 5 + len(ids), dtype=torch.bool)
     visual[0, :5] = False
-    found = position_ids(visual, None, torch.tensor([[rows, columns]]), 16, "last", "column")
-    assert found[0, 5:].tolist() == ids
+    positions = position_ids(visual, None, torch.tensor([[rows, columns]]), 16, "last", "column")
+    assert positions[0, 5:].tolist() == ids
 
 
 @pytest.mark.parametrize("rows_columns", GRIDS, ids=str)
@@ -99,20 +99,20 @@ def test_padding_moves_nothing(left: bool) -> None:
     padded = torch.cat((pad, visual) if left else (visual, pad), 1)
     mask = torch.cat((pad, here) if left else (here, pad), 1)
     both = torch.cat((padded, padded))
-    found = position_ids(both, torch.cat((mask, mask)).long(), torch.cat((grids, grids)), 2, "last")
-    for row in found:
+    positions = position_ids(both, torch.cat((mask, mask)).long(), torch.cat((grids, grids)), 2, "last")
+    for row in positions:
         assert torch.equal(row[3:] if left else row[:-3], alone)
 
 
 @pytest.mark.parametrize(
-    ("grids", "said"),
+    ("grids", "message"),
     [
         ([[1, 2]], "more images than there are tile grids"),
         ([[1, 2], [2, 2]], "2 x 2 tiles, which takes 20"),
         ([[1, 2], [1, 1], [1, 1]], "1 more than the prompts have"),
     ],
 )
-def test_grids_that_do_not_match(grids: list[list[int]], said: str) -> None:
+def test_grids_that_do_not_match(grids: list[list[int]], message: str) -> None:
     visual, _ = prompt(2, "last")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         position_ids(visual, None, torch.tensor(grids), 2, "last")

@@ -31,8 +31,8 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     ]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert all(process.returncode == 0 for process in processes), outputs[0][1] + outputs[1][1]
-    found: dict[str, list[float]] = json.loads(outputs[0][0].splitlines()[-1])
-    return found
+    losses_by_way: dict[str, list[float]] = json.loads(outputs[0][0].splitlines()[-1])
+    return losses_by_way
 
 
 @pytest.mark.parametrize("way", ["ddp", "layers", "layers_and_grafts", "checkpointed"])

@@ -49,8 +49,10 @@ class Tiny:
 
     def generate(self, *prompts: Prompt, steps: int = 6, positions: Positions | None = None, **options: Any) -> Any:
         kwargs = self.kwargs(*prompts, positions=positions)
-        found = self.model.generate(**kwargs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, **options)
-        return found[:, kwargs["input_ids"].shape[1] :].tolist()
+        generated = self.model.generate(
+            **kwargs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, **options
+        )
+        return generated[:, kwargs["input_ids"].shape[1] :].tolist()
 
     @torch.no_grad()
     def recomputed(self, prompt: Prompt, steps: int = 6, positions: Positions | None = None) -> list[int]:
@@ -109,10 +111,12 @@ def test_beams_of_a_batch_are_those_of_each_row(dhr: Tiny) -> None:
 
 @torch.no_grad()
 def test_a_loop_that_gives_no_positions_continues_too(dhr: Tiny) -> None:
-    found, tokens = dhr.model(**dhr.kwargs(MIXED), use_cache=True), []
+    outputs, tokens = dhr.model(**dhr.kwargs(MIXED), use_cache=True), []
     for _ in range(6):
-        tokens.append(int(found.logits[0, -1].argmax()))
-        found = dhr.model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=found.past_key_values, use_cache=True)
+        tokens.append(int(outputs.logits[0, -1].argmax()))
+        outputs = dhr.model(
+            input_ids=torch.tensor([tokens[-1:]]), past_key_values=outputs.past_key_values, use_cache=True
+        )
     assert tokens == dhr.recomputed(MIXED)
 
 
@@ -132,7 +136,7 @@ def test_a_second_image_in_a_later_turn(dhr: Tiny, positions: Positions) -> None
     turn = dhr.model.generate(**first, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     ids = torch.cat((turn.sequences, second["input_ids"]), 1)
     grids = torch.cat((first["tile_grids"], second["tile_grids"]))
-    found = dhr.model.generate(
+    generated = dhr.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         pixel_values=torch.cat((first["pixel_values"], second["pixel_values"])),
@@ -165,7 +169,7 @@ def test_a_second_image_in_a_later_turn(dhr: Tiny, positions: Positions) -> None
         position += 1
         step = {"input_ids": torch.tensor([tokens[-1:]]), "position_ids": torch.tensor([[position]])}
         run = dhr.model(**step, past_key_values=cache, use_cache=True)
-    assert found == tokens
+    assert generated == tokens
 
 
 @torch.no_grad()
@@ -208,8 +212,8 @@ def test_tiles_in_the_memory_alone_turn_with_the_patches_they_cover(tmp_path: Pa
     both = Tiny(tmp_path / "both", "mixin:every=2", "rope-dhr")
     prompt = Prompt("One.", (image(42, 42),))
     with torch.no_grad():
-        found, expected = (tiny.model(**tiny.kwargs(prompt)).logits for tiny in (alone, both))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        logits, expected = (tiny.model(**tiny.kwargs(prompt)).logits for tiny in (alone, both))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
     # tiles that are not in the sequence have no positions there to choose from
     assert alone.generate(TILED) == alone.generate(TILED, positions="plain")
     kwargs = alone.kwargs(TILED)
@@ -240,15 +244,15 @@ def test_every_parameter_moves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"tile_grids": None}, "pass tile_grids"),
         ({"tile_grids": torch.tensor([[1, 1], [4, 2]])}, "grid and tiles do not match"),
         ({"positions": "other"}, "choose 'dhr' or 'plain'"),
     ],
 )
-def test_what_is_refused(dhr: Tiny, change: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_is_refused(dhr: Tiny, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         dhr.model(**dhr.kwargs(MIXED) | change)
 
 

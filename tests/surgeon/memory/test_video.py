@@ -40,7 +40,7 @@ def pixels(model: PreTrainedModel, *grids: tuple[int, int, int], seed: int = 0) 
     return torch.randn(sum(t * h * w for t, h, w in grids), width, generator=generator)
 
 
-def told(model: PreTrainedModel, ids: list[list[int]], **images: torch.Tensor) -> dict[str, torch.Tensor]:
+def padded_kwargs(model: PreTrainedModel, ids: list[list[int]], **images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Model keywords for rows padded left, of which those without a grid are left out where a family has none."""
     length = max(map(len, ids))
     input_ids = torch.tensor([[0] * (length - len(row)) + row for row in ids])
@@ -53,7 +53,7 @@ def told(model: PreTrainedModel, ids: list[list[int]], **images: torch.Tensor) -
 
 def one_video(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     row = [5, 6, *video(model, GRID), 7, 8]
-    return told(model, [row], pixel_values_videos=pixels(model, GRID), video_grid_thw=torch.tensor([GRID]))
+    return padded_kwargs(model, [row], pixel_values_videos=pixels(model, GRID), video_grid_thw=torch.tensor([GRID]))
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def test_a_cache_holds_what_recomputing_gives(pair: PAIR) -> None:
     assert memory.mask is not None and memory.mask.sum() == (kwargs["input_ids"] == VIDEO).sum()
     row = kwargs["input_ids"][0].tolist()
     for step in generated.logits:
-        again = told(patched, [row])
+        again = padded_kwargs(patched, [row])
         logits = patched(**{**kwargs, **again}, use_cache=False).logits[:, -1]
         torch.testing.assert_close(step, logits, atol=2e-5, rtol=0)
         row.append(int(logits.argmax()))
@@ -100,9 +100,9 @@ def test_rows_with_videos_and_images_are_as_each_alone(pair: PAIR) -> None:
         {},
     ]
     together = {"pixel_values_videos": videos, "video_grid_thw": torch.tensor([GRID, OTHER]), **both}
-    logits = patched(**told(patched, rows, **together)).logits
+    logits = patched(**padded_kwargs(patched, rows, **together)).logits
     for row, (ids, own) in enumerate(zip(rows, alone, strict=True)):
-        expected = patched(**told(patched, [ids], **own)).logits[0]
+        expected = patched(**padded_kwargs(patched, [ids], **own)).logits[0]
         torch.testing.assert_close(logits[row, -len(ids) :], expected, atol=2e-5, rtol=0)
 
 
@@ -111,7 +111,7 @@ def test_a_later_turn_with_a_video_is_refused(pair: PAIR) -> None:
     _, patched = pair
     kwargs = one_video(patched)
     cache = patched(**kwargs, use_cache=True).past_key_values
-    longer = {**kwargs, **told(patched, [[*kwargs["input_ids"][0].tolist(), 9]])}
+    longer = {**kwargs, **padded_kwargs(patched, [[*kwargs["input_ids"][0].tolist(), 9]])}
     with pytest.raises(ValueError, match="a later turn with a video is not supported; pass no past_key_values"):
         patched.generate(**longer, past_key_values=cache, max_new_tokens=2)
 

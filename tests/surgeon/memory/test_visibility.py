@@ -26,19 +26,19 @@ Make = Callable[..., PreTrainedModel]
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """A tiny model with open gates, grafted as asked for; each is made once."""
-    made: dict[Any, PreTrainedModel] = {}
+    grafted: dict[Any, PreTrainedModel] = {}
 
     def model(model_type: str, passes: str = "pvm", visibility: str = "causal") -> PreTrainedModel:
         key = (model_type, passes, visibility)
-        if key not in made:
+        if key not in grafted:
             directory = tmp_path_factory.mktemp("model")
             first, *others = PASSES[passes]
             tiny_model(model_type).save_pretrained(directory / "a")
             apply(directory / "a", directory / "b", f"{first},visibility={visibility}", *others)
             # where transformers' norms compute in fp32 alone: what is left of its rounding does not hide a difference
-            made[key] = models.load(directory / "b").double()
-            randomise_grafts(made[key])
-        return made[key]
+            grafted[key] = models.load(directory / "b").double()
+            randomise_grafts(grafted[key])
+        return grafted[key]
 
     return model
 
@@ -140,9 +140,9 @@ def test_packed_samples_see_their_own_images_behind_them(make: Make) -> None:
             torch.testing.assert_close(packed[:, own], alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("told", ["sample_ids and a mask", "position_ids", "position_ids of four axes"])
+@pytest.mark.parametrize("form", ["sample_ids and a mask", "position_ids", "position_ids of four axes"])
 @pytest.mark.parametrize("use_cache", [False, True])
-def test_packed_samples_see_their_own_however_it_is_said(make: Make, told: str, use_cache: bool) -> None:
+def test_packed_samples_see_their_own_however_it_is_said(make: Make, form: str, use_cache: bool) -> None:
     """A mask that hides padding alone does not join the samples, nor are they joined where positions part them."""
     model = make("qwen3_vl", "both")
     decoder, width = model.model.language_model, model.config.text_config.hidden_size
@@ -157,7 +157,7 @@ def test_packed_samples_see_their_own_however_it_is_said(make: Make, told: str, 
         },
         "position_ids": {"position_ids": positions},
         "position_ids of four axes": {"position_ids": positions.expand(4, 2, -1)},
-    }[told]
+    }[form]
     call = {"has_images": True, "use_cache": use_cache}
     with torch.no_grad():
         packed = decoder(inputs_embeds=embeds, visual_token_mask=visual, **packing, **call).last_hidden_state

@@ -6,16 +6,16 @@ from surgeon.parity.metrics import compare, compare_effect, compare_logits
 
 
 def test_difference_of_known_arrays() -> None:
-    found = compare(np.array([1.0, -2.0, 4.0], np.float32), np.array([1.0, -2.5, 4.0], np.float32))
-    assert (found.max_abs, found.max_relative, found.equal, found.non_finite) == (0.5, 0.125, False, 0)
-    assert found.mean_abs == pytest.approx(0.5 / 3)
-    assert found.cosine == pytest.approx((1 + 5 + 16) / np.sqrt(21 * 23.25))
+    diff = compare(np.array([1.0, -2.0, 4.0], np.float32), np.array([1.0, -2.5, 4.0], np.float32))
+    assert (diff.max_abs, diff.max_relative, diff.equal, diff.non_finite) == (0.5, 0.125, False, 0)
+    assert diff.mean_abs == pytest.approx(0.5 / 3)
+    assert diff.cosine == pytest.approx((1 + 5 + 16) / np.sqrt(21 * 23.25))
 
 
 def test_non_finite_values_are_counted_and_nothing_else_is_said() -> None:
-    found = compare_logits(np.array([[1.0, np.nan]]), np.array([[np.inf, 2.0]]))
-    assert found.non_finite == 2
-    assert not found.equal and np.isnan([found.max_abs, found.cosine, found.kl_mean, found.top1]).all()
+    diff = compare_logits(np.array([[1.0, np.nan]]), np.array([[np.inf, 2.0]]))
+    assert diff.non_finite == 2
+    assert not diff.equal and np.isnan([diff.max_abs, diff.cosine, diff.kl_mean, diff.top1]).all()
 
 
 def test_shapes_must_agree() -> None:
@@ -29,19 +29,19 @@ def test_kl_and_top1_against_torch() -> None:
     b[:3] = a[:3] + 0.1 * b[:3]
     p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
-    found = compare_logits(a.numpy(), b.numpy())
-    assert found.kl_mean == pytest.approx(float(kl.mean()), rel=1e-9)
-    assert found.kl_max == pytest.approx(float(kl.max()), rel=1e-9)
-    assert found.top1 == float((a.argmax(-1) == b.argmax(-1)).double().mean())
+    diff = compare_logits(a.numpy(), b.numpy())
+    assert diff.kl_mean == pytest.approx(float(kl.mean()), rel=1e-9)
+    assert diff.kl_max == pytest.approx(float(kl.max()), rel=1e-9)
+    assert diff.top1 == float((a.argmax(-1) == b.argmax(-1)).double().mean())
     lost = a.max(-1).values - a[range(5), b.argmax(-1)]
-    assert found.flip_margin == pytest.approx(float(lost.max())) and found.flip_margin > 0
-    assert found.cosine == pytest.approx(float(torch.cosine_similarity(a.double(), b.double()).min()))
+    assert diff.flip_margin == pytest.approx(float(lost.max())) and diff.flip_margin > 0
+    assert diff.cosine == pytest.approx(float(torch.cosine_similarity(a.double(), b.double()).min()))
 
 
 def test_equal_logits() -> None:
     logits = np.random.default_rng(0).standard_normal((3, 10)).astype(np.float32)
-    found = compare_logits(logits, logits.copy())
-    assert found.equal and found.max_abs == found.kl_max == 0 and found.top1 == 1
+    diff = compare_logits(logits, logits.copy())
+    assert diff.equal and diff.max_abs == diff.kl_max == 0 and diff.top1 == 1
 
 
 def test_the_effect_of_a_change() -> None:

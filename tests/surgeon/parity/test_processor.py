@@ -52,7 +52,7 @@ def more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         (longer_prompt, "one image: input_ids is [1, 26], transformers' processor gives [1, 25]"),
         (another_letter, "input_ids"),
@@ -60,10 +60,10 @@ def more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         (more_tokens, "input_ids"),
     ],
 )
-def test_a_wrong_prompt_is_seen(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, said: str) -> None:
+def test_a_wrong_prompt_is_seen(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, message: str) -> None:
     fault(monkeypatch)
     _, failures = check_inputs(Inputs.from_directory(checkpoint), checkpoint, default_cases())
-    assert said in failures[0]
+    assert message in failures[0]
 
 
 def test_a_prompt_that_is_wrong_on_both_sides_alike_fails_a_comparison(
@@ -89,7 +89,7 @@ def test_where_it_cannot_be_made_that_is_said(checkpoint: Path, monkeypatch: pyt
     report = validate_pair(checkpoint, checkpoint, prompt="Hello!", steps=1)
     assert report.passed and not [check for check in report.checks if check.name == "inputs"]
     assert any("not compared with transformers' own processor: ImportError" in note for note in report.notes)
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else found(name))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else find_spec(name))
     with pytest.raises(ProcessorUnavailable, match="torchvision is not installed"):
         check_inputs(Inputs.from_directory(checkpoint), checkpoint, cases)

@@ -50,10 +50,10 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_the_passes_did_not_make_is_named(what: str, pair: tuple[Path, Path]) -> None:
-    change, said = CHANGES[what]
+    change, message = CHANGES[what]
     change_record(pair[1], change)
-    told = failures(*pair)
-    assert told and any(said in failure for failure in told)
+    reported = failures(*pair)
+    assert reported and any(message in failure for failure in reported)
 
 
 def test_what_the_passes_made_holds_after_each_of_two_patches(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -69,8 +69,8 @@ def test_what_the_passes_made_holds_after_each_of_two_patches(pair: tuple[Path, 
 def test_a_closed_graft_of_other_options_does_not_pass(pair: tuple[Path, Path]) -> None:
     """Its logits are the source's, whatever they are."""
     own = ("--prompt", "Hello!", "--steps", 1)
-    held = run("validate", *pair, *own)
-    assert held.exit_code == 0 and "record" in held.stdout, held.output
+    result = run("validate", *pair, *own)
+    assert result.exit_code == 0 and "record" in result.stdout, result.output
     change_record(pair[1], every("visibility", "all"))
     done = run("validate", *pair, *own)
     assert done.exit_code == 1

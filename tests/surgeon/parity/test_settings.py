@@ -53,11 +53,11 @@ def test_a_patched_checkpoint_is_set_as_its_source_is(pair: tuple[Path, Path]) -
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_another_setting_is_named(what: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    file, change, said = CHANGES[what]
+    file, change, message = CHANGES[what]
     altered = shutil.copytree(pair[1], tmp_path / "altered")
     (altered / file).write_text(change((altered / file).read_text()))
     failures = compare_settings(Inputs.from_directory(pair[0]), Inputs.from_directory(altered))
-    assert any(said in failure for failure in failures)
+    assert any(message in failure for failure in failures)
 
 
 def test_the_verdict_rests_on_them(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -53,11 +53,11 @@ class Toy:
         return Trace(ids, [self.logits(row) for row in ids], np.array(logits), np.array(fed))
 
     def tensors(self, prompts: Sequence[Prompt]) -> dict[str, list[np.ndarray]]:
-        found = {}
+        hidden_states = {}
         for layer in range(LAYERS):
             values = [np.outer(self.ids(p) + 1.0, np.arange(1, 5)) * (layer + 1) for p in prompts]
-            found[f"hidden_states.{layer}"] = [self.layer_faults.get(layer, lambda x: x)(v) for v in values]
-        return found
+            hidden_states[f"hidden_states.{layer}"] = [self.layer_faults.get(layer, lambda x: x)(v) for v in values]
+        return hidden_states
 
 
 def test_the_same_model_passes_every_rung() -> None:
@@ -77,7 +77,7 @@ def test_a_rung_that_judges_nothing_does_not_pass(level: levels.Level) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "level", "said"),
+    ("fault", "level", "message"),
     [
         (lambda x: x * np.float32(1 + 1e-6), levels.IDENTITY, "bit-equality"),
         (lambda x: x + np.float32(1e-3), levels.FP32, "max abs"),
@@ -88,10 +88,10 @@ def test_a_rung_that_judges_nothing_does_not_pass(level: levels.Level) -> None:
         (lambda x: x * np.float32(np.inf), levels.BF16, "NaN or infinite"),
     ],
 )
-def test_a_fault_fails_its_rung(fault: Fault, level: levels.Level, said: str) -> None:
+def test_a_fault_fails_its_rung(fault: Fault, level: levels.Level, message: str) -> None:
     report = validate(Toy(), Toy(fault), CASES, level, steps=5)
     assert not report.passed
-    assert any(said in failure for case in report.cases for failure in case.failures)
+    assert any(message in failure for case in report.cases for failure in case.failures)
     assert report.to_json()["verdict"] == report.verdict == "failed"
 
 
@@ -100,8 +100,8 @@ def only_decoding(candidate: Toy, fault: Fault) -> Toy:
     right = candidate.trace
 
     def trace(prompts: Sequence[Prompt], steps: int, tokens: np.ndarray | None = None) -> Trace:
-        found = right(prompts, steps, tokens)
-        return replace(found, step_logits=fault(found.step_logits))
+        traced = right(prompts, steps, tokens)
+        return replace(traced, step_logits=fault(traced.step_logits))
 
     candidate.trace = trace  # type: ignore[method-assign]
     return candidate
@@ -142,7 +142,7 @@ def likelier_by(nats: float) -> Fault:
 
 
 @pytest.mark.parametrize(
-    ("level", "limit", "fault", "said"),
+    ("level", "limit", "fault", "metric"),
     [
         (levels.FP32, 1e-4, lambda x, off: x + np.float32(off), "max abs"),
         (levels.FP16, 1e-3, lambda x, off: off_by(1 - off)(x), "cosine"),
@@ -151,13 +151,13 @@ def likelier_by(nats: float) -> Fault:
         (levels.BF16, 5e-2, lambda x, off: likelier_by(off)(x), "mean KL"),
     ],
 )
-def test_each_limit_is_where_it_is_said_to_be(level: levels.Level, limit: float, fault: Any, said: str) -> None:
+def test_each_limit_is_where_it_is_said_to_be(level: levels.Level, limit: float, fault: Any, metric: str) -> None:
     """Half of what is allowed holds, twice as much fails."""
     case = [Case("one", (Prompt("a"),))]
-    held = validate(Toy(), Toy(lambda x: fault(x, limit / 2)), case, level, steps=1)
-    assert held.passed, held.cases[0].failures
+    report = validate(Toy(), Toy(lambda x: fault(x, limit / 2)), case, level, steps=1)
+    assert report.passed, report.cases[0].failures
     failed = validate(Toy(), Toy(lambda x: fault(x, limit * 2)), case, level, steps=1)
-    assert any(f"prefill: {said}" in text for text in failed.cases[0].failures)
+    assert any(f"prefill: {metric}" in text for text in failed.cases[0].failures)
 
 
 @pytest.mark.parametrize(("level", "limit"), [(levels.FP16, 0.1), (levels.BF16, 0.8)])

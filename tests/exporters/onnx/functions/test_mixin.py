@@ -48,8 +48,8 @@ def test_it_equals_the_definition_where_rows_differ(
     media = torch.randint(0, 50, (3, 3, 6))
     visual = torch.randn(3, 6, 48, dtype=dtype)
     keys, values = functions.project(graft, visual, rope(media))
-    for found, expected in zip((keys, values), graft.project(visual, rope(media)), strict=True):
-        torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    for projected, expected in zip((keys, values), graft.project(visual, rope(media)), strict=True):
+        torch.testing.assert_close(projected, expected, atol=tolerance, rtol=0)
     for length in (1, 5):
         hidden_states = torch.randn(3, length, 48, dtype=dtype)
         none = torch.zeros(3, length, dtype=torch.bool)

@@ -24,9 +24,9 @@ def nodes(pair: Pair, graph: str) -> list[ir.Node]:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_they_read_and_write_fp32(export: Export, dtype: torch.dtype) -> None:
     pair = export("ovis2", MIXIN, dtype)
-    found = [n for graph in ("vision", "decoder") for n in nodes(pair, graph) if n.op_type in FLOAT32_OPERATORS]
-    assert {node.op_type for node in found} == {"Softmax", "Tanh"}
-    for node in found:
+    operators = [n for graph in ("vision", "decoder") for n in nodes(pair, graph) if n.op_type in FLOAT32_OPERATORS]
+    assert {node.op_type for node in operators} == {"Softmax", "Tanh"}
+    for node in operators:
         assert node.inputs[0] is not None and node.inputs[0].dtype == node.outputs[0].dtype == ir.DataType.FLOAT
 
 

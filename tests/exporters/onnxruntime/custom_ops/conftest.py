@@ -10,6 +10,6 @@ from cuda_stand_in import StandIn, stand_in
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator[StandIn]:
-    found, alive = stand_in(tmp_path)
-    yield found
+    library, alive = stand_in(tmp_path)
+    yield library
     del alive

@@ -39,17 +39,17 @@ def session(model: ir.Model, kernels: Fused | None = None) -> ort.InferenceSessi
     return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def evaluate(made: ort.InferenceSession, kind: str, length: int, visibility: Visibility = "all") -> np.ndarray:
+def evaluate(ort_session: ort.InferenceSession, kind: str, length: int, visibility: Visibility = "all") -> np.ndarray:
     feeds = inputs_of(kind, length, visibility=visibility)
-    found: np.ndarray = made.run(None, {value.name: feeds[value.name] for value in made.get_inputs()})[0]
-    return found
+    output: np.ndarray = ort_session.run(None, {value.name: feeds[value.name] for value in ort_session.get_inputs()})[0]
+    return output
 
 
 def replaced(model: ir.Model, driver: StandIn, alignment: int = 1) -> Fused:
-    found = fuse(model, device(driver, alignment))
-    assert found is not None
-    driver.know(found.nodes, found.table.operators)
-    return found
+    kernels = fuse(model, device(driver, alignment))
+    assert kernels is not None
+    driver.know(kernels.nodes, kernels.table.operators)
+    return kernels
 
 
 @pytest.mark.parametrize("visibility", ["all", "causal"])
@@ -63,7 +63,7 @@ def test_a_graft_computes_what_its_function_does(driver: StandIn, kind: str, vis
     variants = set()
     for length in (1, 2, 17):
         driver.launches.clear()
-        want, got = (evaluate(made, kind, length, visibility) for made in (before, after))
+        want, got = (evaluate(ort_session, kind, length, visibility) for ort_session in (before, after))
         assert got.shape == want.shape and np.abs(got - want).max() < 1e-5
         assert [launched.split(":")[0] for launched in driver.launches] == steps
         variants |= set(driver.launches)
@@ -74,15 +74,17 @@ def test_a_graft_computes_what_its_function_does(driver: StandIn, kind: str, vis
 def test_no_memory_adds_nothing_and_no_tokens_are_not_launched(driver: StandIn, kind: str) -> None:
     model = model_of(kind)
     kernels = replaced(model, driver)
-    made = session(model, kernels)
+    ort_session = session(model, kernels)
     feeds = inputs_of(kind, 5)
     keys, values, mask = feeds["keys"][:, :, :0], feeds["values"][:, :, :0], feeds["memory_mask"][:, :0]
-    given = feeds | {"keys": keys, "values": values, "memory_mask": mask}
-    (got,) = made.run(None, {value.name: np.ascontiguousarray(given[value.name]) for value in made.get_inputs()})
+    empty_memory = feeds | {"keys": keys, "values": values, "memory_mask": mask}
+    (got,) = ort_session.run(
+        None, {value.name: np.ascontiguousarray(empty_memory[value.name]) for value in ort_session.get_inputs()}
+    )
     want = feeds["hidden_states"] if kind == "mixin" else np.zeros_like(feeds["hidden_states"])
     np.testing.assert_array_equal(got, want)
     driver.launches.clear()
-    assert evaluate(made, kind, 0).shape[1] == 0 and not driver.launches
+    assert evaluate(ort_session, kind, 0).shape[1] == 0 and not driver.launches
 
 
 def test_several_graphs_have_their_operators_and_unload_them(driver: StandIn) -> None:
@@ -90,10 +92,10 @@ def test_several_graphs_have_their_operators_and_unload_them(driver: StandIn) ->
     kernels = {kind: replaced(model, driver) for kind, model in graphs.items()}
     sessions = {kind: session(model, kernels[kind]) for kind, model in graphs.items()}
     for _ in range(2):
-        for kind, made in sessions.items():
-            evaluate(made, kind, 1)
+        for kind, ort_session in sessions.items():
+            evaluate(ort_session, kind, 1)
     assert driver.loaded == 6 + 5  # each once
-    del made
+    del ort_session
     for left, kind in ((5, "pvm"), (0, "mixin")):
         del sessions[kind]
         gc.collect()
@@ -103,10 +105,10 @@ def test_several_graphs_have_their_operators_and_unload_them(driver: StandIn) ->
 def test_each_context_has_its_kernels(driver: StandIn) -> None:
     model = model_of("mixin")
     kernels = replaced(model, driver)
-    made = session(model, kernels)
+    ort_session = session(model, kernels)
     for loaded, context in ((5, 0), (10, 1), (10, 0)):
         driver.enter(context)
-        assert np.isfinite(evaluate(made, "mixin", 1)).all() and driver.loaded == loaded
+        assert np.isfinite(evaluate(ort_session, "mixin", 1)).all() and driver.loaded == loaded
 
 
 def test_operators_are_those_of_the_provider_that_is_named(driver: StandIn) -> None:
@@ -119,25 +121,25 @@ def test_operators_are_those_of_the_provider_that_is_named(driver: StandIn) -> N
 def test_what_the_driver_says_is_told(driver: StandIn) -> None:
     model = model_of("pvm")
     kernels = replaced(model, driver)
-    made = session(model, kernels)
+    ort_session = session(model, kernels)
     driver.fails = 700
     with pytest.raises(Exception, match=r"pvm_text: cuLaunchKernel \(700\)"):
-        evaluate(made, "pvm", 1)
+        evaluate(ort_session, "pvm", 1)
     driver.fails = 0
-    assert np.isfinite(evaluate(made, "pvm", 1)).all()
+    assert np.isfinite(evaluate(ort_session, "pvm", 1)).all()
 
 
 def test_a_tensor_that_kernels_would_read_wrongly_is_refused(driver: StandIn) -> None:
     model = model_of("pvm")
     kernels = replaced(model, driver, alignment=16)
-    made = session(model, kernels)
-    feeds = {value.name: inputs_of("pvm", 1)[value.name] for value in made.get_inputs()}
+    ort_session = session(model, kernels)
+    feeds = {value.name: inputs_of("pvm", 1)[value.name] for value in ort_session.get_inputs()}
     memory = np.zeros(feeds["keys"].nbytes + 32, dtype=np.uint8)
     start = -memory.ctypes.data % 16 + 4
     keys = memory[start : start + feeds["keys"].nbytes].view(np.float32).reshape(feeds["keys"].shape)
     keys[:] = feeds["keys"]
     with pytest.raises(Exception, match="pvm_attend: a tensor is not placed at a multiple of 16 bytes"):
-        made.run(None, feeds | {"keys": keys})
+        ort_session.run(None, feeds | {"keys": keys})
 
 
 def test_a_bundle_answers_the_same(export: Callable[..., Pair], driver: StandIn) -> None:
@@ -149,13 +151,13 @@ def test_a_bundle_answers_the_same(export: Callable[..., Pair], driver: StandIn)
     assert kernels is not None and kernels.functions == {"PersistentVisualMemory": 1, "Mixin": 1}
     driver.know(kernels.nodes, kernels.table.operators)
     prompts = [Prompt("What is it?", (image(64, 96),)), Prompt("A star is a")]
-    found, expected = [], []
-    for each, logits in ((runtime, found), (plain, expected)):
+    fused_logits, expected = [], []
+    for each, logits in ((runtime, fused_logits), (plain, expected)):
         state, last = each.start(each.prepare(prompts))
         logits.append(last)
         for _ in range(3):
             logits.append(each.step(state, logits[-1].argmax(-1)))
-    for got, want in zip(found, expected, strict=True):
+    for got, want in zip(fused_logits, expected, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
     steps = [launched.split(":")[0] for launched in driver.launches]
     assert steps.count("pvm_inject") == steps.count("mixin_down") >= 4
@@ -166,9 +168,9 @@ def test_what_kernels_do_not_take_stays_beside_them(
     export: Callable[..., Pair], driver: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Functions and operators of one domain in a graph; what grafts add, and what they add it to, as outputs."""
-    given = fused_kernels.reason_against
+    real = fused_kernels.reason_against
     monkeypatch.setattr(
-        fused_kernels, "reason_against", lambda kind, *rest: "not this one" if kind == "mixin" else given(kind, *rest)
+        fused_kernels, "reason_against", lambda kind, *rest: "not this one" if kind == "mixin" else real(kind, *rest)
     )
     pair = export("qwen3_vl", ("pvm:layers=1,latent=64", "mixin:layers=2,num_heads=2,intermediate=48"), head_dim=32)
     names = ("persistent_visual_memory.1", "hidden_states.1", "mixin.2")
@@ -178,12 +180,13 @@ def test_what_kernels_do_not_take_stays_beside_them(
         kernels = runtime.decoder.fused
     assert kernels is not None and kernels.functions == {"PersistentVisualMemory": 1}
     driver.know(kernels.nodes, kernels.table.operators)
-    found, expected = (each.start(each.prepare([Prompt("What is it?", (image(64, 96),))])) for each in (runtime, plain))
-    np.testing.assert_allclose(found[1], expected[1], atol=1e-4, rtol=0)
+    prompts = [Prompt("What is it?", (image(64, 96),))]
+    (state, logits), (plain_state, expected) = (each.start(each.prepare(prompts)) for each in (runtime, plain))
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
     for name in names:
-        want = expected[0].extra[name]
+        want = plain_state.extra[name]
         assert np.abs(want).max() > 0
-        np.testing.assert_allclose(found[0].extra[name], want, atol=1e-4, rtol=0, err_msg=name)
+        np.testing.assert_allclose(state.extra[name], want, atol=1e-4, rtol=0, err_msg=name)
     assert driver.launches
 
 
@@ -214,8 +217,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_gets_kernels_that_run_there() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = cuda_device()
-    assert found is not None and found.capability == 89 and found.provider == "CUDAExecutionProvider"
+        cuda = cuda_device()
+    assert cuda is not None and cuda.capability == 89 and cuda.provider == "CUDAExecutionProvider"
     cuda_device.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""The native library: compiled once, kept, and told plainly where it cannot be."""
+"""The native library: compiled once and kept; where it cannot be compiled, a plain message."""
 
 import subprocess
 from collections.abc import Iterator
@@ -60,15 +60,15 @@ def test_its_source_has_no_warnings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("compiler", "told"),
+    ("compiler", "message"),
     [
         ("/nowhere/cc", "the C compiler /nowhere/cc does not run: .*No such file"),
         ("cc -DOperator=1", "the C compiler cc -DOperator=1 fails: .*error"),
     ],
 )
-def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, compiler: str, told: str) -> None:
+def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, compiler: str, message: str) -> None:
     monkeypatch.setenv("CC", compiler)
-    with pytest.raises(native.CompilerError, match=told):
+    with pytest.raises(native.CompilerError, match=message):
         native.build()
 
 

@@ -14,8 +14,8 @@ def test_the_host_sees_float32() -> None:
     """)
     rewrite = Float32Boundary(keep=lambda name: name in ("past", "present"))
     assert rewrite(model).modified and rewrite.replaced == 3
-    made = session(model)
-    assert {v.name: v.type for v in (*made.get_inputs(), *made.get_outputs())} == {
+    ort_session = session(model)
+    assert {v.name: v.type for v in (*ort_session.get_inputs(), *ort_session.get_outputs())} == {
         "x": "tensor(float)",
         "past": "tensor(float16)",
         "i": "tensor(int64)",
@@ -24,5 +24,5 @@ def test_the_host_sees_float32() -> None:
         "z": "tensor(float)",
     }
     x = np.array([1.5, 2.0], np.float32)
-    y, present, z = made.run(None, {"x": x, "past": x.astype(np.float16), "i": np.zeros(2, np.int64)})
+    y, present, z = ort_session.run(None, {"x": x, "past": x.astype(np.float16), "i": np.zeros(2, np.int64)})
     assert y.tolist() == z.tolist() == [3.0, 4.0] and present.tolist() == [-3.0, -4.0]

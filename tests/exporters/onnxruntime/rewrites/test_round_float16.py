@@ -24,8 +24,8 @@ def squares() -> ir.Model:
 
 def run(model: ir.Model) -> np.ndarray:
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    found: np.ndarray = session.run(None, {"x": np.array([2, 300], dtype=np.float16)})[0]
-    return found
+    output: np.ndarray = session.run(None, {"x": np.array([2, 300], dtype=np.float16)})[0]
+    return output
 
 
 def test_onnx_runtime_alone_hides_an_overflow() -> None:
@@ -37,8 +37,8 @@ def test_every_operator_rounds() -> None:
     model = squares()
     rewrite = RoundFloat16()
     assert rewrite(model).modified and rewrite.replaced == 2
-    found = run(model)
-    assert found.dtype == np.float16 and np.isinf(found[1]) and found[0] == np.float16(0.004)
+    output = run(model)
+    assert output.dtype == np.float16 and np.isinf(output[1]) and output[0] == np.float16(0.004)
 
 
 def test_graphs_of_other_dtypes_are_left_alone() -> None:

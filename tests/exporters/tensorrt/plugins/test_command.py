@@ -36,9 +36,9 @@ def grafted(export: Callable[..., Pair]) -> Pair:
 
 
 def test_what_fused_kernels_compute_is_printed(grafted: Pair) -> None:
-    told = plan(grafted, "--kernels", "fused")
-    assert (told.exit_code, told.stderr) == (0, "")
-    assert "decoder: 2 of PersistentVisualMemory are computed by fused kernels" in told.stdout.splitlines()
+    result = plan(grafted, "--kernels", "fused")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "decoder: 2 of PersistentVisualMemory are computed by fused kernels" in result.stdout.splitlines()
     engines = json.loads(plan(grafted, "--kernels", "fused", "--json").stdout)["engines"]
     assert {name: each["fused"] for name, each in engines.items() if each["fused"]} == {
         "decoder": {"PersistentVisualMemory": 2}
@@ -59,17 +59,17 @@ def tile_configs(grafted: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     graft = next(module for module in model.modules() if isinstance(module, Graft))
     decode = plan_engines(grafted.bundle, Options(target="sm80", graphs=("decoder",))).graphs[0].profiles[0]
     chain, types = attention_workload(graft, Size(slots=decode.sizes["M"].opt, dtype="float16"))
-    found = {}
+    measured = {}
     for launch in launches(chain, types):
         best = dataclasses.replace(launch.tile_config, num_warps=2)
-        found[tuned.key(launch.step, launch.inputs)] = tuned.Measured(best, 1e-6, 2e-6, 3)
-    return tuned.keep(GPU, "3.6.0", found)
+        measured[tuned.key(launch.step, launch.inputs)] = tuned.Measured(best, 1e-6, 2e-6, 3)
+    return tuned.keep(GPU, "3.6.0", measured)
 
 
 def test_launches_are_cut_as_they_were_measured(grafted: Pair, tile_configs: Path) -> None:
-    told = plan(grafted, "--kernels", "fused", "--tile-configs", str(tile_configs))
-    assert (told.exit_code, told.stderr) == (0, "")
-    assert f"6 kinds of launches are cut as measured on {GPU}" in told.stdout.splitlines()
+    result = plan(grafted, "--kernels", "fused", "--tile-configs", str(tile_configs))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"6 kinds of launches are cut as measured on {GPU}" in result.stdout.splitlines()
     assert "tile configs are the heuristic's" in plan(grafted, "--kernels", "fused").stdout
     graph = plan_engines(
         grafted.bundle, Options(graphs=("decoder",), kernels="fused", tile_configs=tile_configs)
@@ -98,24 +98,24 @@ def test_tile_configs_that_cannot_be_taken_are_refused(grafted: Pair, tile_confi
         other = tmp_path / "other.json"
         if content is not None:
             other.write_text(content)
-        told = plan(grafted, "--kernels", "fused", "--tile-configs", str(other))
-        assert told.exit_code == 2 and why in told.stderr and "measure on the GPU with" in told.stderr
+        result = plan(grafted, "--kernels", "fused", "--tile-configs", str(other))
+        assert result.exit_code == 2 and why in result.stderr and "measure on the GPU with" in result.stderr
     other.write_text(json.dumps({"format": 1, "gpu": GPU, "launches": {}}))
-    told = plan(grafted, "--kernels", "fused", "--tile-configs", str(other))
-    assert told.exit_code == 0 and f"none of what was measured on {GPU} is of this bundle's sizes" in told.stderr
+    result = plan(grafted, "--kernels", "fused", "--tile-configs", str(other))
+    assert result.exit_code == 0 and f"none of what was measured on {GPU} is of this bundle's sizes" in result.stderr
 
 
 def test_a_bundle_without_grafts_has_nothing_to_fuse(export: Callable[..., Pair]) -> None:
     pair = export("qwen3_vl", PLAIN, torch.float16, head_dim=32)
-    told = plan(pair, "--kernels", "fused")
-    assert told.exit_code == 0 and "fused kernels" not in told.stdout
-    assert told.stderr == "warning: --kernels fused: the bundle has no grafts, which alone have fused kernels\n"
+    result = plan(pair, "--kernels", "fused")
+    assert result.exit_code == 0 and "fused kernels" not in result.stdout
+    assert result.stderr == "warning: --kernels fused: the bundle has no grafts, which alone have fused kernels\n"
 
 
 def test_without_triton_standard_operators_are_offered(grafted: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    told = plan(grafted, "--kernels", "fused")
-    assert told.exit_code == 2 and told.stdout == ""
-    (line,) = told.stderr.splitlines()
+    result = plan(grafted, "--kernels", "fused")
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
     assert line.startswith("error: --kernels fused needs Triton") and line.endswith("or take --kernels standard")
     assert plan(grafted).exit_code == 0

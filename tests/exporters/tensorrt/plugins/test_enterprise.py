@@ -72,13 +72,13 @@ DESCRIBED = {
 @pytest.fixture
 def defined(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, dict[str, Any]], int]]:
     """What is defined by name, and the network's flags."""
-    found: dict[str, dict[str, Any]] = {}
+    registered: dict[str, dict[str, Any]] = {}
 
     def decorator(what: str) -> Callable[[str], Any]:
         def named(name: str) -> Any:
             namespace, _, rest = name.partition("::")
             assert namespace == "surgeon" and rest and "." not in rest
-            return lambda function: found.setdefault(rest, {}).setdefault(what, function)
+            return lambda function: registered.setdefault(rest, {}).setdefault(what, function)
 
         return named
 
@@ -95,7 +95,7 @@ def defined(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, dict[st
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", plugin)
     in_half = {"inputs": ["float16", "bool"], "outputs": [DESCRIBED["outputs"][0] | {"dtype": "float16"}]}
     flags = enterprise.register(library, {"pvm_attend": DESCRIBED, "pvm_text": DESCRIBED | in_half})
-    yield found, flags
+    yield registered, flags
 
 
 INPUTS = (TensorDesc((2, 40, 32), "BF16"), TensorDesc((2, 1000), "BOOL"))

@@ -94,8 +94,8 @@ def test_a_gpu_without_a_kernel_is_told_what_there_is() -> None:
 def test_arguments_are_pointers_then_sizes_then_pointers() -> None:
     arguments = Arguments([1 << 40, 2], [-3, 4], [5])
     kinds = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
-    found = [ctypes.cast(at, ctypes.POINTER(kind))[0] for at, kind in zip(arguments.array, kinds, strict=True)]
-    assert found == [1 << 40, 2, -3, 4, 5]
+    values = [ctypes.cast(at, ctypes.POINTER(kind))[0] for at, kind in zip(arguments.array, kinds, strict=True)]
+    assert values == [1 << 40, 2, -3, 4, 5]
 
 
 def test_a_kernel_is_loaded_once_and_launched_on_the_stream() -> None:

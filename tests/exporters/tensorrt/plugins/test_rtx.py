@@ -58,25 +58,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(
     export: Callable[..., Pair], cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, Built]]:
-    made: dict[Case, tuple[Path, Built]] = {}
+    built: dict[Case, tuple[Path, Built]] = {}
 
     def get(case: Case = CASES[0]) -> tuple[Path, Built]:
-        if case not in made:
+        if case not in built:
             target = tmp_path_factory.mktemp("fused") / "out"
-            made[case] = target, build_engines(bundle_of(export, case), target, options(cache=cache))
-        return made[case]
+            built[case] = target, build_engines(bundle_of(export, case), target, options(cache=cache))
+        return built[case]
 
     return get
 
 
 def carried(engine: bytes) -> list[dict[str, Any]]:
     """The descriptions that an engine holds."""
-    found, place = [], engine.find(b"\x78\xda")
+    descriptions, place = [], engine.find(b"\x78\xda")
     while place >= 0:
         with contextlib.suppress(zlib.error, ValueError):  # two bytes that look like the start of one
-            found.append(json.loads(zlib.decompressobj().decompress(engine[place:])))
+            descriptions.append(json.loads(zlib.decompressobj().decompress(engine[place:])))
         place = engine.find(b"\x78\xda", place + 2)
-    return found
+    return descriptions
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -95,9 +95,9 @@ def test_an_engine_has_a_plugin_for_every_launch(case: Case, engine: Callable[..
 
 def test_an_engine_carries_its_kernels_for_every_target(engine: Callable[..., tuple[Path, Built]]) -> None:
     path, _ = engine()
-    found = carried((path / "decoder.engine").read_bytes())
-    assert {each["kernel"] for each in found} == {"linear", "attend", "retrieve", "swiglu", "inject"}
-    for each in found:
+    descriptions = carried((path / "decoder.engine").read_bytes())
+    assert {each["kernel"] for each in descriptions} == {"linear", "attend", "retrieve", "swiglu", "inject"}
+    for each in descriptions:
         for variant in each["variants"]:
             assert [kernel["capability"] for kernel in variant["kernels"]] == [80, 89, 120]
             assert all(f".entry {kernel['entry']}(" in kernel["ptx"] for kernel in variant["kernels"])
@@ -117,9 +117,9 @@ def test_the_build_cache_knows_the_kernels(
 
 def test_a_head_that_no_kernel_takes_is_left_as_it_is_and_told_once(export: Callable[..., Pair]) -> None:
     bundle = export("qwen3_vl", ("pvm:layers=1,2,latent=32",), torch.float16).bundle
-    with pytest.warns(UserWarning, match="head_dim 16, which is no power of two from 32 to 256; standard") as told:
+    with pytest.warns(UserWarning, match="head_dim 16, which is no power of two from 32 to 256; standard") as warned:
         plan = plan_engines(bundle, options())
-    assert len(told) == 1
+    assert len(warned) == 1
     (graph,) = plan.graphs
     assert graph.rewrites["FusedKernels"] == 0 and graph.rewrites["InlineFunctions"] == 2 and not graph.plugins
 

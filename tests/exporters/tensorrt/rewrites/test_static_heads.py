@@ -58,9 +58,9 @@ def test_a_number_that_does_not_fit_runs_nothing() -> None:
     StaticHeads()(model)
     (pin,) = [value for name, value in model.graph.initializers.items() if name.startswith("tensorrt_")]
     pin.const_value = ir.tensor(np.array([0, 0, 3, 8], dtype=np.int64), name=pin.name)
-    made = session(model)
+    ort_session = session(model)
     with pytest.raises(Exception, match="cannot be reshaped"):
-        made.run(None, feeds())
+        ort_session.run(None, feeds())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""The graphs that TensorRT is given compute what the bundle's own do: every family, pass and dtype, on the CPU; and the
-plan says what they will need."""
+"""The graphs that TensorRT builds from, after its rewrites, compute what the bundle's own do: every family, pass and
+dtype, on the CPU; and the plan says how much memory they will need."""
 
 import itertools
 import zlib
@@ -80,8 +80,8 @@ def run(model: ir.Model, feeds: dict[str, np.ndarray], bundle: Path) -> list[np.
     data = ir.to_proto(model).SerializeToString()
     session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     kinds = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
-    given = {i.name: feeds[i.name].astype(kinds.get(i.type, feeds[i.name].dtype)) for i in session.get_inputs()}
-    return [output.astype(np.float32) for output in session.run(None, given)]
+    inputs = {i.name: feeds[i.name].astype(kinds.get(i.type, feeds[i.name].dtype)) for i in session.get_inputs()}
+    return [output.astype(np.float32) for output in session.run(None, inputs)]
 
 
 def test_caches_and_memory_are_those_of_the_largest_request(bundle_of: Callable[[Case], Pair]) -> None:
