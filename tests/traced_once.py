@@ -11,6 +11,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,16 @@ def traced_once(folder: Path) -> Iterator[None]:
         return _read(path)
 
     patch.setattr(tracing, "trace", quick)
-    registry: Any = pytest.importorskip("torch.onnx._internal.exporter._registration")
-    library = getattr(registry, "onnxscript_apis", None)
-    if hasattr(library, "get_torchlib_ops"):  # of this torch; where it is called otherwise, tests are slower
+    exporter: Any = pytest.importorskip("torch.onnx._internal.exporter._registration")
+    if hasattr(getattr(exporter, "ONNXRegistry", None), "from_torchlib"):  # with another torch tests are slower
         # it parses every operator of its library anew for each graph, a quarter of a tiny model's export
-        patch.setattr(library, "get_torchlib_ops", cache(library.get_torchlib_ops))
+        read_library = cache(exporter.ONNXRegistry.from_torchlib)
+
+        def from_torchlib(*opset: Any, **named: Any) -> Any:
+            registry = copy(read_library(*opset, **named))
+            registry.functions = {target: list(functions) for target, functions in registry.functions.items()}
+            return registry
+
+        patch.setattr(exporter.ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
     yield
     patch.undo()

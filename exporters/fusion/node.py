@@ -34,7 +34,7 @@ def variant_specs(symbols: Iterable[str], tokens: int, slots: int) -> list[Varia
     """The variants for requests of up to so many tokens, or about so many where nothing says: for one token or few,
     some, many. `symbols`: the graph's; `slots`: the visual tokens that a memory usually holds.
 
-    The limits are those at which `default_blocks` changes its mind.
+    The limits are those at which `heuristic_tile_config` changes its choice.
     """
     specs = []
     for limit, length in ((DECODE_TOKENS, 1), (FEW_TOKENS, min(FEW_TOKENS, tokens)), (None, tokens)):

@@ -52,8 +52,7 @@ def replaced(model: ir.Model, driver: StandIn, alignment: int = 1) -> Fused:
     return kernels
 
 
-@pytest.mark.parametrize("visibility", ["all", "causal"])
-@pytest.mark.parametrize("kind", ["pvm", "mixin"])
+@pytest.mark.parametrize(("kind", "visibility"), [("pvm", "causal"), ("mixin", "all")])
 def test_a_graft_computes_what_its_function_does(driver: StandIn, kind: str, visibility: Visibility) -> None:
     model = model_of(kind, visibility=visibility)
     kernels = replaced(model, driver)
