@@ -274,9 +274,8 @@ def test_the_second_time_nothing_is_compiled(tmp_path: Path, compiled_count: lis
     assert compiled_count == [2, 1]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
+def test_damaged_entries_are_compiled_again(tmp_path: Path, compiled_count: list[int]) -> None:
+    damages: list[Callable[[dict[str, Any]], Any]] = [
         lambda entry: entry.pop("ptx"),
         lambda entry: entry.pop("scratch"),
         lambda entry: entry.update(shared="0"),
@@ -284,19 +283,19 @@ def test_the_second_time_nothing_is_compiled(tmp_path: Path, compiled_count: lis
         lambda entry: entry.update(entry="another"),
         lambda entry: entry.update(ptx=entry["ptx"][:200]),
         lambda entry: entry.clear(),
-    ],
-)
-def test_an_entry_with_keys_missing_is_compiled_again(
-    tmp_path: Path, compiled_count: list[int], damage: Callable[[dict[str, Any]], Any]
-) -> None:
-    job = Job(small_pvm("float16", 1)[0], 80)
-    first = compile_launches([job], tmp_path)
-    (file,) = tmp_path.iterdir()
-    entry = json.loads(file.read_text())
-    damage(entry)
-    file.write_text(json.dumps(entry))
-    assert compile_launches([job], tmp_path) == first and compiled_count == [1, 1]
-    assert compile_launches([job], tmp_path) == first and compiled_count == [1, 1]  # it was mended
+    ]
+    launch = small_pvm("float16", 1)[0]
+    epsilons = [(number + 1) / 8 for number in range(len(damages) + 1)]
+    jobs = [Job(dataclasses.replace(launch, constants=launch.constants | {"EPS": eps}), 80) for eps in epsilons]
+    first = compile_launches(jobs, tmp_path)
+    *files, cut_short = sorted(tmp_path.iterdir())
+    for file, damage in zip(files, damages, strict=True):
+        entry = json.loads(file.read_text())
+        damage(entry)
+        file.write_text(json.dumps(entry))
+    cut_short.write_text(cut_short.read_text()[:100])
+    assert compile_launches(jobs, tmp_path) == first and compiled_count == [len(jobs), len(jobs)]
+    assert compile_launches(jobs, tmp_path) == first and len(compiled_count) == 2  # they were mended
 
 
 def test_a_folder_that_cannot_be_written_to_is_said_once(tmp_path: Path, compiled_count: list[int]) -> None:
@@ -343,12 +342,3 @@ def test_another_source_of_what_kernels_share_is_another_entry(tmp_path: Path, m
     assert aot._key(described) == before
     shared.write_bytes(shared.read_bytes().replace(b"+ x * weight", b"- x * weight"))
     assert aot._key(described) != before
-
-
-def test_a_damaged_entry_is_compiled_again(tmp_path: Path, compiled_count: list[int]) -> None:
-    job = Job(small_pvm("float16", 1)[0], 80)
-    first = compile_launches([job], tmp_path)
-    (entry,) = tmp_path.glob("*.json")
-    entry.write_text(entry.read_text()[:100])
-    assert compile_launches([job], tmp_path) == first
-    assert compiled_count == [1, 1]

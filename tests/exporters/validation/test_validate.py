@@ -16,6 +16,8 @@ from checkpoints import QWEN_TYPES, tiny_checkpoint
 from command import assert_refused, run
 from exporters.export import export_bundle
 from exporters.onnx import functions
+from exporters.onnx import trace as tracing
+from exporters.onnx.memory import MemoryProjection
 from exporters.validation.runners import BundleRunner
 from exporters.validation.validate import validate_pair
 from pairs import MIXIN, PVM, Pair
@@ -28,6 +30,7 @@ from surgeon.live import graft
 from surgeon.models import load
 from surgeon.parity.cases import own_case
 from surgeon.parity.torch_runner import TorchRunner
+from traced_once import trace_afresh
 
 Export = Callable[..., Pair]
 STEPS = 6
@@ -371,7 +374,6 @@ def fresh(folder: Path, recipe: str, dtype: torch.dtype, model_type: str = "qwen
 ASKED: dict[str, Any] = {"images": [CHART], "prompt": "What is this?", "steps": 2}
 
 
-@pytest.mark.usefixtures("traced_afresh")
 @pytest.mark.parametrize(
     ("recipe", "dtype"),
     # in fp16 the level itself would not notice how little a fresh mixin does
@@ -391,7 +393,12 @@ def test_a_fresh_grafts_keys_and_values_are_judged(
     assert closed.state == "as they are" and opened.state == "gates opened in memory"
     assert any("gates are closed" in note and "opened to 2" in note for note in report.notes)
 
-    project = functions.project
+    project, trace = functions.project, tracing.trace
+
+    def trace_changed(module: Any, *arguments: Any) -> Any:
+        return (trace_afresh if isinstance(module, MemoryProjection) else trace)(module, *arguments)
+
+    monkeypatch.setattr(tracing, "trace", trace_changed)  # the traces of others do not have it
     monkeypatch.setattr(functions, "project", lambda *arguments: tuple(reversed(project(*arguments))))
     wrong = validate_pair(*fresh(tmp_path / "wrong", recipe, dtype), **ASKED)
     closed, opened = wrong.comparisons
