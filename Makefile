@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint check bench gpu-check clean
+.PHONY: demo test test-long lint check bench gpu-check clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,12 +21,16 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(WORKERS)
 
+# Further cases of what `make test` covers: every family, dtype and target beside every other.
+test-long: $(VENV)/.ready
+	$(BIN)/python -m pytest -n $(WORKERS) -m long
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test
+check: lint test test-long
 
 # Minutes each; see benchmarks/README.md. They print ratios of two things measured in one run.
 bench: $(VENV)/.ready

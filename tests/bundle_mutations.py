@@ -42,7 +42,7 @@ def make_sources(directory: Path) -> dict[str, Path]:
     for family, passes in RECIPES.items():
         plain, patched, bundle = (directory / f"{family}-{part}" for part in ("plain", "patched", "bundle"))
         apply(tiny_checkpoint(plain, family), patched, *passes)
-        export_bundle(patched, bundle, dtype=torch.bfloat16, max_length=512)
+        export_bundle(patched, bundle, dtype=torch.bfloat16, max_length=256)
         bundles[family] = bundle
     return bundles
 

@@ -40,7 +40,7 @@ def test_every_stage_ends_with_all_of_it(tmp_path: Path) -> None:
         "weights",
         "new tensors",
     ]
-    exported = steps_of(lambda p: export_bundle(patched, bundle, dtype=torch.float16, max_length=512, progress=p))
+    exported = steps_of(lambda p: export_bundle(patched, bundle, dtype=torch.float16, max_length=256, progress=p))
     assert exported == [
         "tracing graphs", "tracing decoder layers", "converting to float16", "digests", "measuring activations",
     ]  # fmt: skip

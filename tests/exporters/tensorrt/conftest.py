@@ -1,6 +1,7 @@
 """Engines of tiny bundles, built once for all tests of them, and single graphs built without a bundle."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,26 @@ def bundle_of(export: Callable[..., Pair]) -> Callable[[Case], Pair]:
 
 
 @pytest.fixture(scope="session")
-def engines(bundle_of: Callable[[Case], Pair], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+def engines(bundle_of: Callable[[Case], Pair], built_once: Callable[..., Any]) -> Callable[..., Any]:
     """engines(case) -> bundle, directory of its engines, and what was built; made once for each."""
-    built: dict[Case, tuple[Path, Path, Built]] = {}
 
     def get(case: Case = CASES[0]) -> tuple[Path, Path, Built]:
-        if case not in built:
-            bundle, target = bundle_of(case).bundle, tmp_path_factory.mktemp("engines") / "out"
-            options = Options(target=TARGETS, limits=Limits(batch=Range.of(1, 4)))
-            built[case] = bundle, target, build_engines(bundle, target, options)
-        return built[case]
+        bundle, target = bundle_of(case).bundle, TARGETS if case is CASES[0] else "sm89"
+        return bundle, *built_once(str(case), bundle, Options(target=target, limits=Limits(batch=Range.of(1, 4))))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def built_once(shared: Callable[..., Path]) -> Callable[[str, Path, Options], tuple[Path, Built]]:
+    """built_once(name, bundle, options) -> a directory of engines, and what was built; once in the whole run."""
+
+    def make(folder: Path, bundle: Path, options: Options) -> None:
+        (folder / "built").write_bytes(pickle.dumps(build_engines(bundle, folder / "out", options)))
+
+    def get(name: str, bundle: Path, options: Options) -> tuple[Path, Built]:
+        folder = shared(f"engines {name}", lambda path: make(path, bundle, options))
+        return folder / "out", pickle.loads((folder / "built").read_bytes())
 
     return get
 

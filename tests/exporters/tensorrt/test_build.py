@@ -21,7 +21,10 @@ from surgeon.errors import BundleError, CheckpointError, SurgeonError, TargetErr
 Engines = Callable[..., Any]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+BUILT = [*CASES[:3], *(pytest.param(case, marks=pytest.mark.long) for case in CASES[3:])]
+
+
+@pytest.mark.parametrize("case", BUILT, ids=str)
 def test_every_family_and_pass_builds_with_all_attention_fused(engines: Engines, case: Case) -> None:
     bundle, directory, built = engines(case)
     manifest = Manifest.load(bundle)

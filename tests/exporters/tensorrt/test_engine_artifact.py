@@ -97,7 +97,7 @@ def test_engines_behind_closed_gates_say_that_grafts_were_not_judged(
 ) -> None:
     source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", num_hidden_layers=2)
     apply(source, tmp_path / "patched", "pvm:layers=1,latent=32")
-    export_bundle(tmp_path / "patched", tmp_path / "bundle", dtype=torch.float16, max_length=128, measure=False)
+    export_bundle(tmp_path / "patched", tmp_path / "bundle", dtype=torch.float16, max_length=256, measure=False)
     fresh = Pair(tmp_path / "patched", tmp_path / "bundle")
     engines = make_engines(fresh, tmp_path / "engines", LIMITS)
     report = validate_pair(fresh.checkpoint, engines, [image_file], "What?", steps=2)

@@ -26,7 +26,7 @@ EVERY = [
         FAMILIES, itertools.cycle(("float16", "bfloat16")), itertools.cycle(("all", "causal", "causal")), strict=False
     )
 ]
-COMPARED = [*CASES, *(case for case in EVERY if case not in CASES)]
+COMPARED = [*CASES, *(pytest.param(case, marks=pytest.mark.long) for case in EVERY if case not in CASES)]
 """What engines are built of in test_build.py, and the rest."""
 SIZES = {"B": 2, "S": 3, "T": 2, "M": 5, "W": 2}
 

@@ -49,22 +49,18 @@ def bundle_of(export: Callable[..., Pair], case: Case) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(shared: Callable[..., Path]) -> Path:
     """A cache of engines."""
-    return tmp_path_factory.mktemp("cache")
+    return shared("cache of engines with plugins", lambda folder: None)
 
 
 @pytest.fixture(scope="module")
 def engine(
-    export: Callable[..., Pair], cache: Path, tmp_path_factory: pytest.TempPathFactory
+    export: Callable[..., Pair], built_once: Callable[..., tuple[Path, Built]], cache: Path
 ) -> Callable[..., tuple[Path, Built]]:
-    built: dict[Case, tuple[Path, Built]] = {}
-
     def get(case: Case = CASES[0]) -> tuple[Path, Built]:
-        if case not in built:
-            target = tmp_path_factory.mktemp("fused") / "out"
-            built[case] = target, build_engines(bundle_of(export, case), target, options(cache=cache))
-        return built[case]
+        target = TARGETS if case is CASES[0] else "sm89"
+        return built_once(f"with plugins, {case}", bundle_of(export, case), options(cache=cache, target=target))
 
     return get
 
@@ -79,7 +75,9 @@ def carried(engine: bytes) -> list[dict[str, Any]]:
     return descriptions
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [CASES[0], CASES[3], *(pytest.param(c, marks=pytest.mark.long) for c in CASES[1:3])], ids=str
+)
 def test_an_engine_has_a_plugin_for_every_launch(case: Case, engine: Callable[..., tuple[Path, Built]]) -> None:
     path, built = engine(case)
     kinds = [entry.kind for entry in built.manifest.bundle.memory]
