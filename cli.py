@@ -1,5 +1,6 @@
 """`surgeon`: the table of commands, each loaded when it is called, and what becomes of the errors they raise."""
 
+import difflib
 import errno
 import importlib
 import keyword
@@ -41,6 +42,11 @@ class Surgeon(click.Group):
         command: click.Command = importlib.import_module(f"commands.{module_of(name)}").COMMAND
         return command
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[0] not in COMMANDS and (close := difflib.get_close_matches(args[0], COMMANDS, 1)):
+            raise click.UsageError(f"no such command {args[0]!r}; did you mean {close[0]!r}?", ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -79,6 +85,8 @@ def _refuse(error: click.UsageError, ctx: click.Context) -> NoReturn:
     """Wrong use in one line, as every other error."""
     path = " ".join(filter(None, (ctx.command_path, ctx.invoked_subcommand)))
     message = " ".join(error.format_message().split()).removesuffix(".")
+    if message[1:2].islower():  # as all others begin
+        message = message[:1].lower() + message[1:]
     click.echo(f"error: {message} (see `{path} --help`)", err=True)
     ctx.exit(error.exit_code)
 

@@ -18,7 +18,7 @@ from commands._options import backend_option, json_option, positions_option, pri
     "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens of the answer at most."
 )
 @click.option(
-    "--temperature", type=click.FloatRange(0), default=0.0, show_default="0, greedy", help="Sampling temperature."
+    "--temperature", type=click.FloatRange(0), default=0.0, show_default="0 = greedy", help="Sampling temperature."
 )
 @click.option(
     "--top-p",

@@ -1,5 +1,6 @@
 """Graft CoMemo's mixin layers, gated cross-attention to the images, in front of chosen decoder layers."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -99,7 +100,7 @@ PASS = MixinPass
 
 
 def Mixin(
-    layers: list[int] | str = "every:4",
+    layers: Sequence[int] | str = "every:4",
     *,
     num_heads: int | None = None,
     head_dim: int | None = None,

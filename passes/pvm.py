@@ -1,6 +1,7 @@
 """Graft Persistent Visual Memory branches beside the MLP of chosen decoder layers."""
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -92,7 +93,7 @@ class PvmPass(GraftPass):
 PASS = PvmPass
 
 
-def PVM(layers: list[int] | str, latent: int = 512, visibility: Visibility | None = None) -> PvmPass:
+def PVM(layers: Sequence[int] | str, latent: int = 512, visibility: Visibility | None = None) -> PvmPass:
     """The pass `pvm`, for `surgeon.graft`; options as `surgeon passes` lists them. Raises OptionError."""
     options = {"layers": layers, "latent": latent, "visibility": visibility}
     return make_pass({PvmPass.name: PvmPass}, PvmPass.name, options)  # type: ignore[return-value]

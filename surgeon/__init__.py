@@ -3,9 +3,9 @@
     model = surgeon.graft("Qwen3-VL-8B-Instruct", surgeon.PVM(layers=[8, 16, 24], latent=512))
     surgeon.unfreeze_grafts(model)
     ...  # train
-    model.save_pretrained("trained")
+    surgeon.save(model, "trained", "Qwen3-VL-8B-Instruct")
     surgeon.validate("Qwen3-VL-8B-Instruct", "trained").verdict
-    surgeon.export("trained", Path("bundle"), dtype=torch.bfloat16, max_length=8192)
+    surgeon.export("trained", "bundle", dtype=torch.bfloat16, max_length=8192)
     surgeon.generate("bundle", "What does the chart show?", ["chart.png"]).text
 
 Everything is imported when it is first used: torch and transformers take seconds. The rest is in docs/usage.md.
@@ -23,14 +23,17 @@ if TYPE_CHECKING:
     from passes.mixin import Mixin
     from passes.pvm import PVM
     from passes.rope_dhr import RopeDHR
+    from surgeon.generation import Sampling
     from surgeon.live import graft, graft_parameters, unfreeze_grafts
     from surgeon.models import load
+    from surgeon.saving import save
 
 _PUBLIC = {
     "load": "surgeon.models:load",
     "graft": "surgeon.live:graft",
     "graft_parameters": "surgeon.live:graft_parameters",
     "unfreeze_grafts": "surgeon.live:unfreeze_grafts",
+    "save": "surgeon.saving:save",
     "PVM": "passes.pvm:PVM",
     "Mixin": "passes.mixin:Mixin",
     "RopeDHR": "passes.rope_dhr:RopeDHR",
@@ -38,6 +41,7 @@ _PUBLIC = {
     "export": "exporters.export:export_bundle",
     "generate": "exporters.generation:generate",
     "stream": "exporters.generation:stream",
+    "Sampling": "surgeon.generation:Sampling",
 }
 """What stands here for what is used from Python, wherever it is."""
 
@@ -45,12 +49,14 @@ __all__ = [
     "PVM",
     "Mixin",
     "RopeDHR",
+    "Sampling",
     "__version__",
     "export",
     "generate",
     "graft",
     "graft_parameters",
     "load",
+    "save",
     "stream",
     "unfreeze_grafts",
     "validate",

@@ -5,7 +5,7 @@ processor). Its parts are: the image processor, the tokenizer, the chat template
 can be made, the validator compares with it (`surgeon/parity/processor.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -133,8 +133,7 @@ class Inputs:
             raise CheckpointError(
                 f"{path / 'config.json'} is of a {config.model_type}, another model's: expected {family.model_type}"
             )
-        _require(path, TOKENIZER_FILES, "tokenizer")
-        _require(path, IMAGE_PROCESSOR_FILES, "image processor")
+        _require(path, {"tokenizer": TOKENIZER_FILES, "image processor": IMAGE_PROCESSOR_FILES})
         rendering.start()
         load_tokenizer = partial(AutoTokenizer.from_pretrained, config=config, trust_remote_code=False)
         tokenizer = _load("tokenizer", path, load_tokenizer)
@@ -326,6 +325,15 @@ def _load(part: str, path: Path, loader: Callable[..., Any]) -> Any:
         raise CheckpointError(f"the {part} in {path} cannot be loaded: {one_line(error)}") from error
 
 
-def _require(path: Path, names: Sequence[str], part: str) -> None:
-    if not any((path / name).is_file() for name in names):
-        raise CheckpointError(f"{path} has no {part} ({' or '.join(names)}): copy it from the model's source")
+def _require(path: Path, parts: Mapping[str, Sequence[str]]) -> None:
+    """Raises CheckpointError unless there is a file of each part, naming all that are missing."""
+    missing = [
+        f"{part} ({' or '.join(names)})"
+        for part, names in parts.items()
+        if not any((path / name).is_file() for name in names)
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{path} has no {' and no '.join(missing)}: copy the files from the model's source, or save the model with "
+            "surgeon.save, which does"
+        )

@@ -13,8 +13,9 @@ _FORMS = "a list of layers (8,16,24), every:N or strided:N"
 def _parse(value: Any) -> list[int] | str:
     if isinstance(value, int) and not isinstance(value, bool):
         return [value]
-    if isinstance(value, list) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-        return value
+    several = isinstance(value, list | tuple | range) and bool(value)
+    if several and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        return list(value)
     if isinstance(value, str):
         text = value.strip().removeprefix("[").removesuffix("]")
         if re.fullmatch(r"(every|strided):[1-9]\d*", text):

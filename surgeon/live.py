@@ -1,6 +1,6 @@
 """Grafting into a transformers model in memory, in place."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +8,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import OptionError
 from surgeon.families import family
 from surgeon.graph import LvlmGraph
 from surgeon.memory.graft import Graft
 from surgeon.memory.patched import RECORD, graft_model, patched_base_model_class
 from surgeon.models import load, model_class
+from surgeon.patch import plan
 from surgeon.pipeline import Pass, run_passes
 from surgeon.remote_code import with_remote_code
+from surgeon.sizes import short
 from surgeon.version import __version__
+
+_KEPT, _SAVED = ".original_module", "modules_to_save"
+"""What PEFT calls a module that it trains whole: as it was, and the copies that are used instead."""
 
 
 def graft(model: PreTrainedModel | str | Path, *passes: Pass, seed: int = 0, **kwargs: Any) -> Any:
@@ -25,19 +31,20 @@ def graft(model: PreTrainedModel | str | Path, *passes: Pass, seed: int = 0, **k
 
     Its weights stay the tensors that they are; new ones come on the device of the layer that they are in and in the
     model's dtype, with the values that `surgeon patch` gives them (a function of `seed` and of their names). It is
-    trained, pickled and saved (`save_pretrained`, like any model without its tokenizer) as any patched model. `kwargs`:
-    those of `surgeon.load`, for a checkpoint.
+    trained and pickled as any patched model, and saved by `surgeon.save`, or by `save_pretrained`, which writes no
+    tokenizer and no image processor. `kwargs`: those of `surgeon.load`, for a checkpoint.
 
     Raises OptionError for a model that cannot be grafted into in memory, PreconditionError and the other errors of the
     passes, FamilyError for a family that is not supported.
     """
+    _check_passes(passes)
     if isinstance(model, str | Path):
+        with Checkpoint.open(model, weights="optional") as checkpoint:
+            plan(checkpoint, passes, seed)  # what it would refuse is refused before weights are loaded
         model = load(model, **kwargs)
     elif kwargs:
         raise OptionError(f"{sorted(kwargs)[0]} is for a checkpoint that is to be loaded; this model is in memory")
     _check_graftable(model)
-    if not passes:
-        raise OptionError("nothing says what to graft: name a pass, such as PVM(layers=[8, 16, 24])")
     graph = LvlmGraph.of_model(model, seed)
     _check_plain(model, graph.model)
     run_passes(graph, passes)
@@ -50,18 +57,30 @@ def graft(model: PreTrainedModel | str | Path, *passes: Pass, seed: int = 0, **k
     return model
 
 
+def _check_passes(passes: Sequence[Any]) -> None:
+    if not passes:
+        raise OptionError("nothing says what to graft: name a pass, such as PVM(layers=[8, 16, 24])")
+    for each in passes:
+        if not isinstance(each, Pass):
+            what = getattr(each, "__name__", None) or short(each)
+            raise OptionError(f"{what} is no pass: give each as an argument, such as PVM(layers=[8, 16, 24])")
+
+
 def graft_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name and parameter of everything that grafts brought into a model, whatever wraps it."""
+    """Name and parameter of everything that grafts brought into a model, whatever wraps it; of what PEFT keeps twice
+    (`modules_to_save`), the copy that is trained."""
+    modules = dict(model.named_modules())
     # of a checkpoint's own code, too, whose classes are others
-    grafts = [name for name, module in model.named_modules() if hasattr(type(module), "gates")]
+    grafts = [name for name, module in modules.items() if hasattr(type(module), "gates")]
+    kept = {name for name in grafts if name.endswith(_KEPT) and hasattr(modules[name.removesuffix(_KEPT)], _SAVED)}
     for name, parameter in model.named_parameters():
-        if any(name.startswith(f"{graft}.") for graft in grafts):
+        if any(name.startswith(f"{graft}.") for graft in grafts if graft not in kept):
             yield name, parameter
 
 
 def unfreeze_grafts(model: nn.Module) -> int:
-    """Let the grafts train, and nothing else; -> how many parameters that are. Raises OptionError for a model without
-    grafts."""
+    """Let the grafts train, and nothing else, an adapter neither; -> how many parameters that are. Raises OptionError
+    for a model without grafts."""
     parameters = dict(graft_parameters(model))
     if not parameters:
         raise OptionError("the model has no grafts to train: graft it first")
@@ -120,11 +139,11 @@ def _take_over(model: PreTrainedModel, graph: LvlmGraph) -> None:
         plain_base, within, described.norm_placement, described.visual_token_keys, *kinds.values()
     )
     model.__class__ = with_remote_code(*patched.made_by)
-    for name, plan in graph.new_parameters().items():
+    for name, new in graph.new_parameters().items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         like = next(model.get_submodule(_layer_of(path)).parameters())
-        setattr(module, leaf, nn.Parameter(plan.values(name).to(like.device)))
+        setattr(module, leaf, nn.Parameter(new.values(name).to(like.device)))
     for module in model.modules():
         if isinstance(module, Graft):
             module.train(model.training)

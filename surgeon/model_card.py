@@ -206,7 +206,7 @@ def _recipe(patch: Patch) -> list[str]:
         f"parameter's name alone: of the same source, surgeon {__version__} writes the same bytes again."
     )
     if patch.before.get("passes") and not earlier:
-        text += " How the source was made is told by its own card."
+        text += " How the source was made is in its own card."
     return [commands(*earlier, command("patch", [patch.source.name, "OUT"], *words)), text]
 
 

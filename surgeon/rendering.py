@@ -1,4 +1,4 @@
-"""Chat templates, rendered in a process of their own: a template is a program from outside, which may take for ever, or
+"""Chat templates, rendered in a process of their own: a template is a program from outside, which may never end, or
 all memory, and nothing inside a process can hold it back from both."""
 
 import json

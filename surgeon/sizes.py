@@ -1,5 +1,5 @@
 """What this tool reads of a config's sizes, checked once where a config comes from outside: transformers checks types,
-but hardly a value, and a model of 10^9 layers would be built for ever."""
+but hardly a value, and a model of 10^9 layers would never be built to the end."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar

@@ -50,6 +50,8 @@ from surgeon.version import __version__
 
 GRAPHS = ("embed", "vision", "memory", "decoder")
 
+_SHORTEST = 2
+"""Tokens of a cache that holds a prompt and what follows it."""
 _PROCESSOR_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 
@@ -61,7 +63,7 @@ def write_bundle(
     checkpoint: str | Path,
     target: Path,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     max_length: int,
     calibrate: Calibrate,
     overwrite: bool = False,
@@ -75,7 +77,7 @@ def write_bundle(
     Raises OptionError for a dtype, length or graph that cannot be, CheckpointError and FamilyError for the checkpoint,
     BundleError for a model that cannot be exported, TargetError for the target. `target` appears whole or not at all.
     """
-    if dtype not in PRECISIONS.values():
+    if isinstance(dtype, str) or dtype not in PRECISIONS.values():
         raise OptionError(f"cannot export graphs of {dtype}; choose one of {', '.join(PRECISIONS)}")
     if unknown := set(graphs or ()) - set(GRAPHS):
         raise OptionError(f"no graph {sorted(unknown)[0]!r}; there are {', '.join(GRAPHS)}")
@@ -101,10 +103,12 @@ def write_bundle(
 
 def _check_length(max_length: int, text: Any) -> None:
     longest = text.max_position_embeddings
-    if not 1 <= max_length <= longest:
+    if not _SHORTEST <= max_length <= longest:
         dynamic = text.rope_parameters["rope_type"] == "dynamic"
         reason = ", beyond which its 'dynamic' rotary frequencies change with the length" if dynamic else ""
-        raise OptionError(f"max_length {max_length} is out of range; this model takes 1 to {longest} tokens{reason}")
+        raise OptionError(
+            f"max_length {max_length} is out of range; this model takes {_SHORTEST} to {longest} tokens{reason}"
+        )
 
 
 def _write(

@@ -116,7 +116,7 @@ def _tuned(options: Options) -> "Tuned | None":
     """Tile configs as measured, from the file that was named or that of the GPU that is here."""
     if options.kernels == "standard":
         if options.tile_configs is not None:
-            raise EngineError("--tile-configs is of fused kernels: add --kernels fused, or leave it out")
+            raise EngineError("--tile-configs applies to fused kernels only: add --kernels fused, or leave it out")
         return None
     # needs torch alone, but what fused kernels need is imported for them alone
     from exporters.kernels.tuned import Tuned, load, read

@@ -59,6 +59,13 @@ def validate_pair(
     are not loaded. Raises SurgeonError where one cannot be loaded, or the two are not forms of one model.
     """
     started = time.monotonic()
+    for each in (a, b):
+        if not isinstance(each, str | Path):
+            raise OptionError(
+                f"cannot validate a {type(each).__name__} in memory: write it with surgeon.save, and validate that"
+            )
+    if isinstance(images, str | Path):
+        images = (Path(images),)
     report = validate_bytes(a, b, progress) if bytes_too else None
     if report is not None and not report.passed:
         return report
@@ -266,7 +273,7 @@ class _Pair:
         if not dim:
             return
         values = _gates_text({name: shown_gates[name] for name in dim})
-        closed = f"{len(dim)} of {len(shown_gates)} gates are closed, or as good as ({values})"
+        closed = f"{len(dim)} of {len(shown_gates)} gates are closed or nearly closed ({values})"
         if a is None or b is None:
             report.notes.append(
                 f"the grafts were not judged: {closed}, and engines cannot be given others; compare a bundle, or "

@@ -72,7 +72,7 @@ class Graft(nn.Module, ABC):
         """Parameter name -> its value at insertion: the layer computes what it did before, and the graft can learn.
 
         Gates and biases are zero, norms one, matrices normal: a second zero matrix behind a zero gate would leave both
-        without gradient for ever. Raises ValueError where a gate is no parameter.
+        without gradient. Raises ValueError where a gate is no parameter.
         """
         own = {name for name, _ in self.named_parameters(recurse=False)}
         if unknown := sorted(set(self.gates) - own):

@@ -11,8 +11,9 @@ import torch
 from checkpoints import has_tokenizer, tiny_checkpoint
 from published import golden_checkpoint
 
-TEXT = (Path(__file__).parents[2] / "docs" / "usage.md").read_text()
-CHART = Path(__file__).parents[2] / "surgeon" / "parity" / "data" / "chart.png"
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "usage.md").read_text()
+CHART = ROOT / "surgeon" / "parity" / "data" / "chart.png"
 
 
 @pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint, whose tokenizer it needs, is not there")
@@ -35,3 +36,14 @@ def test_the_blocks_run_in_their_order(
     assert "passed" in printed and "qwen3_vl 25" in printed
     assert names["parameters"] == sum(p.numel() for n, p in names["model"].named_parameters() if ".pvm." in n)
     assert all((tmp_path / name).is_dir() for name in ("patched", "trained", "bundle", "internvl2"))
+
+
+@pytest.mark.skipif(not has_tokenizer(), reason="the demo checkpoint, whose tokenizer it needs, is not there")
+def test_the_readmes_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_checkpoint(tmp_path / "Qwen3-VL-8B-Instruct", "qwen3_vl", num_hidden_layers=25)
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1] == "passed"

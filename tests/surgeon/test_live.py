@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,31 @@ def test_a_checkpoint_is_loaded_for_it(tmp_path: Path) -> None:
     model = graft(tmp_path / "source", *passes(), dtype=torch.bfloat16)
     assert {parameter.dtype for _, parameter in model.named_parameters()} == {torch.bfloat16}
     assert torch.equal(logits(model), logits(models.load(tmp_path / "source", dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ([], "nothing says what to graft"),
+        ([PVM], "PVM is no pass: give each as an argument, such as"),
+        (["pvm:layers=2"], "'pvm:layers=2' is no pass"),
+        ([[PVM(layers=[1])]], "is no pass: give each as an argument"),
+    ],
+)
+def test_what_is_no_pass(wrong: list[Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        graft(tiny_model("qwen3_vl"), *wrong)
+
+
+def test_a_checkpoint_is_planned_before_its_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("qwen3_vl").save_pretrained(tmp_path / "source")
+    monkeypatch.setattr("surgeon.live.load", lambda *arguments, **options: pytest.fail("it was loaded"))
+    with pytest.raises(PreconditionError, match="99"):
+        graft(tmp_path / "source", PVM(layers=[99], latent=32))
+
+
+def test_layers_may_be_any_sequence() -> None:
+    assert PVM(layers=(1, 2)).options.layers == PVM(layers=range(1, 3)).options.layers == [1, 2]
 
 
 def test_what_its_config_does_not_make_would_be_lost_and_is_refused() -> None:

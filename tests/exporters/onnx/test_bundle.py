@@ -199,8 +199,9 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_written(export: Expo
     checkpoint, target = export("qwen3_vl").checkpoint, tmp_path / "bundle"
     for options, kind, message in (
         ({"dtype": torch.int8, "max_length": 16}, OptionError, "fp16"),
-        ({"dtype": torch.float32, "max_length": 0}, OptionError, "1 to 4096"),
-        ({"dtype": torch.float32, "max_length": 5000}, OptionError, "1 to 4096"),
+        ({"dtype": torch.float32, "max_length": 1}, OptionError, "2 to 4096"),
+        ({"dtype": torch.float32, "max_length": 5000}, OptionError, "2 to 4096"),
+        ({"dtype": "fp8"}, OptionError, "graphs of fp8; choose one of fp32, fp16, bf16"),
         ({"dtype": torch.float32, "max_length": 16, "graphs": ["decode"]}, OptionError, "decode"),
     ):
         with pytest.raises(kind, match=message):

@@ -253,7 +253,7 @@ def test_dynamic_rotary_embeddings_are_plain_up_to_the_pretraining_length(tmp_pa
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     sizes = {"num_hidden_layers": 2, "max_position_embeddings": 40, "text_type": "llama", "rope_parameters": rope}
     checkpoint = tiny_checkpoint(tmp_path / "source", "internvl", **sizes)
-    with pytest.raises(OptionError, match="41 is out of range; this model takes 1 to 40 tokens, beyond which"):
+    with pytest.raises(OptionError, match="41 is out of range; this model takes 2 to 40 tokens, beyond which"):
         export_bundle(checkpoint, tmp_path / "bundle", dtype=torch.float32, max_length=41)
     config = tiny_config("internvl", **sizes)
     with pytest.raises(BundleError, match=r"max_length 41: beyond 40 tokens"):

@@ -25,7 +25,7 @@ from passes.pvm import PVM as PVM_PASS
 from patching import apply
 from surgeon.checkpoint import Checkpoint
 from surgeon.console import report_validation
-from surgeon.errors import SurgeonError, TooLongError
+from surgeon.errors import OptionError, SurgeonError, TooLongError
 from surgeon.live import graft
 from surgeon.models import load
 from surgeon.parity.cases import own_case
@@ -253,6 +253,16 @@ def test_grafts_of_another_size_of_gate_are_not_blamed_on_rounding(export: Expor
     assert report.verdict == "failed"
     assert not any("rounding" in note for note in report.all_notes())
     assert any("differ without them" in note for note in report.all_notes())
+
+
+def test_one_image_needs_no_list_and_a_model_in_memory_is_refused(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", num_hidden_layers=1)
+    (case,) = validate_pair(source, source, str(CHART), "What?", steps=1).comparisons[0].cases
+    assert case.images == 1
+    with pytest.raises(OptionError, match="cannot validate a Qwen3VL.* in memory: write it with surgeon.save"):
+        validate_pair(source, load(source))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="cannot export a Qwen3VL.* in memory: write it with surgeon.save"):
+        export_bundle(load(source), tmp_path / "bundle", dtype="fp32")  # type: ignore[arg-type]
 
 
 def test_without_an_image_nothing_is_proved_of_grafts(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from checkpoints import QWEN_TYPES, tiny_model
 from patching import apply, batch, image, open_gates, patched_pair
 from surgeon import models
+from surgeon.live import graft_parameters
 
 GRID = (1, 4, 6)
 
@@ -106,6 +107,9 @@ def test_grafts_whole_beside_lora(tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["pvm", "mixin"])
     tuned = get_peft_model(model, config)
+    # of what PEFT keeps twice, the copy that is used
+    own = dict(graft_parameters(tuned))
+    assert len(own) == 26 and all(parameter.requires_grad for parameter in own.values())
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()

@@ -93,7 +93,10 @@ def test_the_file_of_the_gpu_that_is_here_is_taken_by_itself(
 
 def test_tile_configs_that_cannot_be_taken_are_refused(grafted: Pair, tile_configs: Path, tmp_path: Path) -> None:
     standard = plan(grafted, "--tile-configs", str(tile_configs))
-    assert standard.exit_code == 2 and "--tile-configs is of fused kernels: add --kernels fused" in standard.stderr
+    assert (
+        standard.exit_code == 2
+        and "--tile-configs applies to fused kernels only: add --kernels fused" in standard.stderr
+    )
     for content, why in ((None, "No such file"), ("[]", "it is no file of measured tile configs")):
         other = tmp_path / "other.json"
         if content is not None:
