@@ -98,7 +98,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return "interrupted", 130
         case SurgeonError():
             return f"error: {error}", error.exit_code
-        case OSError(errno=errno.ENOSPC):
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG):
             return "error: no space is left where the output goes", 2
     reason = next(iter(str(error).strip().splitlines()), "")
     return f"error: unexpected {type(error).__name__}: {reason} (run with --debug to see where)", 3

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from PIL import Image
+
 from exporters.artifact import artifact_kind
 from exporters.onnxruntime.session import Provider
 from surgeon.errors import OptionError
@@ -56,6 +58,8 @@ def open_generator(model: Any, provider: Provider = "auto") -> TextGenerator:
             from exporters.onnxruntime import BundleRuntime
 
             return BundleRuntime(model, provider=provider)
+    if provider != "auto":
+        raise OptionError(f"provider {provider} is for bundles; {model} is a checkpoint, which torch runs")
     from surgeon.torch_generate import TorchGenerator
 
     return TorchGenerator(model)
@@ -77,7 +81,7 @@ def generate(
     `open_generator`; the rest as for `TextGenerator.generate`."""
     if max_new_tokens < 0:
         raise OptionError(f"max_new_tokens is {max_new_tokens}; it is 0 or more")
-    if isinstance(images, str | Path):
+    if isinstance(images, str | Path | Image.Image):
         images = (images,)
     generator = open_generator(model, provider)
     (generation,) = generator.generate(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from surgeon.graft_pass import LAYERS, GraftOptions, GraftPass, Visibility
+from surgeon.graft_pass import LAYERS, MOST, GraftOptions, GraftPass, Visibility
 from surgeon.layer_choice import LayerChoice
 from surgeon.pipeline import PassResult, PreconditionError, make_pass
 
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 class MixinOptions(GraftOptions):
     layers: LayerChoice = Field(default="every:4", description=LAYERS)
     every: int | None = Field(default=None, gt=0, description="short for layers=every:N")
-    num_heads: int | None = Field(default=None, gt=0, description="attention heads; by default the backbone's")
-    head_dim: int | None = Field(default=None, gt=0, description="width of a head; by default the backbone's")
-    intermediate: int | None = Field(default=None, gt=0, description="feed-forward width; by default the backbone's")
+    num_heads: int | None = Field(default=None, gt=0, le=MOST, description="attention heads; by default the backbone's")
+    head_dim: int | None = Field(default=None, gt=0, le=MOST, description="width of a head; by default the backbone's")
+    intermediate: int | None = Field(
+        default=None, gt=0, le=MOST, description="feed-forward width; by default the backbone's"
+    )
     rope_theta: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="rotary base; by default the backbone's"
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from surgeon.graft_pass import GraftOptions, GraftPass, Visibility
+from surgeon.graft_pass import MOST, GraftOptions, GraftPass, Visibility
 from surgeon.pipeline import PreconditionError, make_pass
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ _PUBLISHED_FORM: tuple[tuple[str, tuple[object, ...], str], ...] = (
 
 
 class PvmOptions(GraftOptions):
-    latent: int = Field(default=512, gt=0, description="width of the branch; a multiple of the backbone's head_dim")
+    latent: int = Field(
+        default=512, gt=0, le=MOST, description="width of the branch; a multiple of the backbone's head_dim"
+    )
 
 
 class PvmPass(GraftPass):

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from surgeon.errors import FamilyError
 from surgeon.pipeline import Pass, PassOptions, PassResult, PostconditionError, PreconditionError, make_pass
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ class RopeDhrPass(Pass):
                 f"pass rope-dhr: family {family.model_type} does not cut images into tiles beside a thumbnail, so "
                 "there are no ids to share; leave the pass out"
             )
+        try:
+            family.tile_limits(self.options.min_tiles, self.options.max_tiles)
+        except FamilyError as error:
+            raise PreconditionError(f"pass rope-dhr: {error}") from error
 
     def resolved(self, graph: "LvlmGraph") -> dict[str, Any]:
         return self.options.model_dump(mode="json", exclude_none=True)

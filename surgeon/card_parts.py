@@ -18,6 +18,7 @@ from surgeon.markdown import code, command, plain, table
 from surgeon.memory.graft import Graft
 from surgeon.memory.patched import MODEL_TYPE_PREFIX, RECORD
 from surgeon.recipe import FILE_NAME, Recipe, argument_of
+from surgeon.remote_code import foreign_auto_map, travelling_file_names
 from surgeon.source_card import KEPT, SourceCard
 from surgeon.version import __version__
 
@@ -156,6 +157,11 @@ def made_by(checkpoint: Checkpoint) -> list[list[str]]:
         return []
     if record["grafts"] and not untrained(checkpoint):
         return []
+    own_code = travelling_file_names(checkpoint.config)
+    if foreign_auto_map(checkpoint.config) or any(
+        file.suffix == ".py" and file.name not in own_code for file in checkpoint.side_files
+    ):
+        return []  # whether --trust-remote-code kept the code is recorded nowhere
     try:
         recipe = Recipe.read(checkpoint.directory / FILE_NAME)
     except (SurgeonError, RecursionError):

@@ -4,10 +4,13 @@ point name in another installed package."""
 import importlib
 import importlib.util
 import pkgutil
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
+
+from surgeon.errors import SurgeonError
 
 
 @dataclass(frozen=True)
@@ -30,21 +33,40 @@ class Extensions:
         return sorted({name for name in files if not name.startswith("_")} | _installed_entry_points(self.group).keys())
 
     def get(self, name: str) -> Any | None:
-        """The one of this name, this project's own before another's; None where there is none."""
+        """The one of this name, this project's own before another's; None where there is none. Raises SurgeonError for
+        one of another package that cannot be loaded."""
         if name.isidentifier() and not name.startswith("_"):
             module = f"{self.package}.{name}"
             if importlib.util.find_spec(module) is not None:
                 return getattr(importlib.import_module(module), self.attribute, None)
         entry = _installed_entry_points(self.group).get(name)
-        return None if entry is None else entry.load()
+        return None if entry is None else _load(entry)
 
     def has_file(self, name: str) -> bool:
         """Whether a file of this name is here, whatever is in it."""
         return name in self.names() and name not in _installed_entry_points(self.group)
 
     def all(self) -> dict[str, Any]:
-        """By name, in alphabetical order."""
-        return {name: each for name in self.names() if (each := self.get(name)) is not None}
+        """By name, in alphabetical order. Warns of what another package brings and cannot be loaded."""
+        loaded = {}
+        for name in self.names():
+            try:
+                loaded[name] = self.get(name)
+            except SurgeonError as error:
+                warnings.warn(f"left out: {error}", stacklevel=2)
+        return {name: each for name, each in loaded.items() if each is not None}
+
+
+def _load(entry: EntryPoint) -> Any:
+    try:
+        return entry.load()
+    except Exception as error:  # whatever another package does when it is imported
+        package = entry.dist.name if entry.dist is not None else "another package"
+        reason = " ".join(str(error).split())
+        raise SurgeonError(
+            f"{entry.name!r}, which {package} brings under {entry.group}, cannot be loaded: {type(error).__name__}: "
+            f"{reason}; mend or uninstall {package}"
+        ) from error
 
 
 @cache

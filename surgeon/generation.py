@@ -69,7 +69,8 @@ def sample(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
 
 def _draw(logits: np.ndarray, sampling: Sampling, draw: float) -> int:
     """The token at `draw` (in [0, 1)) of the cumulative distribution, the most likely token first."""
-    scores = logits.astype(np.float64) / sampling.temperature
+    with np.errstate(over="ignore"):  # of a tiny temperature: what is not the largest is then never drawn
+        scores = (logits.astype(np.float64) - np.float64(logits.max())) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < len(scores):
         kth = np.partition(scores, -sampling.top_k)[-sampling.top_k]
         candidates = np.flatnonzero(scores >= kth)

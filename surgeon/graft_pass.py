@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from surgeon.graph import LvlmGraph
 
 Visibility = Literal["causal", "all"]
+MOST = 1 << 24
+"""A width or a number of heads: what is larger is a slip of the pen."""
 LAYERS = "zero-based decoder layers: a list, every:N, or strided:N (N spread out)"
 
 

@@ -238,6 +238,10 @@ class Inputs:
         return ids
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InputError(
+                "the prompt is not valid Unicode text: was it typed in another encoding than the terminal's?"
+            )
         try:
             ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         except Exception as error:  # all of it is transformers' own, which takes any text: what is left is its settings

@@ -1,5 +1,6 @@
 """Grafting into a transformers model in memory, in place."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ def _check_plain(model: PreTrainedModel, expected: PreTrainedModel) -> None:
 def _take_over(model: PreTrainedModel, graph: LvlmGraph) -> None:
     """Make `model` what the graph describes: classes, record, new modules. Nothing of it can fail half way."""
     described, config, base_model = graph.family, graph.config, model.base_model
+    _own_config(model)
     patched: Any = model_class(described, config)
     _, *arguments = patched.made_by[1]
     grafts: list[type[Graft]] = [each for each in arguments if isinstance(each, type)]
@@ -147,6 +149,14 @@ def _take_over(model: PreTrainedModel, graph: LvlmGraph) -> None:
     for module in model.modules():
         if isinstance(module, Graft):
             module.train(model.training)
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give it a config of its own: another model may have been made of the same one."""
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
 
 
 def _layer_of(path: str) -> str:

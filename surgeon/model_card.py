@@ -230,7 +230,7 @@ def _arguments(patch: Patch) -> list[str] | None:
 
 def _use(record: Mapping[str, Any] | None, directory: Path) -> list[str]:
     """How it is loaded and asked, with what lies beside it."""
-    prompted = _has_processor(directory)
+    prompted = has_processor(directory)
     tiles = record is not None and bool(record.get("positions") or record.get("allocation", "both") != "both")
     with_processor = prompted and not tiles
     snippet = _LOAD.format(
@@ -264,7 +264,7 @@ def _use(record: Mapping[str, Any] | None, directory: Path) -> list[str]:
     return sections
 
 
-def _has_processor(directory: Path) -> bool:
+def has_processor(directory: Path) -> bool:
     """Whether everything that prompts need is here."""
     template = has_any(directory, ("chat_template.jinja", "chat_template.json"))
     tokenizer = directory / "tokenizer_config.json"

@@ -8,6 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from surgeon.checkpoint.publish import staged
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.checkpoint.share import share_file
@@ -18,13 +20,18 @@ from surgeon.graph import LvlmGraph
 from surgeon.memory.graft import Constant
 from surgeon.memory.patched import RECORD
 from surgeon.model_card import Patch, patched_card
-from surgeon.pipeline import Pass, run_passes
+from surgeon.pipeline import Pass, PreconditionError, run_passes
 from surgeon.progress import Progress
 from surgeon.published import TensorShapes, check_staged
 from surgeon.recipe import FILE_NAME, Recipe
 from surgeon.record import SourceRecord
 from surgeon.remote_code import foreign_auto_map, patched_config, travelling_file_names, write_remote_code
-from surgeon.side_files import configure_image_processor, copy_side_files, name_classes
+from surgeon.side_files import (
+    configure_image_processor,
+    copy_side_files,
+    image_processor_settings,
+    name_classes,
+)
 from surgeon.source_card import README, card_files, keep_cards
 from surgeon.version import __version__
 
@@ -59,6 +66,7 @@ def plan(source: Checkpoint, passes: Sequence[Pass], seed: int = 0) -> tuple[Lvl
     results = run_passes(graph, passes)
     if not any(result.modified for result in results):
         raise CheckpointError("the recipe changes nothing: it has no pass")
+    _check_image_processor(graph, source)
     grafts = {path: sum(p.numel() for p in module.parameters()) for path, module in graph.grafts().items()}
     new = set(graph.new_parameters())
     added = {path: n for path, n in grafts.items() if any(name.startswith(path + ".") for name in new)}
@@ -94,6 +102,24 @@ def patch(
         with staged(Path(target), overwrite, [checkpoint.directory], verify=verify) as directory:
             _write(graph, checkpoint, directory, passes, weights, trust_remote_code, report, progress)
     return report
+
+
+def _check_image_processor(graph: LvlmGraph, source: Checkpoint) -> None:
+    """Raises PreconditionError where what the passes set of the image processor does not go with the rest of it."""
+    settings = image_processor_settings(source.directory)
+    if not graph.image_processor or not settings:  # a config alone has none
+        return
+    try:
+        graph.family.image_processor_sizes.model_validate({**settings, **graph.image_processor})
+    except ValidationError as error:
+        wrong = [detail for detail in error.errors() if detail["type"] != "missing"]  # transformers has a default then
+        if wrong:
+            changes = ", ".join(f"{name}={value}" for name, value in sorted(graph.image_processor.items()))
+            reason = wrong[0]["msg"].removeprefix("Value error, ")
+            raise PreconditionError(
+                f"the passes set {changes} of the image processor, which would then be refused: {reason}; name both "
+                "limits, or others"
+            ) from error
 
 
 def _planned(graph: LvlmGraph, source: Checkpoint) -> TensorShapes:
@@ -145,7 +171,7 @@ def _write(
         README: patched_card(patch, directory),
     }
     for name, text in texts.items():
-        report.bytes_written += (directory / name).write_bytes(text.encode())
+        report.bytes_written += (directory / name).write_bytes(text.encode(errors="replace"))
 
 
 def _write_side_files(

@@ -101,7 +101,8 @@ def _explain(error: ValidationError, pass_class: type[Pass]) -> str:
         return f"unknown option {option!r}{nearest(option, list(pass_class.Options.model_fields))}"
     if first["type"] == "missing":
         return f"option {option!r} is required ({pass_class.Options.model_fields[option].description})"
-    return f"option {option!r}: {first['msg'].removeprefix('Value error, ')}"
+    message = str(first["msg"].removeprefix("Value error, "))
+    return f"option {option!r}: {message}" if option else message  # of several options together
 
 
 def run_passes(graph: "LvlmGraph", passes: Sequence[Pass]) -> list[PassResult]:

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from surgeon.errors import OptionError
 from surgeon.pipeline import Pass, Registry, make_pass
@@ -19,7 +19,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     version: int = 1
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
     passes: list[dict[str, dict[str, Any] | None]]
 
     @classmethod

@@ -29,6 +29,8 @@ IMAGE_PROCESSOR_FILES = (IMAGE_PROCESSOR, PROCESSOR_CONFIG)
 LICENSE_FILES = ("LICENSE", "NOTICE", "USE_POLICY")
 """How the names begin of those that go with weights wherever they go."""
 AUTO_MAP = "auto_map"
+_NESTED = "image_processor"
+"""What the image processor is called in the processor's file."""
 _CODE = ".py"
 
 
@@ -69,17 +71,28 @@ def copy_license_files(source: Checkpoint, directory: Path) -> None:
             share_file(file, directory / file.name, "copy")
 
 
+def image_processor_settings(directory: Path) -> dict[str, Any]:
+    """How the image processor in a directory is set; empty where there is none. Raises CheckpointError."""
+    content = _read(_image_processor_file(directory))
+    return dict(content.get(_NESTED, {}) if _is_nested(content) else content)
+
+
 def configure_image_processor(directory: Path, options: dict[str, Any]) -> None:
-    """Change options of the image processor, in whichever of the two files it is described. Raises CheckpointError
-    where it is described in neither."""
-    for name, key in ((IMAGE_PROCESSOR, None), (PROCESSOR_CONFIG, "image_processor")):
-        content = _read(directory / name)
-        described = content if key is None else content.get(key)
-        if described:
-            described.update(options)
-            _write(directory / name, content)
-            return
-    raise CheckpointError(f"the checkpoint has no image processor to set {', '.join(sorted(options))} of")
+    """Change options of the image processor, where transformers reads them. Raises CheckpointError where there is
+    none."""
+    path = _image_processor_file(directory)
+    if not path.is_file():
+        raise CheckpointError(f"the checkpoint has no image processor to set {', '.join(sorted(options))} of")
+    _edit(path, lambda content: (content[_NESTED] if _is_nested(content) else content).update(options))
+
+
+def _image_processor_file(directory: Path) -> Path:
+    """Of the two files that may describe it, the one that transformers reads first."""
+    return directory / (PROCESSOR_CONFIG if _is_nested(_read(directory / PROCESSOR_CONFIG)) else IMAGE_PROCESSOR)
+
+
+def _is_nested(content: dict[str, Any]) -> bool:
+    return isinstance(content.get(_NESTED), dict)
 
 
 def name_classes(directory: Path, family: Family) -> None:
@@ -112,13 +125,12 @@ def _name_tokenizer(directory: Path, config_class: Any) -> None:
 
 
 def _name_image_processor(directory: Path, config_class: Any) -> None:
-    nested = isinstance(_read(directory / PROCESSOR_CONFIG).get("image_processor"), dict)
-    path = directory / (PROCESSOR_CONFIG if nested else IMAGE_PROCESSOR)
+    path = _image_processor_file(directory)
     if not path.is_file():
         return
 
     def name(content: dict[str, Any]) -> None:
-        described = content["image_processor"] if nested else content
+        described = content[_NESTED] if _is_nested(content) else content
         if "image_processor_type" not in described and "feature_extractor_type" not in described:
             # of several backends, each named as the first with a suffix; the plain name lets transformers choose
             backends = IMAGE_PROCESSOR_MAPPING.get(config_class, None) or {}

@@ -64,6 +64,8 @@ class TorchGenerator:
         nothing unseen (a temperature, a repetition penalty) changes what was asked for. Raises CheckpointError,
         FamilyError, InputError, and SurgeonError for logits that are not finite.
         """
+        if isinstance(model := self.__dict__.get("model"), PreTrainedModel):
+            _check_keeps_cache(model)
         # first, so that a bad image is reported at once
         prepared = self.inputs.prepare(prompts, positions=positions)
         answers = Answers(self.inputs.decode, self.inputs.eos_token_ids, [max_new_tokens] * len(prompts), on_text)
@@ -115,3 +117,11 @@ class _Streamer(BaseStreamer):
         self._in_prompt = False
 
     def end(self) -> None: ...
+
+
+def _check_keeps_cache(model: PreTrainedModel) -> None:
+    if model.training and model.is_gradient_checkpointing:
+        raise OptionError(
+            "the model is being trained with gradient checkpointing, under which transformers keeps no cache and "
+            "answers otherwise: call model.eval() first"
+        )

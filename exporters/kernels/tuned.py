@@ -114,7 +114,7 @@ class Tuned:
     tile_configs: Kept
 
 
-_FORMER = "blocks"
+_FORMER, _FORMER_INPUT = "blocks", re.compile(r"\bonto=")
 """What `tile_config` was called in files of earlier versions."""
 
 
@@ -129,7 +129,12 @@ def load(path: Path) -> Tuned:
             warnings.warn(
                 f"{path} is of an earlier version: it is read for this release, so measure again", stacklevel=2
             )
-        configs = {name: _sound(launch.get(_FORMER) or launch["tile_config"]) for name, launch in launches.items()}
+        configs = {
+            _FORMER_INPUT.sub("residual=", name) if _FORMER in launch else name: _sound(
+                launch.get(_FORMER) or launch["tile_config"]
+            )
+            for name, launch in launches.items()
+        }
         return Tuned(str(content["gpu"]), configs)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"it is no file of measured tile configs ({type(error).__name__}: {error})") from error

@@ -79,6 +79,8 @@ def write_bundle(
     """
     if isinstance(dtype, str) or dtype not in PRECISIONS.values():
         raise OptionError(f"cannot export graphs of {dtype}; choose one of {', '.join(PRECISIONS)}")
+    if graphs is not None and not graphs:
+        raise OptionError(f"no graph is named; there are {', '.join(GRAPHS)}")
     if unknown := set(graphs or ()) - set(GRAPHS):
         raise OptionError(f"no graph {sorted(unknown)[0]!r}; there are {', '.join(GRAPHS)}")
     with Checkpoint.open(checkpoint) as opened:

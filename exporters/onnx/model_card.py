@@ -23,6 +23,7 @@ from surgeon.checkpoint import Checkpoint
 from surgeon.dtypes import PRECISIONS, name_of
 from surgeon.markdown import code, command, commands, fenced, plain, table
 from surgeon.memory.patched import RECORD
+from surgeon.model_card import has_processor
 from surgeon.source_card import SourceCard
 
 _ASK = """\
@@ -66,9 +67,7 @@ def bundle_card(checkpoint: Checkpoint, manifest: Manifest, directory: Path, gra
         _weights(manifest),
         *_precision(manifest),
         "## Use",
-        "With surgeon installed; ONNX Runtime computes it, on CUDA where that works and else on the CPU:",
-        commands(command("generate", ["BUNDLE"], "--image", "image.png", "--prompt", "Describe the image.")),
-        fenced(_ASK, "python"),
+        *_use(manifest, directory),
         _runtimes(manifest),
         "## Recipe",
         *(["The checkpoint was patched, and the bundle exported, by:"] if earlier else []),
@@ -88,9 +87,25 @@ def _short(manifest: Manifest) -> str:
 def _untrained(checkpoint: Checkpoint) -> list[str]:
     if not untrained(checkpoint):
         return []
+    record = checkpoint.config.get(RECORD) or {}
+    # tiles that go elsewhere, and positions, change answers whatever the gates are
+    tiles = record.get("positions") or record.get("allocation", "both") != "both"
+    identity = "they are an identity: the bundle computes what the model without them does"
+    nothing = "they add nothing" if tiles else identity
     return [
-        "**Its grafts are not trained.** Every gate is zero, so they are an identity: the bundle computes what the "
-        "model without them does. Tune the checkpoint and export it again."
+        f"**Its grafts are not trained.** Every gate is zero, so {nothing}. Tune the checkpoint and export it again."
+    ]
+
+
+def _use(manifest: Manifest, directory: Path) -> list[str]:
+    if not {"embed", "decoder"} <= manifest.graphs.keys():
+        return ["It has some of a model's graphs alone: they are for a runtime of your own."]
+    if not has_processor(directory / PROCESSOR):
+        return ["It has no tokenizer or image processor: copy them into `processor/` before you ask it anything."]
+    return [
+        "With surgeon installed; ONNX Runtime computes it, on CUDA where that works and else on the CPU:",
+        commands(command("generate", ["BUNDLE"], "--image", "image.png", "--prompt", "Describe the image.")),
+        fenced(_ASK, "python"),
     ]
 
 

@@ -13,11 +13,10 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
-from exporters.onnx.manifest import GraphFile, Manifest, Port
+from exporters.onnx.manifest import PROCESSOR, GraphFile, Manifest, Port
 from exporters.tensorrt.errors import EngineError
-from surgeon.errors import BundleError
 from surgeon.families import family
-from surgeon.json_file import read_object
+from surgeon.side_files import image_processor_settings
 
 LOGITS = 64
 """Positions of a prefill that one call gives logits of, at most: a vocabulary is wide, and a prefill long."""
@@ -254,10 +253,8 @@ def _windows(graph: GraphFile, tokens: Range) -> Range:
 
 
 def _most_tiles(bundle: Path, manifest: Manifest) -> int:
-    """Tiles of one image, the thumbnail included, that the bundle's image processor cuts at most."""
-    path = bundle / "processor" / "preprocessor_config.json"
-    # a bundle may come without an image processor
-    settings = read_object(path, BundleError) if path.is_file() else {}
+    """Tiles of one image, the thumbnail included, that the bundle's image processor cuts at most; it may have none."""
+    settings = image_processor_settings(bundle / PROCESSOR)
     return family(manifest.source.model_type).most_tiles(settings) or _MANY_TILES + 1
 
 

@@ -17,7 +17,7 @@ from surgeon.cleanup import add_cleanup_errors
 from surgeon.errors import SurgeonError, TargetError
 from surgeon.leftovers import beside, lock, recover, remove
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_target(target: Path, overwrite: bool = False, protect: Sequence[Path] = (), directory: bool = True) -> Path:

@@ -3,11 +3,11 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import PretrainedConfig
 
 from surgeon.errors import InputError
@@ -20,6 +20,12 @@ class TilesSizes(Sizes):
     size: TileSize
     min_patches: Annotated[int, Field(gt=0, le=1024)]
     max_patches: Annotated[int, Field(gt=0, le=1024)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_patches > self.max_patches:
+            raise ValueError(f"min_patches {self.min_patches} is more than max_patches {self.max_patches}")
+        return self
 
 
 class TileCountSizes(Sizes):

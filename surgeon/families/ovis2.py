@@ -53,6 +53,11 @@ class Ovis2(TiledFamily):
             )
         return TileLayout(side=patches // vision.hidden_stride, thumbnail="first")
 
+    def tile_limits(self, min_tiles: int | None, max_tiles: int | None) -> Mapping[str, int]:
+        if min_tiles is not None:
+            raise FamilyError("Ovis2's image processor chooses a grid by its most tiles alone; leave min_tiles out")
+        return super().tile_limits(min_tiles, max_tiles)
+
     def tile_grid(self, image_processor: Any, image: Image.Image, processed: Mapping[str, Any]) -> tuple[int, int]:
         rows, columns = processed["grids"][0].tolist()
         return rows, columns

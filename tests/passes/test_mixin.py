@@ -10,8 +10,10 @@ from checkpoints import tiny_checkpoint
 from patching import apply
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import SurgeonError
+from surgeon.inputs import Inputs
 from surgeon.patch import patch, plan
 from surgeon.recipe import FILE_NAME, Recipe
+from surgeon.side_files import image_processor_settings
 
 
 def planned(source: Path, *arguments: str):  # type: ignore[no-untyped-def]
@@ -66,6 +68,16 @@ def test_limits_of_tiles(limits: str, expected: tuple[int, int], tmp_path: Path)
     assert (settings["min_patches"], settings["max_patches"]) == expected
 
 
+def test_limits_of_tiles_go_where_transformers_reads_them(tmp_path: Path) -> None:
+    """An image processor within the processor's file goes before the file of its own."""
+    source = tiny_checkpoint(tmp_path / "source", "internvl")
+    settings = json.loads((source / "preprocessor_config.json").read_text())
+    (source / "processor_config.json").write_text(json.dumps({"image_processor": settings | {"max_patches": 20}}))
+    apply(source, tmp_path / "out", "rope-dhr:max_tiles=3")
+    assert Inputs.from_directory(tmp_path / "out").image_processor.max_patches == 3
+    assert image_processor_settings(tmp_path / "out")["max_patches"] == 3
+
+
 def test_own_sizes(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", "internvl")
     graph, report = planned(source, "mixin:layers=0,2,num_heads=2,head_dim=8,intermediate=24,rope_theta=500")
@@ -108,7 +120,12 @@ def test_the_written_recipe_reproduces_it(tmp_path: Path) -> None:
         ("qwen3_vl", ["mixin:tiles=memory"], "does not cut images into tiles"),
         ("qwen3_vl", ["rope-dhr"], "already have two dimensions"),
         ("internvl", ["rope-dhr", "rope-dhr"], "already applied"),
-        ("internvl", ["rope-dhr:min_tiles=5,max_tiles=2"], "min_tiles=5 is more than max_tiles=2"),
+        ("internvl", ["rope-dhr:min_tiles=5,max_tiles=2"], "pass rope-dhr: min_tiles=5 is more than max_tiles=2"),
+        # beside the processor's own other limit, which is 6
+        ("internvl", ["rope-dhr:min_tiles=9"], "set min_patches=9 .* min_patches 9 is more than max_patches 6"),
+        ("internvl", ["rope-dhr:max_tiles=5000"], "less than or equal to 1024"),
+        ("ovis2", ["rope-dhr:min_tiles=4"], "chooses a grid by its most tiles alone; leave min_tiles out"),
+        ("internvl", ["mixin:intermediate=99999999999999999999"], "'intermediate': .* less than or equal to 16777216"),
     ],
 )
 def test_what_is_refused(model_type: str, arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
 }
 TILED_RECIPES: dict[str, tuple[str, ...]] = {
     "rope-dhr": ("rope-dhr:tile_order=column,max_tiles=4",),
-    "all": ("pvm:layers=1,latent=16", "rope-dhr:min_tiles=2", "mixin:every=4,head_dim=8,eps=1e-12,tiles=memory"),
+    "all": ("pvm:layers=1,latent=16", "rope-dhr:max_tiles=5", "mixin:every=4,head_dim=8,eps=1e-12,tiles=memory"),
 }
 CASES = [
     *((family, name, recipe) for family in FAMILIES for name, recipe in RECIPES.items()),

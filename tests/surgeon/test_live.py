@@ -114,6 +114,15 @@ def test_a_checkpoint_is_planned_before_its_weights_are_loaded(tmp_path: Path, m
         graft(tmp_path / "source", PVM(layers=[99], latent=32))
 
 
+def test_another_model_of_the_same_config_stays_as_it_is(plain: PreTrainedModel, tmp_path: Path) -> None:
+    other = type(plain)(plain.config)
+    before = copy.deepcopy(other.config.to_dict())
+    graft(plain, *passes())
+    assert other.config.to_dict() == before and not hasattr(other.config, "surgeon")
+    own = [module.config for module in plain.modules() if hasattr(module, "config")]
+    assert plain.config is not other.config and other.config not in own
+
+
 def test_layers_may_be_any_sequence() -> None:
     assert PVM(layers=(1, 2)).options.layers == PVM(layers=range(1, 3)).options.layers == [1, 2]
 

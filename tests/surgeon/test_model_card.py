@@ -280,7 +280,7 @@ def test_a_source_that_was_tuned_is_not_made_by_its_recipe(source: Path, tmp_pat
     apply(once, twice, "mixin:every=2")
     (block,) = blocks(section(twice, "Recipe"), "bash")
     assert len(block.splitlines()) == 1 and block.startswith("surgeon patch once OUT --pass mixin:")
-    assert "How the source was made is told by its own card" in section(twice, "Recipe")
+    assert "How the source was made is in its own card" in section(twice, "Recipe")
 
 
 options = st.dictionaries(
@@ -345,7 +345,7 @@ def test_a_third_patch_names_what_it_knows(tmp_path: Path) -> None:
     apply(tmp_path / "twice", tmp_path / "thrice", "rope-dhr")
     (block,) = blocks(section(tmp_path / "thrice", "Recipe"), "bash")
     assert block == "surgeon patch twice OUT --pass rope-dhr:tile_order=row --seed 0\n"
-    assert "How the source was made is told by its own card" in section(tmp_path / "thrice", "Recipe")
+    assert "How the source was made is in its own card" in section(tmp_path / "thrice", "Recipe")
     done = section(tmp_path / "thrice", "What was done")
     assert re.findall(r"^1\. `(.+?)`", done, re.MULTILINE) == ["pvm", "mixin", "rope-dhr"]
 

@@ -98,14 +98,14 @@ def test_what_was_taken_is_told() -> None:
     assert used == {names[0]}
 
 
-def test_without_a_gpu_blocks_follow_the_rule() -> None:
+def test_without_a_gpu_tile_configs_are_heuristic() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     chain, types = attention_workload(pvm_graft(), Size(slots=20))
     assert plan(chain, types, tuned.choose) == plan(chain, types, heuristic)
 
 
-def test_of_several_gpus_the_current_one_says_which_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_gpus_the_current_one_says_which_tile_config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain, types = attention_workload(pvm_graft(), Size(slots=50, dtype="float32"))
     first = plan(chain, types)[0]
     tile_config = {
@@ -126,3 +126,12 @@ def test_a_file_of_an_earlier_version_is_read_with_a_warning(tmp_path: Path) -> 
     path.write_text(json.dumps({"format": 1, "gpu": GPU, "launches": {"a": {"blocks": {"outputs": 32}}}}))
     with pytest.warns(UserWarning, match="of an earlier version"):
         assert tuned.load(path).tile_configs == {"a": TileConfig(outputs=32)}
+    # whose keys have an input's former name
+    chain, types = attention_workload(pvm_graft(), Size(slots=20))
+    keys = [tuned.key(launch.step, launch.inputs) for launch in plan(chain, types)]
+    names = [key.replace("residual=", "onto=") if key.startswith("pvm_inject") else key for key in keys]
+    former = dict.fromkeys(names, {"blocks": {"outputs": 32}})
+    assert len(former.keys() - set(keys)) == 1
+    path.write_text(json.dumps({"format": 1, "gpu": GPU, "launches": former}))
+    with pytest.warns(UserWarning, match="of an earlier version"):
+        assert tuned.load(path).tile_configs.keys() == set(keys)

@@ -1,6 +1,7 @@
 """Profiles: what was asked for, in the graphs' own dimensions, or a refusal with the numbers."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,14 @@ def test_by_default_tiles_are_those_that_the_processor_cuts(bundle_of: BundleOf)
     settings = json.loads((bundle_of(INTERNVL).bundle / "processor" / "preprocessor_config.json").read_text())
     (vision,) = profiles(bundle_of, INTERNVL)["vision"]
     assert vision.sizes["T"].max == settings["max_patches"] + 1
+
+
+def test_tiles_of_an_image_processor_within_the_processors_file(bundle_of: BundleOf, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundle_of(INTERNVL).bundle, tmp_path / "bundle"))
+    settings = json.loads((bundle / "processor" / "preprocessor_config.json").read_text())
+    nested = {"image_processor": settings | {"max_patches": 20}}
+    (bundle / "processor" / "processor_config.json").write_text(json.dumps(nested))
+    assert make_profiles(bundle, Manifest.load(bundle), Limits())["vision"][0].sizes["T"].max == 21
 
 
 @pytest.mark.parametrize(
