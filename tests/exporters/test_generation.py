@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 
 from checkpoints import has_tokenizer, tiny_checkpoint, tiny_model
 from exporters.generation import generate, open_generator, stream
@@ -68,6 +69,22 @@ def test_a_model_in_memory_keeps_its_settings(pair: Pair) -> None:
     with pytest.raises(InputError):
         generate(model, "What?", ["no.png"])
     assert model.generation_config is before
+
+
+def test_what_would_be_asked_otherwise_than_it_seems_is_refused(pair: Pair) -> None:
+    model = models.load(pair.checkpoint)
+    alone = generate(model, "What is this?", Image.open(CHART), max_new_tokens=3)
+    assert alone == generate(model, "What is this?", [CHART], max_new_tokens=3)
+    with pytest.raises(OptionError, match="provider cuda is for bundles; .* is a checkpoint"):
+        generate(pair.checkpoint, **ASKED, provider="cuda")
+    for path in (pair.checkpoint, pair.bundle):
+        with pytest.raises(InputError, match="the prompt is not valid Unicode"):
+            generate(path, "what\udcff")
+    model.train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(OptionError, match=r"gradient checkpointing.*call model.eval\(\) first"):
+        generate(model, **ASKED)
+    assert generate(model.eval(), **ASKED) == generate(pair.checkpoint, **ASKED)
 
 
 def test_a_model_that_was_grafted_into_is_asked_as_it_is_now(tmp_path: Path) -> None:

@@ -72,6 +72,11 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     assert tokens[0] == tokens[1]
 
 
+def test_a_tiny_temperature_is_greedy() -> None:
+    logits = np.array([[1.0, 3.0, 2.9999]], dtype=np.float32)
+    assert sample(logits, Sampling(temperature=1e-310), Sampling(temperature=1e-310).generator()).tolist() == [1]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_overflowed_logits_are_an_error(bad: float, temperature: float) -> None:

@@ -254,6 +254,9 @@ def test_code_of_the_source_is_kept_by_the_recipe_too(source: Path, tmp_path: Pa
     apply(source, tmp_path / "out", PVM, trust_remote_code=True)
     run_recipe(tmp_path / "out", Tiny_VL=source, OUT=tmp_path / "again")
     assert content(tmp_path / "again") == content(tmp_path / "out") and (tmp_path / "again" / "theirs.py").is_file()
+    # a later card does not know how the code came here, and names no command that would leave it out
+    apply(tmp_path / "out", tmp_path / "later", "mixin:every=2")
+    assert "Tiny-VL" not in "".join(blocks(section(tmp_path / "later", "Recipe"), "bash"))
 
 
 def test_a_second_patch_tells_all_passes_and_both_commands(source: Path, tmp_path: Path) -> None:

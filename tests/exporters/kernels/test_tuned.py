@@ -130,7 +130,7 @@ def test_a_file_of_an_earlier_version_is_read_with_a_warning(tmp_path: Path) -> 
     chain, types = attention_workload(pvm_graft(), Size(slots=20))
     keys = [tuned.key(launch.step, launch.inputs) for launch in plan(chain, types)]
     names = [key.replace("residual=", "onto=") if key.startswith("pvm_inject") else key for key in keys]
-    former = dict.fromkeys(names, {"blocks": {"outputs": 32}})
+    former = {name: {"blocks": {"outputs": 32}} for name in names}
     assert len(former.keys() - set(keys)) == 1
     path.write_text(json.dumps({"format": 1, "gpu": GPU, "launches": former}))
     with pytest.warns(UserWarning, match="of an earlier version"):

@@ -180,3 +180,29 @@ def test_digests_are_promised_where_there_are_some(fresh: Path, bundle: Path) ->
     weights = {path: file.model_copy(update={"sha256": None}) for path, file in Manifest.load(bundle).weights.items()}
     text = written(fresh, bundle, weights=weights)
     assert "--bytes" not in text and "--max-length 1500 --no-digests\n" in text
+
+
+@pytest.mark.parametrize(
+    ("graphs", "without", "said"),
+    [
+        (["vision"], "", "some of a model's graphs alone"),
+        (None, "tokenizer", "no tokenizer or image processor"),
+    ],
+)
+def test_what_cannot_be_asked_is_not_said_to_answer(
+    fresh: Path, tmp_path: Path, graphs: list[str] | None, without: str, said: str
+) -> None:
+    checkpoint = Path(shutil.copytree(fresh, tmp_path / "checkpoint"))
+    for file in checkpoint.glob(f"{without}*.json") if without else ():
+        file.unlink()
+    export_bundle(checkpoint, tmp_path / "bundle", dtype=torch.float32, max_length=LENGTH, graphs=graphs, digests=False)
+    use = section(tmp_path / "bundle", "Use")
+    assert said in use and "surgeon generate" not in use
+
+
+def test_tiles_that_go_elsewhere_are_no_identity(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "source", "internvl", num_hidden_layers=2)
+    apply(tmp_path / "source", tmp_path / "patched", "mixin:layers=1,tiles=memory")
+    export_bundle(tmp_path / "patched", tmp_path / "bundle", dtype=torch.float32, max_length=64, graphs=["embed"])
+    text = (tmp_path / "bundle" / "README.md").read_text()
+    assert "so they add nothing" in text and "identity" not in text
