@@ -33,6 +33,8 @@ def import_command(source: str, target: Path, image_token_id: int | None, overwr
     surgeon import ./CoMemo-2B ./comemo-2b
     surgeon import ./PVM-8B ./pvm-8b
     """
+    from rich.filesize import decimal
+
     from surgeon.importing import import_checkpoint
     from surgeon.progress import progress_bars
 
@@ -45,7 +47,7 @@ def import_command(source: str, target: Path, image_token_id: int | None, overwr
     if as_json:
         print_json({"target": str(target), **dataclasses.asdict(report)})
         return
-    click.echo(f"wrote {target}: {report.model_type} ({report.text_model} inside), {report.bytes_written:,} bytes")
+    click.echo(f"wrote {target}: {report.model_type} ({report.text_model} inside), {decimal(report.bytes_written)}")
     click.echo(f"{report.parameters:,} parameters in {report.tensors:,} tensors")
     for kind, layers in report.grafts.items():
         click.echo(f"grafted {kind} at layers {', '.join(map(str, layers))}")

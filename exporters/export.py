@@ -6,6 +6,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from exporters.artifact import artifact_kind
 from exporters.calibration.calibrate import calibrate_float16, not_measured
 from exporters.onnx.bundle import write_bundle
 from exporters.onnx.manifest import NOT_ASKED, Manifest, Precision
@@ -40,6 +41,10 @@ def export_bundle(
     if not isinstance(checkpoint, str | Path):
         raise OptionError(
             f"cannot export a {type(checkpoint).__name__} in memory: write it with surgeon.save, and export that"
+        )
+    if (kind := artifact_kind(checkpoint)) != "checkpoint":
+        raise OptionError(
+            f"{checkpoint} holds {'a bundle' if kind == 'bundle' else kind}, not a checkpoint: pass the checkpoint that it was made of"
         )
     return write_bundle(
         checkpoint,

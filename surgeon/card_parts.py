@@ -17,7 +17,7 @@ from surgeon.grafts import graft_class
 from surgeon.markdown import code, command, plain, table
 from surgeon.memory.graft import Graft
 from surgeon.memory.patched import MODEL_TYPE_PREFIX, RECORD
-from surgeon.recipe import FILE_NAME, Recipe, argument_of
+from surgeon.recipe import FILE_NAME, Recipe, argument_of, value_text
 from surgeon.remote_code import foreign_auto_map, travelling_file_names
 from surgeon.source_card import KEPT, SourceCard
 from surgeon.version import __version__
@@ -90,9 +90,6 @@ def facts(source: Checkpoint, fingerprint: str, model_type: str, *more: tuple[st
 
 def options_text(options: Mapping[str, Any]) -> str:
     """Every option with its value, in a line."""
-
-    def value_text(value: Any) -> str:
-        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
     return "; ".join(f"{plain(key)} {plain(value_text(value))}" for key, value in options.items()) or "no options"
 

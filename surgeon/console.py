@@ -11,6 +11,7 @@ from rich.table import Table
 
 from surgeon.doctor import Diagnosis
 from surgeon.inspect import Inspection, PassDescription
+from surgeon.recipe import value_text
 
 if TYPE_CHECKING:
     from surgeon.parity.report import Report
@@ -53,7 +54,7 @@ def report_inspection(inspection: Inspection) -> None:
     )
     print(f"grafts   layers {sites.first_layer} to {sites.last_layer}; latent: multiples of {sites.latent_multiple}")
     for graft in inspection.grafts:
-        options = "".join(f", {key} {value}" for key, value in graft.options.items())
+        options = "".join(f", {key} {value_text(value)}" for key, value in graft.options.items())
         print(f"grafted  {graft.kind} at layers {', '.join(map(str, graft.layers))}{options}")
     if inspection.tiles is not None:
         tiles = inspection.tiles
@@ -142,7 +143,7 @@ def report_patch(report: "PatchReport", target: Path | None) -> None:
     if target is None:
         print("a plan only: nothing was written")
         return
-    print(f"wrote {target}: {report.bytes_written:,} bytes")
+    print(f"wrote {target}: {decimal(report.bytes_written)}")
     for method in dict.fromkeys(report.shared.values()):
         files = [file for file, way in report.shared.items() if way == method]
         more = f" and {len(files) - 4} more" if len(files) > 4 else ""
@@ -210,7 +211,7 @@ def report_bench(measurements: Sequence[Mapping[str, Any]]) -> None:
                 f"{measurement['first_token'] * 1e3:,.1f} ms",
                 f"{measurement['step'] * 1e3:,.2f} ms",
                 f"{measurement['step_p95'] * 1e3:,.2f} ms",
-                f"{measurement['speed']:,.1f} ({low:,.1f} to {high:,.1f})",
+                f"{measurement['speed']:,.1f}" + (f" ({low:,.1f} to {high:,.1f})" if low != high else ""),
                 f"{measurement['speed'] / first:.2f} x",
                 f"{decimal(measurement['peak_memory'])}{on_device}",
             )

@@ -1,5 +1,6 @@
 """Recipes: a YAML file <-> passes with options; and the short form of the command line."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,3 +99,12 @@ def _short(value: Any) -> str | None:
         parts = [_short(part) for part in value]
         return None if None in parts else ",".join(map(str, parts))
     return None
+
+
+def value_text(value: Any) -> str:
+    """An option's value. Of a long list, such as the axis of each rotary frequency, how many of each there are."""
+    if not isinstance(value, list):
+        return str(value)
+    if len(value) <= 16:
+        return ", ".join(map(str, value))
+    return f"({len(value)} values: {', '.join(f'{count} x {each}' for each, count in sorted(Counter(value).items()))})"

@@ -208,6 +208,8 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_written(export: Expo
             export_bundle(checkpoint, target, **options)
     with pytest.raises(TargetError):
         export_bundle(checkpoint, checkpoint / "bundle", dtype=torch.float32, max_length=16)
+    with pytest.raises(OptionError, match="holds a bundle, not a checkpoint"):
+        export_bundle(export("qwen3_vl").bundle, target, dtype=torch.float32)
     target.mkdir()
     with pytest.raises(TargetError, match="--overwrite"):
         export_bundle(checkpoint, target, dtype=torch.float32, max_length=16)
