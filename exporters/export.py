@@ -43,9 +43,8 @@ def export_bundle(
             f"cannot export a {type(checkpoint).__name__} in memory: write it with surgeon.save, and export that"
         )
     if (kind := artifact_kind(checkpoint)) != "checkpoint":
-        raise OptionError(
-            f"{checkpoint} holds {'a bundle' if kind == 'bundle' else kind}, not a checkpoint: pass the checkpoint that it was made of"
-        )
+        what = "a bundle" if kind == "bundle" else kind
+        raise OptionError(f"{checkpoint} holds {what}, not a checkpoint: pass the checkpoint that it was made of")
     return write_bundle(
         checkpoint,
         Path(target),
