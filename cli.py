@@ -101,7 +101,10 @@ def _explain(error: BaseException) -> tuple[str, int]:
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG):
             return "error: no space is left where the output goes", 2
     reason = next(iter(str(error).strip().splitlines()), "")
-    return f"error: unexpected {type(error).__name__}: {reason} (run with --debug to see where)", 3
+    return (
+        f"error: unexpected {type(error).__name__}{f': {reason}' if reason else ''} (run with --debug to see where)",
+        3,
+    )
 
 
 @click.group(cls=Surgeon, context_settings={"help_option_names": ["-h", "--help"]})

@@ -44,6 +44,7 @@ def test_help_loads_no_command() -> None:
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (RuntimeError("two\nlines"), 3, "error: unexpected RuntimeError: two (run with --debug to see where)"),
+        (AssertionError(), 3, "error: unexpected AssertionError (run"),
         (OSError(28, "No space left on device"), 2, "error: the disk is full"),
     ],
 )

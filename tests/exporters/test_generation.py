@@ -16,7 +16,7 @@ from passes.pvm import PVM
 from passes.rope_dhr import RopeDHR
 from patching import apply
 from surgeon import models
-from surgeon.errors import InputError, OptionError
+from surgeon.errors import BundleError, InputError, OptionError
 from surgeon.generation import Sampling
 from surgeon.inputs import Prompt
 from surgeon.live import graft
@@ -126,3 +126,8 @@ def test_a_stream_ends_with_its_listener_and_raises_where_it_fails(pair: Pair) -
     assert steps < 100
     with pytest.raises(InputError, match="does not exist"):
         next(stream(pair.bundle, "Hi", ["no.png"]))
+
+
+def test_a_bundle_is_computed_by_the_provider_that_is_named(pair: Pair) -> None:
+    with pytest.raises(BundleError, match="unknown provider 'rocm'"):
+        generate(pair.bundle, "What?", provider="rocm")  # type: ignore[arg-type]

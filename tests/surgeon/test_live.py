@@ -185,3 +185,14 @@ def test_what_cannot_be_grafted_into_is_refused_and_stays(tmp_path: Path) -> Non
     with pytest.raises(OptionError, match="option 'latent'"):
         PVM(layers=[1], latent=0)
     assert type(plain) is kind and plain.config.to_dict() == config
+
+
+def test_where_a_model_lies_and_what_its_weights_are_decide() -> None:
+    whole, spread, quantised = (tiny_model("qwen3_vl") for _ in range(3))
+    whole.hf_device_map = {"model": "cpu", "lm_head": "cpu"}
+    assert graft(whole, *passes()) is whole
+    spread.hf_device_map = {"model": "cpu", "lm_head": "disk"}
+    quantised.hf_quantizer = object()
+    for wrong, message in ((spread, "it is spread over devices"), (quantised, "its weights are quantised")):
+        with pytest.raises(OptionError, match=message):
+            graft(wrong, *passes())

@@ -168,6 +168,16 @@ def test_a_license_link_leads_somewhere(source: Path, tmp_path: Path, link: str,
     assert card_of(tmp_path / "out").data.license_link == kept
 
 
+def test_a_license_that_is_not_copied_is_not_linked(source: Path, tmp_path: Path) -> None:
+    """Files of folders within the source stay behind."""
+    (source / "legal").mkdir()
+    (source / "legal" / "LICENSE").write_text("Research only.")
+    (source / "README.md").write_text("---\nlicense: other\nlicense_link: legal/LICENSE\n---\n")
+    apply(source, tmp_path / "out", "pvm:layers=1,latent=32")
+    assert not (tmp_path / "out" / "legal").exists()
+    assert card_of(tmp_path / "out").data.get("license_link") is None
+
+
 def test_a_license_that_was_not_downloaded_is_linked_on_the_hub(snapshot: Path, tmp_path: Path) -> None:
     (snapshot / "README.md").write_text(SOURCE_CARD.format(link="legal/LICENSE"))
     apply(snapshot, tmp_path / "out", PVM)

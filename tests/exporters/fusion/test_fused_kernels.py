@@ -143,3 +143,16 @@ def test_inlining_first_would_leave_nothing_to_fuse() -> None:
     model = model_of("mixin")
     InlineFunctions()(model)
     assert fused(model).replaced == 0
+
+
+def test_what_is_spread_over_the_result_is_not_added_by_the_chain() -> None:
+    """A launch reads its residual in the result's own shape."""
+    model = model_of("pvm", added="first")
+    (stream,) = [value for value in model.graph.inputs if value.name == "stream"]
+    assert stream.shape is not None
+    stream.shape = ir.Shape(stream.shape[2:])
+    feeds, before = inputs_of("pvm", 2), ir.from_proto(ir.to_proto(model))
+    feeds["stream"] = feeds["stream"][0, 0]
+    rewritten = fused(model)
+    assert [node.op_type for node in model.graph][-1] == "Add"
+    assert np.abs(evaluate(model, feeds, rewritten.nodes) - evaluate(before, feeds)).max() < 1e-5

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
 from exporters.kernels import tuned
-from exporters.kernels.kernel import TileConfig
-from exporters.kernels.plan import heuristic, plan
+from exporters.kernels.kernel import Step, TileConfig
+from exporters.kernels.launch import _planned
+from exporters.kernels.plan import TensorType, heuristic, plan
 from exporters.kernels.workload import Size, attention_workload
 from surgeon.memory.graft import Graft
 from surgeon.memory.pvm import PersistentVisualMemory
@@ -135,3 +137,21 @@ def test_a_file_of_an_earlier_version_is_read_with_a_warning(tmp_path: Path) -> 
     path.write_text(json.dumps({"format": 1, "gpu": GPU, "launches": former}))
     with pytest.warns(UserWarning, match="of an earlier version"):
         assert tuned.load(path).tile_configs.keys() == set(keys)
+
+
+def test_plans_are_made_anew_for_what_was_measured(folder: Path) -> None:
+    """Those of a model that has answered in this process already."""
+    chain, types = attention_workload(pvm_graft(), Size(slots=50, dtype="float32"))
+    first = plan(chain, types)[0]
+    other = dataclasses.replace(first.tile_config, outputs=2 * first.tile_config.outputs)
+    key = tuple((name, tensor.shape, getattr(torch, tensor.dtype)) for name, tensor in types.items())
+
+    def choose(step: Step, inputs: Mapping[str, TensorType]) -> TileConfig:
+        return tuned.chooser(tuned.read(GPU))(step, inputs)
+
+    def planned() -> TileConfig:
+        return _planned(chain, key, choose, torch.device("cpu"))[0].tile_config
+
+    assert planned() == first.tile_config
+    tuned.keep(GPU, "3.6.0", {tuned.key(first.step, first.inputs): measured(other)})
+    assert planned() == other

@@ -206,3 +206,11 @@ def test_tiles_that_go_elsewhere_are_no_identity(tmp_path: Path) -> None:
     export_bundle(tmp_path / "patched", tmp_path / "bundle", dtype=torch.float32, max_length=64, graphs=["embed"])
     text = (tmp_path / "bundle" / "README.md").read_text()
     assert "so they add nothing" in text and "identity" not in text
+
+
+@pytest.mark.parametrize("how", ["reflink", "hardlink", "copy", "converted"])
+def test_weights_are_told_as_they_came(fresh: Path, bundle: Path, how: str) -> None:
+    weights = {path: file.model_copy(update={"how": how}) for path, file in Manifest.load(bundle).weights.items()}
+    text = written(fresh, bundle, weights=weights)
+    assert ("| converted to float32 |" in text) == (how == "converted")
+    assert ("| as it was |" in text) == (how != "converted")

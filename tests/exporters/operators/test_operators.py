@@ -183,3 +183,13 @@ def test_use_fused_finds_every_graft() -> None:
     assert cuda.fused_form_of("nothing") is None
     cuda.use_fused(model, False)
     assert model[0].fused is None
+
+
+@pytest.mark.parametrize("kind", ["pvm", "mixin"])
+def test_a_traced_result_lies_in_memory_as_the_computed_one(kind: str) -> None:
+    """In order, whatever the order of the hidden states."""
+    case = Case(kind)
+    case.graft.requires_grad_(False).fused = OnCpu(cuda.fused_form_of(kind))
+    case.hidden_states = case.hidden_states.detach().mT.contiguous().mT
+    compiled = torch.compile(lambda: case.compute().view(-1), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(), case.compute().view(-1))

@@ -176,3 +176,15 @@ def test_a_dimension_of_another_version(bundle_of: BundleOf, tmp_path: Path) -> 
     content["graphs"]["decoder"]["inputs"][0]["shape"][0] = "Z"
     with pytest.raises(EngineError, match=r"decoder.onnx has a dimension 'Z'.*update surgeon"):
         make_profiles(tmp_path, Manifest.model_validate(content), Limits())
+
+
+def test_by_default_the_memory_takes_every_tile_whatever_a_prefill_holds(bundle_of: BundleOf) -> None:
+    bundle = bundle_of(INTERNVL).bundle
+    settings = json.loads((bundle / "processor" / "preprocessor_config.json").read_text())
+    manifest, limits = Manifest.load(bundle), Limits(prefill=Range.of(1, 18))
+    most = {
+        allocation: make_profiles(bundle, manifest.model_copy(update={"allocation": allocation}), limits)
+        for allocation in ("both", "memory")
+    }
+    tiles = {allocation: by_graph["vision"][0].sizes["T"].max for allocation, by_graph in most.items()}
+    assert tiles == {"both": 2, "memory": settings["max_patches"] + 1}, "9 tokens a tile"

@@ -189,3 +189,11 @@ def test_a_new_graft_changes_nothing_and_both_key_layouts_load(text_type, layout
         assert torch.equal(*tokens)
         patched.model.language_model.layers[1].pvm.alpha.fill_(0.8)
         assert (patched(**tensors).logits - before)[:, -1].abs().max() > 0.1
+
+
+def test_the_most_tiles_are_those_of_the_largest_resolution():
+    """Which need not be as high and as wide as any other is."""
+    size = {"height": 336, "width": 336}
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    assert FAMILY.most_tiles({"size": size, "image_grid_pinpoints": pinpoints}) == 5
+    assert FAMILY.most_tiles({"size": size}) is None and FAMILY.most_tiles({"image_grid_pinpoints": pinpoints}) is None

@@ -112,3 +112,18 @@ def test_why_no_converter_of_slow_tokenizers_is_used(tmp_path: Path) -> None:
     slow = SimpleNamespace(vocab_file=str(tmp_path / "tokenizer.model"), convert_ids_to_tokens=str)
     with pytest.raises(AttributeError, match="__name__"):  # of the pieces, which it takes for a class
         LlamaConverter(slow).converted()
+
+
+def test_merges_go_through_pieces_that_are_not_used(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.model"
+    proto = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model("internlm2"))
+    pieces, samples = {piece.piece for piece in proto.pieces}, "".join(_sentencepiece.SAMPLES)
+    letters = sorted(piece for piece in pieces if len(piece) == 1 and piece.isascii() and piece.isalpha())
+    triples = (a + b + c for a in letters for b in letters for c in letters)
+    # made of its first two alone, which no sample has side by side: what is not used has no token that is alike
+    whole = next(t for t in triples if t[:2] not in samples and not {t[:2], t[1:]} & pieces)
+    proto.pieces.add(piece=whole[:2], score=-1000.0, type=sentencepiece_model_pb2.ModelProto.SentencePiece.UNUSED)
+    proto.pieces.add(piece=whole, score=-1001.0)
+    file.write_bytes(proto.SerializeToString())
+    assert sentencepiece.SentencePieceProcessor(model_file=str(file)).encode(whole) == [len(proto.pieces) - 1]
+    assert _sentencepiece.convert(file, {}).encode(whole, add_special_tokens=False).ids == [len(proto.pieces) - 1]

@@ -1,15 +1,19 @@
 """What a family declares of its decoder layers is checked against their parts wherever a model is made."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
-from checkpoints import QWEN_TYPES, tiny_checkpoint
+from checkpoints import QWEN_TYPES, tiny_checkpoint, tiny_config
 from command import assert_refused, run
+from surgeon.errors import FamilyError
 from surgeon.families import family
 from surgeon.memory.decoder_layer import NORM_PLACEMENTS, PreNormLayer, check_parts
+from surgeon.models import build_meta
 
 
 class Sandwich(nn.Module):
@@ -52,3 +56,17 @@ def test_a_family_that_declares_it_wrongly_is_refused(
     monkeypatch.setattr(PreNormLayer, "parts", PreNormLayer.parts | {"pre_feedforward_layernorm"})
     expected = ("family qwen3_vl declares norm_placement wrongly", "lacks pre_feedforward_layernorm")
     assert_refused(run(command, source, *more[command]), *expected)
+
+
+def test_every_layer_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer_class: Any = modeling_qwen3_vl.Qwen3VLTextDecoderLayer
+    plain = layer_class.__init__
+
+    def init(self: Any, config: Any, layer_idx: int) -> None:
+        plain(self, config, layer_idx)
+        if layer_idx == 1:
+            self.pre_feedforward_layernorm = nn.Identity()
+
+    monkeypatch.setattr(layer_class, "__init__", init)
+    with pytest.raises(FamilyError, match="declares norm_placement wrongly.*has also pre_feedforward_layernorm"):
+        build_meta(tiny_config("qwen3_vl"))

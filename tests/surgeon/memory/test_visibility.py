@@ -1,5 +1,6 @@
 """Who sees an image in the memory: with `causal` a cache, a prefix and one pass agree; `all` is as published."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,13 @@ def test_embeddings_that_pass_the_base_model_by_are_refused(make: Make) -> None:
     with pytest.raises(ValueError, match="past the patched base model"):
         decoder(inputs_embeds=torch.zeros(1, 2, decoder.config.hidden_size))
     assert decoder(input_ids=torch.tensor([[5, 6]])).last_hidden_state.shape[1] == 2  # text alone
+
+
+def test_a_graft_beside_one_that_was_recorded_without_it_sees_all(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_vl")
+    apply(source, tmp_path / "old", "pvm:layers=1,latent=32,visibility=all")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["surgeon"]["grafts"][0]["visibility"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    apply(tmp_path / "old", tmp_path / "both", "mixin:every=2")
+    assert visibility_of(models.load(tmp_path / "both").config.surgeon) == "all"

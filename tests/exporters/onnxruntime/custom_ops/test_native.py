@@ -1,6 +1,9 @@
 """The native library: compiled once and kept; where it cannot be compiled, a plain message."""
 
+import ctypes
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 
 from exporters.kernels.folder import VARIABLE
 from exporters.onnxruntime.custom_ops import native
+from exporters.onnxruntime.custom_ops.tables import Table
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +86,28 @@ def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch, t
 def test_nothing_is_registered_without_a_table() -> None:
     with pytest.raises(Exception, match="surgeon's library of kernels is loaded by surgeon alone"):
         ort.SessionOptions().register_custom_ops_library(str(native.build()))
+
+
+def test_no_table_is_offered_between_another_and_its_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library registers the table that was offered last."""
+    calls: list[str] = []
+
+    class Library:
+        def __init__(self, path: str) -> None: ...
+
+        def surgeon_offer(self, table: Any) -> None:
+            calls.append(threading.current_thread().name)
+            time.sleep(0.05)
+
+    class Options:
+        def register_custom_ops_library(self, path: str) -> None:
+            calls.append(threading.current_thread().name)
+
+    monkeypatch.setattr(native, "build", lambda: "library.so")
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    threads = [threading.Thread(target=native.register, args=(Options(), Table())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 6 and calls[::2] == calls[1::2]

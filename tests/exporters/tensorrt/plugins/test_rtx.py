@@ -17,6 +17,7 @@ from exporters.tensorrt.build import Built, Options, build_engines, plan_engines
 from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.manifest import EngineManifest
 from exporters.tensorrt.plugins import rtx
+from exporters.tensorrt.plugins.launch import Driver
 from exporters.tensorrt.profiles import Limits, Range
 from exporters.tensorrt.runtime import check_runnable
 from pairs import Pair
@@ -190,3 +191,18 @@ def test_a_loaded_plugin_is_what_its_engine_says(library: Any, monkeypatch: pyte
     shapes = [types.SimpleNamespace(dims=(3, 32)), types.SimpleNamespace(dims=(64, 32))]
     assert plugin.enqueue(shapes, [types.SimpleNamespace(dims=(3, 64))], [1, 2], [3], 0, 77) == 0
     assert ran == [(described, [(3, 32), (64, 32)], [1, 2], [3], 77)]
+
+
+def test_kernels_read_and_write_tensors_in_plain_order_alone() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    described = {"inputs": ["float16", "bool"], "outputs": [{"dtype": "float16", "shape": [["dim", 0, 0]]}]}
+    plugin = rtx._plugin_class(trt, Driver())("pvm_text", described)
+    half, linear = trt.DataType.HALF, trt.TensorFormat.LINEAR
+
+    def taken(position: int, dtype: Any, form: Any) -> bool:
+        tensor = types.SimpleNamespace(desc=types.SimpleNamespace(format=form, type=dtype))
+        return plugin.supports_format_combination(position, [tensor] * 3, 2)
+
+    assert taken(0, half, linear) and taken(1, trt.DataType.BOOL, linear) and taken(2, half, linear)
+    assert not taken(0, half, trt.TensorFormat.CHW2) and not taken(2, half, trt.TensorFormat.HWC8)
+    assert not taken(0, trt.DataType.FLOAT, linear) and not taken(1, half, linear)
