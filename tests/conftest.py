@@ -1,5 +1,6 @@
 """Settings for all tests."""
 
+import gc
 import hashlib
 import os
 import shutil
@@ -25,6 +26,9 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # Kernels run in Triton's interpreter here, which must be known before the first of them is defined.
 os.environ["TRITON_INTERPRET"] = "1"
+
+# A tenth of the time goes into looking for garbage among the millions of objects that libraries keep.
+gc.set_threshold(100_000, 20, 100)
 
 # Before the first test imports transformers, which asks once whether it is there.
 make_importable()

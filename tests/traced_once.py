@@ -24,6 +24,7 @@ from transformers import PretrainedConfig
 
 from exporters.onnx import functions
 from exporters.onnx import trace as tracing
+from surgeon.memory.graft import Graft
 
 
 class _Pickler(pickle.Pickler):
@@ -91,8 +92,9 @@ def traced_once(folder: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
 
     def quick(module: Any, example: Any, dynamic_shapes: Any, *names: Any) -> ir.Model:
-        dims = repr(dynamic_shapes)
-        key = _key(module.eval(), dict(example), dims, sorted(functions.registry()), *map(list, names))
+        grafts = {each.kind for each in module.modules() if isinstance(each, Graft)}
+        as_functions, dims = sorted(grafts & functions.registry().keys()), repr(dynamic_shapes)
+        key = _key(module.eval(), dict(example), dims, as_functions, *map(list, names))
         path = folder / key
         with FileLock(folder / f"{key}.lock"):
             if not path.exists():

@@ -29,6 +29,7 @@ def scripts(**parts: str) -> Callable[[str, bool, Path], list[str]]:
     return lambda name, dry, out: [sys.executable, "-c", parts[name]]
 
 
+@pytest.mark.long
 def test_a_rehearsal_runs_a_part_and_writes_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
         [*COMMAND, "--dry", "--parts", "mixin", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True

@@ -238,6 +238,7 @@ def test_a_damaged_bundle(
         assert_refused(run("inspect", bundle), expected)
 
 
+@pytest.mark.long  # that it is refused, and how, is above
 def test_a_damaged_bundle_is_not_measured(bundle: Path) -> None:
     damage_garbage(bundle)
     done = process("bench", bundle, "--tokens", 2, "--rounds", 1, "--backend", "ort-cpu")

@@ -184,7 +184,7 @@ def test_loading_refuses(damaged: Path, fault: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["generate", "bench"])
+@pytest.mark.parametrize("name", ["generate", pytest.param("bench", marks=pytest.mark.long)])
 def test_a_process_of_its_own_says_one_line(damaged: Path, name: str) -> None:
     without_a_tensor(damaged)
     arguments = ("bench", damaged, "--tokens", 2) if name == "bench" else COMMANDS[name](damaged, damaged)

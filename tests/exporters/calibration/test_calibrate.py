@@ -75,7 +75,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Overflowin
     return get
 
 
-@pytest.fixture(params=["vision", "residual"])
+@pytest.fixture(params=["vision", pytest.param("residual", marks=pytest.mark.long)])
 def overflowing(request: pytest.FixtureRequest, make: Callable[[str], OverflowingModel]) -> OverflowingModel:
     return make(request.param)
 

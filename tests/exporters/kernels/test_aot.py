@@ -100,7 +100,7 @@ def parameters(kernel: CompiledKernel) -> list[str]:
     return re.findall(r"\.param \.(\w+)", head)
 
 
-@pytest.mark.parametrize("launches", [pvm_launches, mixin_launches])
+@pytest.mark.parametrize("launches", [pvm_launches, pytest.param(mixin_launches, marks=pytest.mark.long)])
 def test_real_sizes_compile_for_every_target(launches: Callable[..., list[Launch]], tmp_path: Path) -> None:
     planned = [launch for length in (1, 512) for launch in launches("bfloat16", length)]
     alike = [launch for length in (1, 512) for launch in launches("bfloat16", length, per_token=False)]
@@ -121,7 +121,7 @@ def test_real_sizes_compile_for_every_target(launches: Callable[..., list[Launch
         assert version == {100: "8.6", 120: "8.7"}.get(job.capability, "8.0")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("float32", marks=pytest.mark.long)])
 @pytest.mark.parametrize("launches", [small_pvm, small_mixin])
 def test_other_dtypes_compile(launches: Callable[[str, int], list[Launch]], dtype: str, tmp_path: Path) -> None:
     compiled = compile_launches([Job(launch, 80) for length in (1, 20) for launch in launches(dtype, length)])

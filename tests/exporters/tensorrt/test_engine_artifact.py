@@ -115,7 +115,7 @@ def test_bench(path: Path, rehearsed: None) -> None:
 
 
 @pytest.mark.skipif(gpu() is not None, reason="there is a GPU here")
-@pytest.mark.parametrize("command", ["generate", "validate", "bench"])
+@pytest.mark.parametrize("command", ["generate", "validate", pytest.param("bench", marks=pytest.mark.long)])
 def test_without_a_gpu_it_is_one_line(pair: Pair, path: Path, command: str) -> None:
     arguments: Any = {"generate": (path,), "validate": (pair.checkpoint, path), "bench": (pair.bundle, path)}[command]
     done = run(command, *arguments, "--prompt", "What?")

@@ -138,7 +138,7 @@ def test_a_model_that_computes_otherwise_over_the_same_tensors_fails(export: Exp
     assert [each.verdict for each in report.comparisons] == ["failed", "not judged"]
 
 
-@pytest.mark.parametrize("gate", [0.0, 1e-30, 0.8])
+@pytest.mark.parametrize("gate", [0.0, pytest.param(1e-30, marks=pytest.mark.long), 0.8])
 def test_another_backbone_fails_whatever_the_gates_are(gate: float, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", "qwen3_vl", num_hidden_layers=2)
     other = tiny_checkpoint(tmp_path / "other", "qwen3_vl", num_hidden_layers=2, seed=1)

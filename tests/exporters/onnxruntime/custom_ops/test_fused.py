@@ -52,7 +52,9 @@ def replaced(model: ir.Model, driver: StandIn, alignment: int = 1) -> Fused:
     return kernels
 
 
-@pytest.mark.parametrize(("kind", "visibility"), [("pvm", "causal"), ("mixin", "all")])
+@pytest.mark.parametrize(
+    ("kind", "visibility"), [pytest.param("pvm", "causal", marks=pytest.mark.long), ("mixin", "all")]
+)
 def test_a_graft_computes_what_its_function_does(driver: StandIn, kind: str, visibility: Visibility) -> None:
     model = model_of(kind, visibility=visibility)
     kernels = replaced(model, driver)
