@@ -100,11 +100,9 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return f"error: {error}", error.exit_code
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG):
             return "error: no space is left where the output goes", 2
-    reason = next(iter(str(error).strip().splitlines()), "")
-    return (
-        f"error: unexpected {type(error).__name__}{f': {reason}' if reason else ''} (run with --debug to see where)",
-        3,
-    )
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    what = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+    return f"error: unexpected {what} (run with --debug to see where)", 3
 
 
 @click.group(cls=Surgeon, context_settings={"help_option_names": ["-h", "--help"]})

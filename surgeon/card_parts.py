@@ -133,6 +133,11 @@ def license_text(source: SourceCard, kept: bool) -> list[str]:
     return ["## License", f"As the source's card says{where}: {licenses_text}{f', {plain(name)}' if name else ''}."]
 
 
+def tiles_differ(record: Mapping[str, Any]) -> bool:
+    """Whether tiles are laid out otherwise than in the plain model, which changes answers whatever the gates are."""
+    return bool(record.get("positions") or record.get("allocation", "both") != "both")
+
+
 def untrained(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint has grafts, and every gate of theirs is zero, as at insertion."""
     gates = [

@@ -216,7 +216,7 @@ def report_bench(measurements: Sequence[Mapping[str, Any]]) -> None:
                 f"{decimal(measurement['peak_memory'])}{on_device}",
             )
         )
-    figures = ("", "first token", "step", "step, p95", "tokens/s", "relative to A", "peak memory")
+    figures = ("", "first token", "step", "step, p95", "tokens/s", "relative to first", "peak memory")
     print_table(("", *(measurement["path"] for measurement in measurements)), list(zip(figures, *columns, strict=True)))
 
 

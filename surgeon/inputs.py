@@ -238,10 +238,12 @@ class Inputs:
         return ids
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
             raise InputError(
                 "the prompt is not valid Unicode text: was it typed in another encoding than the terminal's?"
-            )
+            ) from error
         try:
             ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         except Exception as error:  # all of it is transformers' own, which takes any text: what is left is its settings

@@ -72,10 +72,14 @@ def graft_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     (`modules_to_save`), the copy that is trained."""
     modules = dict(model.named_modules())
     # of a checkpoint's own code, too, whose classes are others
-    grafts = [name for name, module in modules.items() if hasattr(type(module), "gates")]
-    kept = {name for name in grafts if name.endswith(_KEPT) and hasattr(modules[name.removesuffix(_KEPT)], _SAVED)}
+    grafts = tuple(
+        f"{name}."
+        for name, module in modules.items()
+        if hasattr(type(module), "gates")
+        and not (name.endswith(_KEPT) and hasattr(modules[name.removesuffix(_KEPT)], _SAVED))
+    )
     for name, parameter in model.named_parameters():
-        if any(name.startswith(f"{graft}.") for graft in grafts if graft not in kept):
+        if name.startswith(grafts):
             yield name, parameter
 
 

@@ -22,6 +22,7 @@ from surgeon.card_parts import (
     parameters_text,
     short_name,
     tags,
+    tiles_differ,
 )
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import CheckpointError
@@ -231,7 +232,7 @@ def _arguments(patch: Patch) -> list[str] | None:
 def _use(record: Mapping[str, Any] | None, directory: Path) -> list[str]:
     """How it is loaded and asked, with what lies beside it."""
     prompted = has_processor(directory)
-    tiles = record is not None and bool(record.get("positions") or record.get("allocation", "both") != "both")
+    tiles = record is not None and tiles_differ(record)
     with_processor = prompted and not tiles
     snippet = _LOAD.format(
         imports="from PIL import Image\n" if with_processor else _TILE_IMPORTS if prompted else "",

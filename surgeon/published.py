@@ -12,15 +12,17 @@ from surgeon.models import read_model
 TensorShapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def check_staged(directory: Path, planned: TensorShapes) -> None:
+def check_staged(directory: Path, planned: TensorShapes | None = None) -> None:
     """Read a checkpoint directory: every header against its file, the index, the tensors against the config's model,
-    and against `planned`, which says each tensor's dtype and shape by its key. No weight is read.
+    and against `planned`, which says each tensor's dtype and shape by its key, where that is known. No weight is read.
 
     Raises CheckpointError for the first thing that is not so.
     """
     with Checkpoint.open(directory) as staged:
         read_model(staged)
         written_tensors = {name: (info.torch_dtype, info.shape) for name, info in staged.tensors.items()}
+    if planned is None:
+        return
     for name in sorted(written_tensors.keys() | planned.keys()):
         if written_tensors.get(name) != planned.get(name):
             expected, actual = _dtype_and_shape(planned.get(name)), _dtype_and_shape(written_tensors.get(name))

@@ -9,7 +9,7 @@ from surgeon.checkpoint.publish import staged
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import OptionError
 from surgeon.families import family
-from surgeon.models import read_model
+from surgeon.published import check_staged
 from surgeon.recipe import FILE_NAME
 from surgeon.side_files import copy_side_files, name_classes
 from surgeon.source_card import card_files
@@ -34,14 +34,8 @@ def save(model: Any, target: str | Path, source: str | Path, *, overwrite: bool 
     with Checkpoint.open(source, weights="optional") as opened:
         if family(opened.config["model_type"]).model_type != described.model_type:
             raise OptionError(f"the model is of family {described.model_type}, and {source} is of another")
-        with staged(Path(target), overwrite, protect=[opened.directory], verify=_verify) as directory:
+        with staged(Path(target), overwrite, protect=[opened.directory], verify=check_staged) as directory:
             model.save_pretrained(directory)
             not_copied = {FILE_NAME, *(path.name for path in (*directory.iterdir(), *card_files(opened)))}
             copy_side_files(opened, directory, not_copied, trust_remote_code=False)
             name_classes(directory, described)
-
-
-def _verify(directory: Path) -> None:
-    """Its tensors are those of its config's model."""
-    with Checkpoint.open(directory) as saved:
-        read_model(saved)

@@ -106,14 +106,6 @@ def export(shared: Callable[..., Path], quick_exports: None) -> Callable[..., "P
     return get
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quick_kernels() -> Iterator[None]:
-    from interpreted_quickly import interpreted_quickly
-
-    with interpreted_quickly():
-        yield
-
-
 @pytest.fixture(scope="session")
 def quick_exports() -> Iterator[None]:
     """What is traced for an export is traced once in the whole run."""

@@ -5,6 +5,7 @@ launch and a third of its time, to find patched what the launch has patched alre
 integers again, in 64 bits.
 """
 
+import importlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import pytest
 @contextmanager
 def interpreted_quickly() -> Iterator[None]:
     """Within it a function that a kernel calls patches no module that its launch has patched already."""
-    interpreter: Any = pytest.importorskip("triton.runtime.interpreter")
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     patch_language, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[str] = set()
 

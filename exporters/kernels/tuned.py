@@ -115,7 +115,7 @@ class Tuned:
 
 
 _FORMER, _FORMER_INPUT = "blocks", re.compile(r"\bonto=")
-"""What `tile_config` was called in files of earlier versions."""
+"""What `tile_config` was called in files of earlier versions, and the input `residual` in the names of launches."""
 
 
 def load(path: Path) -> Tuned:
@@ -129,15 +129,16 @@ def load(path: Path) -> Tuned:
             warnings.warn(
                 f"{path} is of an earlier version: it is read for this release, so measure again", stacklevel=2
             )
-        configs = {
-            _FORMER_INPUT.sub("residual=", name) if _FORMER in launch else name: _sound(
-                launch.get(_FORMER) or launch["tile_config"]
-            )
-            for name, launch in launches.items()
-        }
+        configs = dict(_tile_config_of(name, launch) for name, launch in launches.items())
         return Tuned(str(content["gpu"]), configs)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"it is no file of measured tile configs ({type(error).__name__}: {error})") from error
+
+
+def _tile_config_of(name: str, launch: Mapping[str, Any]) -> tuple[str, TileConfig]:
+    """A launch of a file, with the name that it has now."""
+    name = _FORMER_INPUT.sub("residual=", name) if _FORMER in launch else name
+    return name, _sound(launch.get(_FORMER) or launch["tile_config"])
 
 
 def _sound(values: Mapping[str, Any]) -> TileConfig:

@@ -17,6 +17,7 @@ from surgeon.card_parts import (
     methods,
     short_name,
     tags,
+    tiles_differ,
     untrained,
 )
 from surgeon.checkpoint import Checkpoint
@@ -87,11 +88,8 @@ def _short(manifest: Manifest) -> str:
 def _untrained(checkpoint: Checkpoint) -> list[str]:
     if not untrained(checkpoint):
         return []
-    record = checkpoint.config.get(RECORD) or {}
-    # tiles that go elsewhere, and positions, change answers whatever the gates are
-    tiles = record.get("positions") or record.get("allocation", "both") != "both"
     identity = "they are an identity: the bundle computes what the model without them does"
-    nothing = "they add nothing" if tiles else identity
+    nothing = "they add nothing" if tiles_differ(checkpoint.config.get(RECORD) or {}) else identity
     return [
         f"**Its grafts are not trained.** Every gate is zero, so {nothing}. Tune the checkpoint and export it again."
     ]

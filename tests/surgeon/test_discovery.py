@@ -33,9 +33,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
         attribute = "Other" if source.startswith("\nfrom surgeon.pipeline") else "THING"
         (folder / "entry_points.txt").write_text(f"[{group}]\n{entry} = {module}:{attribute}\n")
+        discovery._installed_entry_points.cache_clear()
 
     monkeypatch.syspath_prepend(tmp_path)
-    discovery._installed_entry_points.cache_clear()
     yield add
     discovery._installed_entry_points.cache_clear()
 
@@ -50,7 +50,6 @@ def test_a_pass_of_another_package_is_one_of_the_passes(install: Install) -> Non
 def test_one_that_calls_itself_otherwise_takes_no_others_place(install: Install, name: str) -> None:
     own = passes.registry()
     install("surgeon.passes", "other-pass", f"package_of_{name}", PASS.format(name=name))
-    discovery._installed_entry_points.cache_clear()
     with pytest.warns(UserWarning, match=f"the entry point 'other-pass' calls itself '{name}'"):
         assert passes.registry() == own
 
@@ -58,7 +57,6 @@ def test_one_that_calls_itself_otherwise_takes_no_others_place(install: Install,
 def test_one_of_this_projects_name_is_not_taken(install: Install) -> None:
     own = passes.registry()
     install("surgeon.passes", "pvm", "c_package", PASS.format(name="pvm"))
-    discovery._installed_entry_points.cache_clear()
     assert passes.registry() == own
 
 
