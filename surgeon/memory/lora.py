@@ -1,0 +1,128 @@
+"""Low-rank adapters that act in one call alone: the algebra of PEFT's LoRA over modules that stay as they are.
+
+PEFT puts its adapters into the model, where they act on whatever runs through it. A former's must not: ordinary
+decoding is the untouched backbone. So they are kept beside the modules that they adapt, in a tree of the same names,
+and a call that wants them runs on a view of the modules in which they are.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgeon.memory.graft import Constant, Initialiser, Normal
+
+
+class LowRank(nn.Module):
+    """What an adapter adds to a linear layer: x -> scale * B A x."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float) -> None:
+        super().__init__()
+        self.lora_A = nn.Linear(in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, out_features, bias=False)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        added: Tensor = self.lora_B(self.lora_A(x)) * self.scale
+        return added
+
+    def initialisers(self) -> dict[str, Initialiser]:
+        """As PEFT's: A drawn, with the standard deviation of its uniform distribution; B zero, so nothing is added."""
+        return {
+            "lora_A.weight": Normal((3 * self.lora_A.in_features) ** -0.5),
+            "lora_B.weight": Constant(0.0),
+        }
+
+
+class Adapters(nn.Module):
+    """A node of the tree that has the names of the modules it adapts; its leaves are `LowRank`."""
+
+    @classmethod
+    def of(cls, blocks: Mapping[str, nn.Module], targets: Sequence[str], rank: int, alpha: float) -> "Adapters":
+        """Adapters for every linear layer of the blocks that `targets` names: by its path within its block, or the end
+        of it, as PEFT's target_modules. `blocks`: by the names that they are to have in the tree.
+
+        Raises ValueError for a target that no linear layer has, with those that there are.
+        """
+        tree = cls()
+        unmatched = set(targets)
+        for name, block in blocks.items():
+            branch = tree._child(name)
+            for path, linear in linear_layers(block):
+                matching = {target for target in targets if path == target or path.endswith(f".{target}")}
+                if matching:
+                    unmatched -= matching
+                    *parents, leaf = path.split(".")
+                    node = branch
+                    for parent in parents:
+                        node = node._child(parent)
+                    node.add_module(leaf, LowRank(linear.in_features, linear.out_features, rank, alpha / rank))
+        if unmatched:
+            there = sorted({path for block in blocks.values() for path, _ in linear_layers(block)})
+            raise ValueError(
+                f"no linear layer is called {', '.join(sorted(unmatched))}; there are {', '.join(there) or 'none'}"
+            )
+        return tree
+
+    def _child(self, name: str) -> "Adapters":
+        if name not in self._modules:
+            self.add_module(name, Adapters())
+        child = self._modules[name]
+        assert isinstance(child, Adapters)
+        return child
+
+
+def linear_layers(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Path and module of every linear layer within a block, its grafts aside."""
+    grafts: Mapping[str, Any] = getattr(block, "graft_sites", {})
+    for path, module in block.named_modules():
+        if isinstance(module, nn.Linear) and path.split(".")[0] not in grafts:
+            yield path, module
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer and an adapter beside it: x -> W x + b + scale * B A x. Both are used through their modules, so
+    what shards, offloads or quantises the layer's weight goes on working."""
+
+    def __init__(self, base: nn.Module, low_rank: LowRank) -> None:
+        super().__init__()
+        self.base, self.low_rank = base, low_rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        output: Tensor = self.base(x)
+        return output + self.low_rank(x)
+
+
+def adapted(module: nn.Module, adapters: nn.Module) -> Any:
+    """A view of `module` in which the adapters act: it shares every parameter and every module but those on the way to
+    an adapted layer. `module` itself is as it was, and the view is not kept."""
+    if isinstance(adapters, LowRank):
+        return AdaptedLinear(module, adapters)
+    view: Any = object.__new__(type(module))
+    view.__dict__.update(module.__dict__)
+    children = dict(module._modules)
+    for name, child in adapters.named_children():
+        original = children[name]
+        assert original is not None
+        children[name] = adapted(original, child)
+    view.__dict__["_modules"] = children
+    hook = module.__dict__.get("_hf_hook")
+    if hook is not None:  # accelerate binds its forward to the module that it was hooked to, which has no adapter
+        view.__dict__["forward"] = _hooked(view, hook)
+    return view
+
+
+def _hooked(view: Any, hook: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = hook.pre_forward(view, *args, **kwargs)
+        return hook.post_forward(view, type(view).forward(view, *args, **kwargs))
+
+    return forward
+
+
+def low_rank_product(low_rank: LowRank) -> Tensor:
+    """What an adapter adds to its layer's weight, [out_features, in_features]."""
+    return F.linear(low_rank.lora_B.weight, low_rank.lora_A.weight.T) * low_rank.scale

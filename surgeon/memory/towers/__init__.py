@@ -1,0 +1,1 @@
+"""How the vision tower of each family runs over a sequence that goes on behind the patches; one file per family."""
