@@ -6,8 +6,10 @@ from transformers import PretrainedConfig
 
 from surgeon.discovery import Extensions
 from surgeon.errors import CheckpointError
+from surgeon.families import Family
 from surgeon.memory.graft import Graft
-from surgeon.memory.patched import RECORD
+from surgeon.memory.invoking import invoking_base_model_class, invoking_model_class
+from surgeon.memory.patched import RECORD, patched_base_model_class, patched_model_class
 
 _GRAFTS = Extensions("surgeon.memory", "GRAFT", group="surgeon.grafts")
 
@@ -35,3 +37,18 @@ def is_patched(config: PretrainedConfig) -> bool:
 def graft_records(config: PretrainedConfig) -> list[dict[str, Any]]:
     """The grafts that a config records: `{"kind", "layers", ...options}` each; none for a plain model."""
     return list((getattr(config, RECORD, None) or {}).get("grafts", []))
+
+
+def model_parts(described: Family, record: dict[str, Any]) -> tuple[type, ...]:
+    """What a patched model's class is made of beside its own: the classes of its grafts, and where it calls for memory
+    the tower that it looks through again."""
+    grafts = [graft_class(kind) for kind in sorted({entry["kind"] for entry in record["grafts"]})]
+    looks_again = (record.get("vismem") or {}).get("short_former") == "vision"
+    return (*grafts, described.tower) if looks_again and described.tower is not None else tuple(grafts)
+
+
+def class_makers(record: dict[str, Any]) -> tuple[Any, Any]:
+    """The functions that make a patched model's class and its base model's."""
+    if record.get("vismem"):
+        return invoking_model_class, invoking_base_model_class
+    return patched_model_class, patched_base_model_class

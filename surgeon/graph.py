@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.families import Family, family
 from surgeon.memory.graft import Graft
+from surgeon.memory.inserted import Inserted
 from surgeon.memory.patched import RECORD, patched_config_class
 from surgeon.models import build_meta, config_values, read_config, read_model
 from surgeon.weights import Initialised, Stored, WeightPlan
@@ -68,6 +69,10 @@ class LvlmGraph:
         """Module path -> graft."""
         return {name: module for name, module in self.model.named_modules() if isinstance(module, Graft)}
 
+    def inserted(self) -> dict[str, Inserted]:
+        """Module path -> everything that passes inserted: grafts, and what forms memory that the model calls for."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, Inserted)}
+
     def new_parameters(self) -> dict[str, Initialised]:
         """The parameters that are not the source's."""
         return {name: plan for name, plan in self.weights.items() if isinstance(plan, Initialised)}
@@ -75,17 +80,24 @@ class LvlmGraph:
     def graft(self, kind: str, layers: list[int], options: dict[str, Any]) -> list[str]:
         """Graft `kind` into these layers: config, modules and weight plan. Returns the new modules' paths."""
         entry = {"kind": kind, "layers": layers, **options}
-        before = set(self.grafts())
-        self.record = {**self.record, "grafts": [*self.record["grafts"], entry]}
+        return self._insert({**self.record, "grafts": [*self.record["grafts"], entry]})
+
+    def add_vismem(self, entry: dict[str, Any]) -> list[str]:
+        """Give the model what forms memory that it calls for: config, modules and weight plan. Returns the new module's
+        path. `entry`: what the record is to hold of it."""
+        return self._insert({**self.record, "vismem": entry})
+
+    def _insert(self, record: dict[str, Any]) -> list[str]:
+        before = set(self.inserted())
+        self.record = record
         self._rebuild()
-        added = [path for path in self.grafts() if path not in before]
         std = float(self.family.text_config(self.config).initializer_range)
-        for path in added:
-            module = self.grafts()[path]
+        added = {path: module for path, module in self.inserted().items() if path not in before}
+        for path, module in added.items():
             for name, initialiser in module.initialisers(std).items():
                 shape = tuple(module.get_parameter(name).shape)
                 self.weights[f"{path}.{name}"] = Initialised(initialiser, self.seed, shape, self.dtype)
-        return added
+        return list(added)
 
     def lay_out_tiles(self, **values: Any) -> None:
         """Put what depends on an image's tiles into the record (`positions`, `allocation`), and with it how the family

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator
 
 from surgeon.pipeline import PreconditionError
 
-_FORMS = "a list of layers (8,16,24), every:N or strided:N"
+_FORMS = "a list of layers (8,16,24), every:N, strided:N or last:N"
 
 
 def _parse(value: Any) -> list[int] | str:
@@ -18,7 +18,7 @@ def _parse(value: Any) -> list[int] | str:
         return list(value)
     if isinstance(value, str):
         text = value.strip().removeprefix("[").removesuffix("]")
-        if re.fullmatch(r"(every|strided):[1-9]\d*", text):
+        if re.fullmatch(r"(every|strided|last):[1-9]\d*", text):
             return text
         if re.fullmatch(r"-?\d+(\s*,\s*-?\d+)*", text):
             return [int(part) for part in text.split(",")]
@@ -31,7 +31,8 @@ LayerChoice = Annotated[list[int] | str, BeforeValidator(_parse)]
 def resolve_layers(choice: list[int] | str, depth: int, pass_name: str) -> list[int]:
     """Zero-based layer indices, ascending, for a decoder of `depth` layers.
 
-    every:N takes the layers i where (i + 1) % N == 0; strided:N takes N layers spread evenly, k * depth / (N + 1).
+    every:N takes the layers i where (i + 1) % N == 0; strided:N takes N layers spread evenly, k * depth / (N + 1);
+    last:N the last N.
     Raises PreconditionError for a layer out of range or named twice, and for an N that the depth cannot hold.
     """
     if isinstance(choice, str):
@@ -41,6 +42,8 @@ def resolve_layers(choice: list[int] | str, depth: int, pass_name: str) -> list[
             raise PreconditionError(f"pass {pass_name}: layers={choice}, but the decoder has {depth} layers")
         if form == "every":
             return [i for i in range(depth) if (i + 1) % n == 0]
+        if form == "last":
+            return list(range(depth - n, depth))
         return [min(k * depth // (n + 1), depth - 1) for k in range(1, n + 1)] if n < depth else list(range(depth))
     out_of_range = [i for i in choice if not 0 <= i < depth]
     if out_of_range:

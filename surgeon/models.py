@@ -11,10 +11,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import CheckpointError, FamilyError
 from surgeon.families import Family, family
-from surgeon.grafts import graft_class, graft_records, is_patched
+from surgeon.grafts import class_makers, is_patched, model_parts
 from surgeon.importers import refuse_importable
 from surgeon.memory.decoder_layer import check_parts
-from surgeon.memory.patched import RECORD, patched_config_class, patched_model_class
+from surgeon.memory.patched import RECORD, patched_config_class
 from surgeon.record import check_record, has_record
 from surgeon.remote_code import with_remote_code
 from surgeon.sizes import one_line
@@ -68,11 +68,16 @@ def model_class(described: Family, config: PretrainedConfig) -> type[PreTrainedM
     base: Any = getattr(transformers, described.model_class)
     if not is_patched(config):
         return base
-    kinds = sorted({entry["kind"] for entry in graft_records(config)})
-    grafts = [graft_class(kind) for kind in kinds]
-    return patched_model_class(
-        base, described.text_model, described.norm_placement, described.visual_token_keys, *grafts
+    record = getattr(config, RECORD)
+    make_class, _ = class_makers(record)
+    lvlm_class: type[PreTrainedModel] = make_class(
+        base,
+        described.text_model,
+        described.norm_placement,
+        described.visual_token_keys,
+        *model_parts(described, record),
     )
+    return lvlm_class
 
 
 def build_meta(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

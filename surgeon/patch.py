@@ -17,7 +17,7 @@ from surgeon.checkpoint.unchanged import SourceFiles
 from surgeon.checkpoint.writer import PlannedTensor, write_safetensors
 from surgeon.errors import CheckpointError
 from surgeon.graph import LvlmGraph
-from surgeon.memory.graft import Constant
+from surgeon.memory.inserted import Constant
 from surgeon.memory.patched import RECORD
 from surgeon.model_card import Patch, patched_card
 from surgeon.pipeline import Pass, PreconditionError, run_passes
@@ -67,7 +67,7 @@ def plan(source: Checkpoint, passes: Sequence[Pass], seed: int = 0) -> tuple[Lvl
     if not any(result.modified for result in results):
         raise CheckpointError("the recipe changes nothing: it has no pass")
     _check_image_processor(graph, source)
-    grafts = {path: sum(p.numel() for p in module.parameters()) for path, module in graph.grafts().items()}
+    grafts = {path: sum(p.numel() for p in module.parameters()) for path, module in graph.inserted().items()}
     new = set(graph.new_parameters())
     added = {path: n for path, n in grafts.items() if any(name.startswith(path + ".") for name in new)}
     return graph, PatchReport(grafts=added, source_parameters=parameters)

@@ -155,7 +155,7 @@ def check_replay(graph: "LvlmGraph", pass_: Pass, resolved: dict[str, Any]) -> N
 def check(graph: "LvlmGraph", pass_: Pass) -> None:
     """What holds after any pass: one source per parameter, of its shape and dtype; a config that round-trips; and,
     where the pass promises identity, a zero gate in front of everything new. Raises PostconditionError."""
-    from surgeon.memory.graft import Constant
+    from surgeon.memory.inserted import Constant
     from surgeon.weights import Initialised, Tied
 
     def fail(defect: str) -> PostconditionError:

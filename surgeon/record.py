@@ -14,7 +14,7 @@ from surgeon.families import Family
 from surgeon.grafts import graft_class
 from surgeon.memory.patched import MODEL_TYPE_PREFIX, RECORD
 from surgeon.memory.visibility import Visibility
-from surgeon.sizes import Positive, Size, check
+from surgeon.sizes import Positive, Size, TokenId, check
 
 _REMEDY = "copy config.json from where the checkpoint was made, or patch the source again"
 
@@ -100,6 +100,33 @@ GRAFTS: dict[str, type[GraftRecord]] = {"pvm": PvmRecord, "mixin": MixinRecord}
 """By kind, which is also the name of its file in `surgeon/memory`."""
 
 
+class MemoryTokenIds(_Strict):
+    """What VisMem calls its tokens: of a kind of memory the invoke and the end token."""
+
+    short: Annotated[list[TokenId], Field(min_length=2, max_length=2)]
+    long: Annotated[list[TokenId], Field(min_length=2, max_length=2)]
+    placeholder: TokenId
+
+
+class VisMemRecord(_Strict):
+    """What forms memory that the model calls for."""
+
+    query: Size
+    short: Size
+    long: Size
+    short_former: Literal["vision", "language"]
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    rank: Size
+    alpha: Positive
+    targets: list[str]
+    vision_targets: list[str] | None
+    window: Size
+    width: Size | None
+    position_axes: Literal[1, 3]
+    token_ids: MemoryTokenIds
+    separators: list[TokenId]
+
+
 class SourceRecord(_Strict):
     """What was patched."""
 
@@ -134,6 +161,7 @@ class Record(_Strict):
     layout: Layout | None = None
     positions: PositionScheme | None = None
     allocation: Allocation = "both"
+    vismem: VisMemRecord | None = None
 
     @model_validator(mode="after")
     def _says_where_tiles_lie(self) -> "Record":

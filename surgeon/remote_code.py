@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from surgeon.errors import SurgeonError
 from surgeon.families import Family, family
-from surgeon.grafts import graft_class
+from surgeon.grafts import class_makers, model_parts
 from surgeon.memory import patched
 
 ENTRY = "modeling_surgeon"
@@ -51,11 +51,12 @@ def _travelling(module: str, files: dict[str, str]) -> None:
         _travelling(match[2], files)
 
 
-def travelling_files(described: Family, kinds: list[str]) -> dict[str, str]:
-    """File name -> text of everything that a checkpoint of this family with grafts of these kinds needs to load."""
+def travelling_files(described: Family, record: dict[str, Any]) -> dict[str, str]:
+    """File name -> text of everything that a checkpoint of this family with this record needs to load."""
     files: dict[str, str] = {}
-    grafts = [graft_class(kind) for kind in kinds]
-    for module in (patched.__name__, *(graft.__module__ for graft in grafts)):
+    make_model, make_base_model = class_makers(record)
+    parts = model_parts(described, record)
+    for module in (make_model.__module__, *(part.__module__ for part in parts)):
         _travelling(module, files)
     within_base_model = described.text_model.split(".", 1)[1]
 
@@ -63,21 +64,20 @@ def travelling_files(described: Family, kinds: list[str]) -> dict[str, str]:
         arguments = [base, repr(text_model), repr(described.norm_placement), repr(described.visual_token_keys)]
         return [
             f"{maker}(",
-            *(f"    {argument}," for argument in [*arguments, *(graft.__name__ for graft in grafts)]),
+            *(f"    {argument}," for argument in [*arguments, *(part.__name__ for part in parts)]),
             ")",
         ]
 
-    first, *model = class_call("patched_model_class", described.model_class, described.text_model)
-    base_model = class_call("patched_base_model_class", described.base_model_class, within_base_model)
+    first, *model = class_call(make_model.__name__, described.model_class, described.text_model)
+    base_model = class_call(make_base_model.__name__, described.base_model_class, within_base_model)
     lines = [
         '"""Loads this checkpoint in transformers, grafts included. Written by surgeon; see surgeon-recipe.yaml."""',
         "",
         f"from transformers import {described.config_class}, {described.base_model_class}, {described.model_class}",
         "",
-        f"from .{_flat_name(patched.__name__)} import (",
-        *(f"    {name}," for name in ("patched_base_model_class", "patched_config_class", "patched_model_class")),
-        ")",
-        *(f"from .{_flat_name(graft.__module__)} import {graft.__name__}" for graft in grafts),
+        f"from .{_flat_name(make_model.__module__)} import {make_base_model.__name__}, {make_model.__name__}",
+        f"from .{_flat_name(patched.__name__)} import patched_config_class",
+        *(f"from .{_flat_name(part.__module__)} import {part.__name__}" for part in parts),
         "",
         f"SurgeonConfig = patched_config_class({described.config_class})",
         f"SurgeonModel = {first}",
@@ -102,8 +102,7 @@ def travelling_file_names(config: dict[str, Any]) -> list[str]:
     record = config.get(patched.RECORD)
     if not record:
         return []
-    kinds = sorted({entry["kind"] for entry in record["grafts"]})
-    return list(travelling_files(family(config["model_type"]), kinds))
+    return list(travelling_files(family(config["model_type"]), record))
 
 
 def _base_model_name(described: Family) -> str:
@@ -146,8 +145,7 @@ def patched_config(
 
 def write_remote_code(directory: Path, config: PretrainedConfig) -> int:
     """Write the travelling files of a patched config into a checkpoint directory. Returns the bytes written."""
-    kinds = sorted({entry["kind"] for entry in getattr(config, patched.RECORD)["grafts"]})
-    files = travelling_files(family(config.model_type), kinds)
+    files = travelling_files(family(config.model_type), getattr(config, patched.RECORD))
     return sum((directory / name).write_text(text, encoding="utf-8") for name, text in files.items())
 
 

@@ -13,7 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.dtypes import name_of
 from surgeon.errors import CheckpointError
-from surgeon.memory.graft import Constant, Initialiser, Normal
+from surgeon.memory.inserted import Constant, Initialiser, Normal
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """What every graft is: a module inside a decoder layer that reads the visual memory."""
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from abc import abstractmethod
 from inspect import isfunction
 from typing import Any, ClassVar, Literal, Self
 
@@ -9,28 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.memory.fused import FusedForm, fused_form
+from surgeon.memory.inserted import Constant, Initialiser, Inserted, Normal
 from surgeon.memory.reading import Reading
 from surgeon.memory.reference import Reference, weight_names
 from surgeon.memory.rms_norm import RMSNorm
 from surgeon.memory.rotary import Rope, Rotary
 
 
-@dataclass(frozen=True)
-class Normal:
-    """Drawn from a normal distribution around zero."""
-
-    std: float
-
-
-@dataclass(frozen=True)
-class Constant:
-    value: float
-
-
-Initialiser = Normal | Constant
-
-
-class Graft(nn.Module, ABC):
+class Graft(Inserted):
     """A branch grafted into one decoder layer.
 
     `project` turns visual embeddings into this layer's keys and values, once, when an image enters; `attend` reads
@@ -92,17 +77,6 @@ class Graft(nn.Module, ABC):
         if name == "bias":
             return Constant(0.0)
         return Constant(1.0) if isinstance(module, RMSNorm | nn.RMSNorm | nn.LayerNorm) else Normal(std)
-
-    @torch.no_grad()
-    def reset_parameters(self, std: float) -> None:
-        """Set every parameter to its value at insertion, in place."""
-        for name, initialiser in self.initialisers(std).items():
-            parameter = self.get_parameter(name)
-            match initialiser:
-                case Normal(std=scale):
-                    parameter.normal_(0.0, scale)
-                case Constant(value=value):
-                    parameter.fill_(value)
 
     @abstractmethod
     def project(self, visual_embeds: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:

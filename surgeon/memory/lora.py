@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.memory.graft import Constant, Initialiser, Normal
+from surgeon.memory.inserted import Constant, Initialiser, Normal
 
 
 class LowRank(nn.Module):
@@ -41,29 +41,19 @@ class Adapters(nn.Module):
 
     @classmethod
     def of(cls, blocks: Mapping[str, nn.Module], targets: Sequence[str], rank: int, alpha: float) -> "Adapters":
-        """Adapters for every linear layer of the blocks that `targets` names: by its path within its block, or the end
-        of it, as PEFT's target_modules. `blocks`: by the names that they are to have in the tree.
-
-        Raises ValueError for a target that no linear layer has, with those that there are.
-        """
+        """Adapters for every linear layer of the blocks that `targets` names (`is_named`, within its block). `blocks`:
+        by the names that they are to have in the tree. Raises ValueError as `check_targets`."""
+        check_targets(list(blocks.values()), targets)
         tree = cls()
-        unmatched = set(targets)
         for name, block in blocks.items():
             branch = tree._child(name)
             for path, linear in linear_layers(block):
-                matching = {target for target in targets if path == target or path.endswith(f".{target}")}
-                if matching:
-                    unmatched -= matching
+                if any(is_named(path, target) for target in targets):
                     *parents, leaf = path.split(".")
                     node = branch
                     for parent in parents:
                         node = node._child(parent)
                     node.add_module(leaf, LowRank(linear.in_features, linear.out_features, rank, alpha / rank))
-        if unmatched:
-            there = sorted({path for block in blocks.values() for path, _ in linear_layers(block)})
-            raise ValueError(
-                f"no linear layer is called {', '.join(sorted(unmatched))}; there are {', '.join(there) or 'none'}"
-            )
         return tree
 
     def _child(self, name: str) -> "Adapters":
@@ -72,6 +62,21 @@ class Adapters(nn.Module):
         child = self._modules[name]
         assert isinstance(child, Adapters)
         return child
+
+
+def is_named(path: str, target: str) -> bool:
+    """Whether `target` names a layer of this path, as PEFT's target_modules do: by the whole path, or its end."""
+    return path == target or path.endswith(f".{target}")
+
+
+def check_targets(blocks: Sequence[nn.Module], targets: Sequence[str]) -> None:
+    """Raises ValueError for a target that no linear layer of the blocks has, with those that there are."""
+    paths = sorted({path for block in blocks for path, _ in linear_layers(block)})
+    unmatched = [target for target in targets if not any(is_named(path, target) for path in paths)]
+    if unmatched or not targets:
+        raise ValueError(
+            f"no linear layer is called {', '.join(unmatched) or 'anything'}; there are {', '.join(paths) or 'none'}"
+        )
 
 
 def linear_layers(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon.memory.graft import Initialiser, Normal
+from surgeon.memory.inserted import Initialiser, Normal
 from surgeon.memory.lora import Adapters, adapted
 from surgeon.memory.towers._base import ImageInputs, Tower
 

@@ -15,7 +15,7 @@ from patching import apply, batch, randomise_grafts
 from surgeon import models
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import SurgeonError
-from surgeon.memory.graft import Constant
+from surgeon.memory.inserted import Constant
 from surgeon.patch import plan
 from surgeon.pipeline import PreconditionError
 from surgeon.recipe import FILE_NAME, Recipe

@@ -27,7 +27,7 @@ from surgeon.checkpoint import Checkpoint
 from surgeon.checkpoint.hub import hub_origin
 from surgeon.graph import LvlmGraph
 from surgeon.importing import import_checkpoint
-from surgeon.memory.graft import Constant
+from surgeon.memory.inserted import Constant
 from surgeon.patch import patch
 from surgeon.pipeline import Pass, PassOptions, PassResult
 from surgeon.recipe import Recipe, argument_of, parse_argument

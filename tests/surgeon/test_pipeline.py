@@ -12,7 +12,7 @@ from checkpoints import tiny_checkpoint
 from passes.pvm import PvmOptions, PvmPass
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.graph import LvlmGraph
-from surgeon.memory.graft import Constant, Normal
+from surgeon.memory.inserted import Constant, Normal
 from surgeon.pipeline import (
     Pass,
     PassCrash,

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgeon.memory.graft import Constant, Graft, Normal
+from surgeon.memory.graft import Graft
+from surgeon.memory.inserted import Constant, Normal
 from surgeon.memory.mixin import Mixin
 from surgeon.memory.pvm import PersistentVisualMemory
 from surgeon.memory.rms_norm import RMSNorm

@@ -1,0 +1,192 @@
+"""What a request remembers so that memory can be formed: what it has seen, what was said lately, what was formed.
+
+It is a layer of the request's KV cache, as the visual memory is: whatever is done to the cache is done to it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from surgeon.memory.memory_tokens import Kind
+from surgeon.memory.towers._base import ImageInputs
+
+_PIECES = 64
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """One call for memory in one row."""
+
+    place: int
+    """Of the invoke token, counted as the columns of the KV cache are."""
+    kind: Kind
+    latents: Tensor
+    """[N, d]."""
+    seconds: float
+    """That forming them took."""
+
+
+class InvokedMemory(CacheLayerMixin):
+    """Of every row: hidden states of its images and of its latest text, its images, and its invocations."""
+
+    is_compileable = False  # which row calls for memory is known on the host
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.length = 0  # columns so far
+        self.images: list[tuple[ImageInputs, ...]] = []
+        self.invocations: list[tuple[Invocation, ...]] = []
+        self.visual_states: Tensor | None = None  # [B, V, d]
+        self.visual_places: Tensor | None = None  # int64 [B, V], -1 where a row has no more
+        self.recent: list[Tensor] = []  # [B, s, d] each, the latest columns
+        self.recent_is_text: list[Tensor] = []  # bool [B, s] each
+        self.is_initialized = False
+
+    @classmethod
+    def taken_from(cls, cache: Cache | None) -> Self:
+        """That of a cache, out of it while a call runs; a new one where there is none."""
+        for layer in [] if cache is None else cache.layers:
+            if isinstance(layer, cls):
+                assert cache is not None
+                cache.layers.remove(layer)
+                return layer
+        return cls()
+
+    @classmethod
+    def of(cls, cache: Cache) -> Self | None:
+        """That of a cache."""
+        return next((layer for layer in cache.layers if isinstance(layer, cls)), None)
+
+    def begin(self, batch_size: int) -> None:
+        """A call of so many rows begins. Raises ValueError where the request has another number."""
+        if not self.is_initialized:
+            self.images, self.invocations = [()] * batch_size, [()] * batch_size
+            self.is_initialized = True
+        if len(self.images) != batch_size:
+            raise ValueError(f"the cache is of {len(self.images)} rows and the call of {batch_size}")
+
+    def add(self, hidden_states: Tensor, is_text: Tensor, is_visual: Tensor | None, window: int) -> None:
+        """The columns of a call are over: hidden_states [B, S, d]; is_text, is_visual bool [B, S]. Of text the last
+        `window` columns are kept."""
+        if is_visual is not None:
+            places = torch.arange(is_visual.shape[1], device=is_visual.device) + self.length
+            self._add_visual(*rows_of(hidden_states, is_visual, places))
+        self.recent.append(hidden_states[:, -window:].clone() if hidden_states.shape[1] > window else hidden_states)
+        self.recent_is_text.append(is_text[:, -window:])
+        self.length += hidden_states.shape[1]
+        if len(self.recent) > _PIECES:
+            self._join(window)
+
+    def _add_visual(self, states: Tensor, places: Tensor) -> None:
+        if self.visual_states is not None and self.visual_places is not None:
+            states = torch.cat((self.visual_states, states), 1)
+            places = torch.cat((self.visual_places, places), 1)
+        self.visual_states, self.visual_places = states, places
+
+    def _join(self, window: int | None = None) -> None:
+        if self.recent:
+            columns = slice(None) if window is None else slice(-window, None)
+            self.recent = [torch.cat(self.recent, 1)[:, columns]]
+            self.recent_is_text = [torch.cat(self.recent_is_text, 1)[:, columns]]
+
+    def seen(self, row: int) -> list[Tensor]:
+        """Hidden states of a row's images, [V, d], or nothing."""
+        if self.visual_states is None or self.visual_places is None:
+            return []
+        return [self.visual_states[row, self.visual_places[row] >= 0]]
+
+    def said(self, row: int, since: int) -> list[Tensor]:
+        """Hidden states of a row's text from the column `since` on, as far as they are kept, [T, d] or nothing."""
+        self._join()
+        if not self.recent:
+            return []
+        states, is_text = self.recent[0][row], self.recent_is_text[0][row]
+        columns = torch.arange(self.length - len(states), self.length, device=states.device)
+        return [states[is_text & (columns >= since)]]
+
+    # -- what a cache does to its layers -----------------------------------------------------------------------
+    def _select(self, rows: Tensor) -> None:
+        """Rows int64 [B'] of the request, in their order, are its rows from now on."""
+        self._join()
+        self.recent = [tensor[rows.to(tensor.device)] for tensor in self.recent]
+        self.recent_is_text = [tensor[rows.to(tensor.device)] for tensor in self.recent_is_text]
+        if self.visual_states is not None and self.visual_places is not None:
+            on_device = rows.to(self.visual_states.device)
+            self.visual_states, self.visual_places = self.visual_states[on_device], self.visual_places[on_device]
+        order: Sequence[int] = rows.tolist()
+        self.images = [self.images[row] for row in order]
+        self.invocations = [self.invocations[row] for row in order]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            rows = torch.arange(len(self.images))
+            self._select(rows[indices.cpu()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._select(torch.arange(len(self.images)).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        self._forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `VisualMemory.crop`. Text that had been dropped from the window before does not come back."""
+        length = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(self.length, tokens_to_remove)
+        self._join()
+        removed = self.length - length
+        if removed:
+            self.recent = [tensor[:, : max(0, tensor.shape[1] - removed)] for tensor in self.recent]
+            self.recent_is_text = [tensor[:, : max(0, tensor.shape[1] - removed)] for tensor in self.recent_is_text]
+        if self.visual_places is not None:
+            self.visual_places = torch.where(self.visual_places < length, self.visual_places, -1)
+        self.invocations = [tuple(each for each in row if each.place < length) for row in self.invocations]
+        self.length = length
+
+    def offload(self) -> None:
+        """Small: it stays where it is."""
+
+    def prefetch(self) -> None:
+        """See `offload`."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to allocate."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise TypeError("the invoked memory has no keys and values of its own")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def rows_of(states: Tensor, mask: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """The states [B, S, d] that are in mask bool [B, S], row by row, [B, V, d], and their places [B, V], -1 where a
+    row has no more. places int64 [S]: the columns'."""
+    counts = mask.sum(1)
+    longest = int(counts.max())
+    rows, columns = [], []
+    for row, own in enumerate(mask):
+        missing = longest - int(counts[row])
+        rows.append(pad(states[row, own], (0, 0, 0, missing)))
+        columns.append(pad(places[own], (0, missing), value=-1))
+    return torch.stack(rows), torch.stack(columns)

@@ -1,0 +1,154 @@
+"""Generation by transformers' own searches, of a model that calls for memory."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerationMode
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from surgeon.memory.memory_tokens import KINDS, MAX_INVOCATIONS, MODES, MemoryTokens, Mode
+
+_SETTINGS = "memory_settings"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a caller of `generate` wants of memory."""
+
+    mode: Mode
+    max_invocations: int
+
+    @classmethod
+    def of(cls, mode: Any, max_invocations: Any) -> "Settings":
+        """Raises ValueError for values that they cannot have."""
+        if mode not in MODES:
+            raise ValueError(f"memory={mode!r}: choose one of {', '.join(map(repr, MODES))}")
+        most = MAX_INVOCATIONS if max_invocations is None else max_invocations
+        if not isinstance(most, int) or isinstance(most, bool) or most < 0:
+            raise ValueError(f"max_invocations={most!r}: it is how many invocations an answer has at most, 0 or more")
+        return cls(mode, 0 if mode == "off" else most)
+
+
+class InvokingGeneration:
+    """In front of the patched model's classes: `generate(..., memory="auto", max_invocations=8)`.
+
+    memory: "auto", when the model says so; "off"; or "always", at the beginning and behind each sentence or line, with
+    the kind of memory that the model finds likelier. Lengths (max_new_tokens, max_length, min_new_tokens) count what
+    the caller sees: memory tokens do not count.
+    """
+
+    memory_tokens: MemoryTokens
+    config: Any
+
+    def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> Any:
+        settings = Settings.of(kwargs.pop("memory", "auto"), kwargs.pop("max_invocations", None))
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
+        setattr(generation_config, _SETTINGS, settings)
+        return generation_config, model_kwargs
+
+    def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, kwargs: Any) -> None:
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if assisted and _settings(generation_config).max_invocations:
+            raise ValueError(
+                "assisted decoding does not go with memory that is called for: pass memory='off', or no assistant"
+            )
+        super()._validate_generation_mode(generation_mode, generation_config, kwargs)  # type: ignore[misc]
+
+    def _prepare_generated_length(self, generation_config: Any, input_ids_length: int, **kwargs: Any) -> Any:
+        generation_config = super()._prepare_generated_length(  # type: ignore[misc]
+            generation_config=generation_config, input_ids_length=input_ids_length, **kwargs
+        )
+        settings = _settings(generation_config)
+        generation_config.memory_visible_length = generation_config.max_length
+        generation_config.memory_prompt_length = input_ids_length
+        generation_config.max_length += settings.max_invocations * self.memory_tokens.longest
+        return generation_config
+
+    def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: int, **kwargs: Any) -> Any:
+        others = super()._get_logits_processor(  # type: ignore[misc]
+            generation_config=generation_config, input_ids_seq_length=input_ids_seq_length, **kwargs
+        )
+        tokens, settings = self.memory_tokens, _settings(generation_config)
+        eos = getattr(generation_config, "_eos_token_tensor", None)
+        least = max((generation_config.min_length or 0) - input_ids_seq_length, generation_config.min_new_tokens or 0)
+        allowed = AllowedMemoryTokens(tokens, settings, input_ids_seq_length, eos, least)
+        # nothing that another processor does may change what is forced
+        return LogitsProcessorList([allowed, *others, ForcedMemoryTokens(tokens)])
+
+    def _get_stopping_criteria(self, generation_config: Any, **kwargs: Any) -> Any:
+        criteria = super()._get_stopping_criteria(generation_config=generation_config, **kwargs)  # type: ignore[misc]
+        visible = generation_config.memory_visible_length - generation_config.memory_prompt_length
+        limit = VisibleLength(self.memory_tokens, generation_config.memory_prompt_length, visible)
+        return StoppingCriteriaList([*criteria, limit])
+
+
+def _settings(generation_config: Any) -> Settings:
+    settings: Settings = getattr(generation_config, _SETTINGS)
+    return settings
+
+
+class AllowedMemoryTokens(LogitsProcessor):
+    """Where a row is free: no placeholder, no end token, and an invoke token only as far as memory is wanted."""
+
+    def __init__(
+        self, tokens: MemoryTokens, settings: Settings, prompt_length: int, eos: Tensor | None, min_new_tokens: int
+    ) -> None:
+        self.tokens, self.settings, self.prompt_length = tokens, settings, prompt_length
+        self.eos, self.min_new_tokens = eos, min_new_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids [B, S], scores [B, V] -> [B, V]."""
+        tokens, answers = self.tokens, input_ids[:, self.prompt_length :]
+        never = torch.tensor([*tokens.end.values(), tokens.placeholder], device=scores.device)
+        scores = scores.index_fill(1, never, -torch.inf)
+        invoke = torch.tensor([tokens.invoke[kind] for kind in KINDS], device=scores.device)
+        may_invoke = tokens.invocations(answers) < self.settings.max_invocations
+        invoking = scores[:, invoke]
+        scores[:, invoke] = torch.where(may_invoke[:, None], invoking, -torch.inf)
+        if self.settings.mode == "always":
+            wanted = may_invoke & self._at_a_separator(input_ids, answers)
+            likelier = torch.nn.functional.one_hot(invoking.argmax(1), len(KINDS)).bool()
+            only = torch.full_like(scores, -torch.inf)
+            only[:, invoke] = torch.where(likelier, 0.0, -torch.inf).to(scores.dtype)
+            scores = torch.where(wanted[:, None], only, scores)
+        if self.eos is not None and self.min_new_tokens:
+            short = visible_length(tokens, answers) < self.min_new_tokens
+            eos = self.eos.to(scores.device)
+            scores[:, eos] = torch.where(short[:, None], -torch.inf, scores[:, eos])
+        return scores
+
+    def _at_a_separator(self, input_ids: Tensor, answers: Tensor) -> Tensor:
+        if not answers.shape[1]:
+            return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return torch.isin(answers[:, -1], torch.tensor(self.tokens.separators, device=input_ids.device))
+
+
+class ForcedMemoryTokens(LogitsProcessor):
+    """Within an invocation: the one token that comes next."""
+
+    def __init__(self, tokens: MemoryTokens) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids [B, S], scores [B, V] -> [B, V]."""
+        forced = self.tokens.forced(input_ids)
+        only = torch.full_like(scores, -torch.inf).scatter_(1, forced.clamp(min=0)[:, None].to(scores.device), 0.0)
+        return torch.where((forced >= 0)[:, None].to(scores.device), only, scores)
+
+
+class VisibleLength(StoppingCriteria):
+    """A row ends when the caller sees as many tokens as were asked for."""
+
+    def __init__(self, tokens: MemoryTokens, prompt_length: int, max_new_tokens: int) -> None:
+        self.tokens, self.prompt_length, self.max_new_tokens = tokens, prompt_length, max_new_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """input_ids [B, S] -> bool [B]."""
+        return visible_length(self.tokens, input_ids[:, self.prompt_length :]) >= self.max_new_tokens
+
+
+def visible_length(tokens: MemoryTokens, answers: Tensor) -> Tensor:
+    """How many tokens of each row of ids [B, S] the caller sees, int64 [B]."""
+    return (~tokens.is_one(answers)).sum(1)
