@@ -14,6 +14,7 @@ from surgeon.errors import OptionError
 from surgeon.generation import Generation, OnText, Sampling
 from surgeon.images import ImageSource
 from surgeon.inputs import Message, Prompt
+from surgeon.memory_use import Mode
 from surgeon.positions import Positions
 
 
@@ -27,9 +28,13 @@ class TextGenerator(Protocol):
         sampling: Sampling | None = None,
         on_text: OnText | None = None,
         positions: Positions | None = None,
+        memory: Mode | None = None,
+        max_invocations: int | None = None,
     ) -> list[Generation]:
         """Answer prompts in one batch, each with its own images; greedy unless `sampling` says otherwise. `on_text` is
-        called with each row's text as it comes. Raises InputError for a prompt or image that cannot be used."""
+        called with each row's text as it comes. memory: of a model that calls for it, "auto" (when it says so), "off"
+        or "always" (at the beginning, and behind each sentence or line), at most `max_invocations` times an answer.
+        Raises InputError for a prompt or image that cannot be used, OptionError for memory that the model has not."""
 
 
 def open_generator(model: Any, provider: Provider = "auto") -> TextGenerator:
@@ -75,6 +80,8 @@ def generate(
     sampling: Sampling | None = None,
     on_text: OnText | None = None,
     positions: Positions | None = None,
+    memory: Mode | None = None,
+    max_invocations: int | None = None,
     provider: Provider = "auto",
 ) -> Generation:
     """The answer to one prompt about images: files, or images of Pillow, shown in their order. model, provider: as for
@@ -85,7 +92,13 @@ def generate(
         images = (images,)
     generator = open_generator(model, provider)
     (generation,) = generator.generate(
-        [Prompt(prompt, tuple(images), system)], max_new_tokens, sampling, on_text, positions
+        [Prompt(prompt, tuple(images), system)],
+        max_new_tokens,
+        sampling,
+        on_text,
+        positions,
+        memory=memory,
+        max_invocations=max_invocations,
     )
     return generation
 

@@ -1,12 +1,13 @@
 """From logits to text, the same for every runtime: sampling, stopping, and text that is decoded as it comes."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from surgeon.errors import OptionError, SurgeonError
+from surgeon.memory.memory_tokens import Kind, MemoryTokens
 
 FinishReason = Literal["stop", "length"]
 """Why a row ended: an end-of-sequence token, or no room (in the tokens asked for, or in the cache)."""
@@ -15,12 +16,26 @@ OnText = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
+class Invoked:
+    """One call for memory in an answer."""
+
+    token: int
+    """How many tokens of the answer were before it."""
+    kind: Kind
+    seconds: float
+    """That it took to form the memory and to feed it."""
+
+
+@dataclass(frozen=True)
 class Generation:
-    """What one prompt was answered. `token_ids` ends with the end-of-sequence token where the reason is "stop"."""
+    """What one prompt was answered. `token_ids` ends with the end-of-sequence token where the reason is "stop"; memory
+    tokens are not among them."""
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
+    invocations: list[Invoked] = field(default_factory=list)
+    """Where the model called for memory."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +58,22 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise OptionError(f"top_p is {self.top_p}; it must be in (0, 1]")
 
-    def generator(self) -> np.random.Generator:
-        """A fresh generator for one request."""
-        return np.random.default_rng(self.seed)
+    def generators(self, rows: int) -> list[np.random.Generator]:
+        """Fresh ones for a request of so many rows."""
+        return [np.random.default_rng((self.seed, row) if row else self.seed) for row in range(rows)]
 
 
-def sample(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> np.ndarray:
+def sample(
+    logits: np.ndarray,
+    sampling: Sampling,
+    generators: Sequence[np.random.Generator],
+    free: np.ndarray | None = None,
+) -> np.ndarray:
     """One token for each row: logits [B, V] -> int64 [B].
 
-    Every row draws one number from the generator, so what a row gets does not depend on the others' logits. Raises
-    SurgeonError where a row's logits are NaN or hold no finite maximum.
+    Every row draws from a generator of its own, so what it gets does not depend on the others. Rows that are not in
+    `free`, bool [B], draw nothing and get the likeliest token. Raises SurgeonError where a row's logits are NaN or hold
+    no finite maximum.
     """
     usable = np.isfinite(logits.max(axis=-1))
     if not usable.all():
@@ -63,8 +84,10 @@ def sample(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
         )
     if sampling.temperature == 0:
         return logits.argmax(axis=-1).astype(np.int64)
-    draws = generator.random(len(logits))
-    return np.array([_draw(row, sampling, u) for row, u in zip(logits, draws, strict=True)], dtype=np.int64)
+    tokens = logits.argmax(axis=-1).astype(np.int64)
+    for row in range(len(logits)) if free is None else np.flatnonzero(free):
+        tokens[row] = _draw(logits[row], sampling, generators[row].random())
+    return tokens
 
 
 def _draw(logits: np.ndarray, sampling: Sampling, draw: float) -> int:
@@ -101,9 +124,10 @@ class Rows:
         """Which rows go on: bool [B]."""
         return np.array([reason is None for reason in self.finish_reasons])
 
-    def push(self, tokens: np.ndarray) -> None:
-        """Append tokens [B] to the rows that are active; an end-of-sequence token is kept as the row's last."""
-        for row in np.flatnonzero(self.active):
+    def push(self, tokens: np.ndarray, rows: np.ndarray | None = None) -> None:
+        """Append tokens [B] to the rows that are active, or to those of them in `rows`, bool [B]; an end-of-sequence
+        token is kept as the row's last."""
+        for row in np.flatnonzero(self.active if rows is None else self.active & rows):
             token = int(tokens[row])
             self.token_ids[row].append(token)
             if token in self.eos_token_ids[row]:
@@ -152,12 +176,17 @@ class Answers:
         eos_token_ids: Collection[int],
         limits: Sequence[int],
         on_text: OnText | None,
+        memory_tokens: MemoryTokens | None = None,
     ) -> None:
-        """`decode`: as for `TextStream`; `limits`: how many tokens each row may have."""
+        """`decode`: as for `TextStream`; `limits`: how many tokens each row may have, of those that the caller sees:
+        memory_tokens are kept apart."""
         self._rows = Rows([eos_token_ids] * len(limits), limits)
         self._streams = [TextStream(decode) for _ in limits]
         self._texts = [""] * len(limits)
         self._on_text = on_text
+        self._memory_tokens = memory_tokens
+        self._invoked: list[list[tuple[int, Kind]]] = [[] for _ in limits]
+        self._seconds: list[list[float]] = [[] for _ in limits]
 
     @property
     def active(self) -> np.ndarray:
@@ -166,12 +195,27 @@ class Answers:
 
     def push(self, tokens: np.ndarray) -> None:
         """Append tokens [B] to the rows that go on."""
-        active_rows = np.flatnonzero(self.active).tolist()
-        self._rows.push(tokens)
+        hidden = np.array([self._is_hidden(row, int(token)) for row, token in enumerate(tokens)])
+        visible_rows = self.active & ~hidden
+        active_rows = np.flatnonzero(visible_rows).tolist()
+        self._rows.push(tokens, visible_rows)
         for row in active_rows:
             self._add(row, self._streams[row].push(int(tokens[row])))
             if not self._rows.active[row]:
                 self._add(row, self._streams[row].finish())
+
+    def _is_hidden(self, row: int, token: int) -> bool:
+        """Whether it is a memory token; an invocation is noted."""
+        if self._memory_tokens is None or token not in self._memory_tokens.ids:
+            return False
+        kind = self._memory_tokens.kind_of(token)
+        if kind is not None and self.active[row]:
+            self._invoked[row].append((len(self._rows.token_ids[row]), kind))
+        return True
+
+    def timed(self, row: int, seconds: float) -> None:
+        """The row's latest invocation took so long."""
+        self._seconds[row].append(seconds)
 
     def _add(self, row: int, text: str) -> None:
         self._texts[row] += text
@@ -180,8 +224,14 @@ class Answers:
 
     def generations(self) -> list[Generation]:
         """Of the rows that have ended, which in the end are all."""
-        ended = zip(self._texts, self._rows.token_ids, self._rows.finish_reasons, strict=True)
-        return [Generation(text, ids, reason) for text, ids, reason in ended if reason is not None]
+        ended = zip(self._texts, self._rows.token_ids, self._rows.finish_reasons, self._invocations(), strict=True)
+        return [Generation(text, ids, reason, invoked) for text, ids, reason, invoked in ended if reason is not None]
+
+    def _invocations(self) -> list[list[Invoked]]:
+        return [
+            [Invoked(token, kind, seconds[number]) for number, (token, kind) in enumerate(invoked[: len(seconds)])]
+            for invoked, seconds in zip(self._invoked, self._seconds, strict=True)
+        ]
 
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"

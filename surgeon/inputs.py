@@ -23,6 +23,7 @@ from surgeon.families import Family, Grid
 from surgeon.families import family as find_family
 from surgeon.images import ImageSource, load_image
 from surgeon.json_file import read_object
+from surgeon.memory_use import memory_tokens_of
 from surgeon.models import read_config
 from surgeon.positions import Positions, choose_positions, grid_in_sequence, record_of
 from surgeon.side_files import IMAGE_PROCESSOR_FILES, TOKENIZER_FILES
@@ -232,6 +233,12 @@ class Inputs:
         if ids.count(image) != sum(self.family.image_tokens(self.config, grid) for grid in grids):
             token = self.tokenizer.convert_ids_to_tokens(image)
             raise InputError(f"the prompt's text has image tokens {token}: give each image as an image instead")
+        memory = memory_tokens_of(record_of(self.config))
+        if memory is not None and (spelt := set(memory.ids).intersection(ids)):
+            token = self.tokenizer.convert_ids_to_tokens(min(spelt))
+            raise InputError(
+                f"the prompt's text spells the memory token {token}, which the model alone may use: leave it out"
+            )
         other = set(self.family.visual_token_ids(self.config)) - {image}
         if other.intersection(ids):
             raise InputError("the prompt has video tokens: video is not supported yet, pass images")

@@ -14,8 +14,10 @@ from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import OptionError
 from surgeon.generation import Answers, Generation, OnText, Sampling, sample
 from surgeon.inputs import Inputs, Message, Prompt
+from surgeon.memory.invoked_memory import InvokedMemory
+from surgeon.memory_use import MemoryTokens, Mode, memory_settings, memory_tokens_of
 from surgeon.models import config_of, config_values, load, read_config
-from surgeon.positions import Positions
+from surgeon.positions import Positions, record_of
 
 
 class TorchGenerator:
@@ -57,6 +59,8 @@ class TorchGenerator:
         sampling: Sampling | None = None,
         on_text: OnText | None = None,
         positions: Positions | None = None,
+        memory: Mode | None = None,
+        max_invocations: int | None = None,
     ) -> list[Generation]:
         """As `exporters.runtime.generate`: greedy unless `sampling` says otherwise.
 
@@ -67,8 +71,11 @@ class TorchGenerator:
         if isinstance(model := self.__dict__.get("model"), PreTrainedModel):
             _check_keeps_cache(model)
         # first, so that a bad image is reported at once
+        tokens = memory_tokens_of(record_of(self.inputs.config))
+        settings = memory_settings(tokens, memory, max_invocations)
         prepared = self.inputs.prepare(prompts, positions=positions)
-        answers = Answers(self.inputs.decode, self.inputs.eos_token_ids, [max_new_tokens] * len(prompts), on_text)
+        limits = [max_new_tokens] * len(prompts)
+        answers = Answers(self.inputs.decode, self.inputs.eos_token_ids, limits, on_text, tokens)
         if not answers.active.any():
             return answers.generations()
         before = self.model.generation_config
@@ -79,26 +86,42 @@ class TorchGenerator:
             eos_token_id=list(self.inputs.eos_token_ids) or None,
             pad_token_id=self.inputs.pad_token_id,
         )
+        kwargs = {} if tokens is None else {"memory": settings.mode, "max_invocations": settings.max_invocations}
         try:
-            self.model.generate(
+            output = self.model.generate(
                 **prepared.model_kwargs(self.model.dtype, self.model.device),
-                logits_processor=LogitsProcessorList([_Drawn(sampling or Sampling())]),
+                **kwargs,
+                logits_processor=LogitsProcessorList([_Drawn(sampling or Sampling(), len(prompts), tokens)]),
                 streamer=_Streamer(answers),
+                return_dict_in_generate=True,
             )
         finally:
             self.model.generation_config = before
+        if tokens is not None:
+            _add_times(answers, output.past_key_values)
         return answers.generations()
+
+
+def _add_times(answers: Answers, cache: Any) -> None:
+    """How long the invocations of each row took."""
+    memory = InvokedMemory.of(cache)
+    for row, invocations in enumerate([] if memory is None else memory.invocations):
+        for invocation in invocations:
+            answers.timed(row, invocation.seconds)
 
 
 class _Drawn(LogitsProcessor):
     """Draws each row's token, and leaves no other to the search that follows."""
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling, self._generator = sampling, sampling.generator()
+    def __init__(self, sampling: Sampling, rows: int, memory_tokens: MemoryTokens | None) -> None:
+        self._sampling, self._generators, self._memory_tokens = sampling, sampling.generators(rows), memory_tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores [B, V] -> the same with -inf everywhere but at one token of each row."""
-        tokens = torch.from_numpy(sample(scores.float().cpu().numpy(), self._sampling, self._generator))
+        free = None
+        if self._memory_tokens is not None:  # what is forced is not drawn
+            free = (self._memory_tokens.forced(input_ids) < 0).cpu().numpy()
+        tokens = torch.from_numpy(sample(scores.float().cpu().numpy(), self._sampling, self._generators, free))
         forced_scores = torch.full_like(scores, -torch.inf)
         return forced_scores.scatter_(1, tokens[:, None].to(scores.device), 0.0)
 

@@ -18,7 +18,7 @@ from surgeon.memory.invoking_generation import InvokingGeneration
 from surgeon.memory.memory_call import MemoryCall
 from surgeon.memory.memory_tokens import MemoryTokens
 from surgeon.memory.patched import RECORD, patched_base_model_class, patched_model_class
-from surgeon.memory.pickled import Rebuilt, named_after
+from surgeon.memory.pickled import named_after
 from surgeon.memory.tiled import has_images, resolve_tiles
 from surgeon.memory.towers._base import ImageInputs, Tower
 from surgeon.memory.vismem import VisMem
@@ -32,7 +32,7 @@ transformers takes the pixels out of its keywords, and repeats rows of tensors a
 def invoking_text_model_class(base: Any) -> Any:
     """`base`, a patched decoder."""
 
-    class InvokingTextModel(Rebuilt, base):
+    class InvokingTextModel(base):
         made_by = (invoking_text_model_class, (base,))
 
         def forward(
@@ -102,7 +102,7 @@ def invoking_base_model_class(base: Any, text_model: str, norm_placement: str, k
     patched = patched_base_model_class(base, text_model, norm_placement, keys, *grafts)
     parameters = [name for name in inspect.signature(base.forward).parameters if name != "self"]
 
-    class InvokingBaseModel(Rebuilt, _WithVisMem, patched):
+    class InvokingBaseModel(_WithVisMem, patched):
         made_by = (invoking_base_model_class, (base, text_model, norm_placement, keys, *parts))
 
         def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -153,7 +153,7 @@ def invoking_model_class(base: Any, text_model: str, norm_placement: str, keys: 
     patched = patched_model_class(base, text_model, norm_placement, keys, *grafts)
     within = text_model.removeprefix(f"{base.base_model_prefix}.")
 
-    class Invoking(InvokingGeneration, Rebuilt, _WithVisMem, patched):
+    class Invoking(InvokingGeneration, _WithVisMem, patched):
         made_by = (invoking_model_class, (base, text_model, norm_placement, keys, *parts))
 
         def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
