@@ -29,7 +29,13 @@ def graft_class(kind: str) -> type[Graft]:
 
 def is_patched(config: PretrainedConfig) -> bool:
     """Whether a config asks for a patched model: one with grafts, or with positions of its own."""
-    return bool(getattr(config, RECORD, None))
+    return asks_for_patched_class(getattr(config, RECORD, None))
+
+
+def asks_for_patched_class(record: Any) -> bool:
+    """Whether the model of a record is another class than the family's own. With new tokens alone it is not: they are
+    rows of its tables."""
+    return isinstance(record, dict) and bool(record.get("grafts") or record.get("positions"))
 
 
 def graft_records(config: PretrainedConfig) -> list[dict[str, Any]]:
