@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from exporters.export import export_bundle as export
     from exporters.generation import generate, stream
     from exporters.validation.validate import validate_pair as validate
+    from passes.memory_tokens import MemoryTokens
     from passes.mixin import Mixin
     from passes.pvm import PVM
     from passes.rope_dhr import RopeDHR
@@ -37,6 +38,7 @@ _PUBLIC = {
     "PVM": "passes.pvm:PVM",
     "Mixin": "passes.mixin:Mixin",
     "RopeDHR": "passes.rope_dhr:RopeDHR",
+    "MemoryTokens": "passes.memory_tokens:MemoryTokens",
     "validate": "exporters.validation.validate:validate_pair",
     "export": "exporters.export:export_bundle",
     "generate": "exporters.generation:generate",
@@ -47,6 +49,7 @@ _PUBLIC = {
 
 __all__ = [
     "PVM",
+    "MemoryTokens",
     "Mixin",
     "RopeDHR",
     "Sampling",

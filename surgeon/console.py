@@ -56,6 +56,11 @@ def report_inspection(inspection: Inspection) -> None:
     for graft in inspection.grafts:
         options = "".join(f", {key} {value_text(value)}" for key, value in graft.options.items())
         print(f"grafted  {graft.kind} at layers {', '.join(map(str, graft.layers))}{options}")
+    for way, grown in (("spare rows", False), ("rows by which the tables grew", True)):
+        tokens = [f"{token.text} {token.id}" for token in inspection.tokens if token.grown == grown]
+        if tokens:
+            more = f" and {len(tokens) - 16} more" if len(tokens) > 16 else ""
+            print(f"tokens   in {way}: {', '.join(tokens[:16])}{more}")
     if inspection.tiles is not None:
         tiles = inspection.tiles
         order = f" in {tiles.tile_order} order" if tiles.tile_order else ""
@@ -135,10 +140,16 @@ def report_patch(report: "PatchReport", target: Path | None) -> None:
     """`target`: None for a plan."""
     if report.grafts:
         print_table(("graft", "parameters"), list(report.grafts.items()))
+    if report.tokens:
+        tokens = [f"{token} {token_id}" for token, token_id in report.tokens.items()]
+        print(f"tokens: {', '.join(tokens[:16])}{f' and {len(tokens) - 16} more' if len(tokens) > 16 else ''}")
+        for table, (before, after) in report.tables.items():
+            print(f"{table}: " + (f"{before:,} rows, now {after:,}" if after > before else "rows that no token had"))
+    if report.new_parameters:
         share = report.new_parameters / report.source_parameters
         of_source = f"{share:.2%} of the source's {report.source_parameters:,}"
         print(f"total {report.new_parameters:,} new parameters, {of_source}")
-    else:
+    elif not report.tokens:
         print(f"no new parameters beside the source's {report.source_parameters:,}: positions change, weights do not")
     if target is None:
         print("a plan only: nothing was written")

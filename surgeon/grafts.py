@@ -30,8 +30,14 @@ def graft_class(kind: str) -> type[Graft]:
 
 
 def is_patched(config: PretrainedConfig) -> bool:
-    """Whether a config asks for a patched model: one with grafts, or with positions of its own."""
-    return bool(getattr(config, RECORD, None))
+    """Whether a config asks for a patched model: one with grafts, with positions of its own, or memory to call for."""
+    return asks_for_patched_class(getattr(config, RECORD, None))
+
+
+def asks_for_patched_class(record: Any) -> bool:
+    """Whether the model of a record is another class than the family's own. With new tokens alone it is not: they are
+    rows of its tables."""
+    return isinstance(record, dict) and any(record.get(key) for key in ("grafts", "positions", "vismem"))
 
 
 def graft_records(config: PretrainedConfig) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig
+from transformers import AutoImageProcessor, PretrainedConfig
 
 from surgeon import rendering
 from surgeon.errors import CheckpointError, InputError
@@ -28,6 +28,7 @@ from surgeon.models import read_config
 from surgeon.positions import Positions, choose_positions, grid_in_sequence, record_of
 from surgeon.side_files import IMAGE_PROCESSOR_FILES, TOKENIZER_FILES
 from surgeon.sizes import GenerationTokens, check, one_line
+from surgeon.tokenizer_files import load_tokenizer
 
 Message = dict[str, Any]
 Side = Literal["left", "right"]
@@ -136,8 +137,7 @@ class Inputs:
             )
         _require(path, {"tokenizer": TOKENIZER_FILES, "image processor": IMAGE_PROCESSOR_FILES})
         rendering.start()
-        load_tokenizer = partial(AutoTokenizer.from_pretrained, config=config, trust_remote_code=False)
-        tokenizer = _load("tokenizer", path, load_tokenizer)
+        tokenizer = load_tokenizer(path, config)
         image_processor = _load("image processor", path, partial(image_processor_of, config=config))
         described = find_family(config.model_type)
         described.check_image_processor(config, image_processor)

@@ -53,6 +53,15 @@ class GraftEntry(_Report):
     parameters: int
 
 
+class TokenEntry(_Report):
+    """One added token of the checkpoint's record. Its row in the embeddings and the head is its id. `grown`: whether
+    the tables grew by it; else it has a row that no token had."""
+
+    text: str
+    id: int
+    grown: bool
+
+
 class Part(_Report):
     """Part of a model. Tied parameters count once, where they are stored; `lm_head` has 0 then."""
 
@@ -100,6 +109,7 @@ class Inspection(_Report):
     deepstack_layers: int
     graft_sites: GraftSites
     grafts: list[GraftEntry]
+    tokens: list[TokenEntry]
     tiles: Tiles | None
     passes: list[dict[str, Any]]
     source: dict[str, Any] | None
@@ -173,6 +183,10 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
                 parameters=sum(sizes[f"{family.text_model}.layers.{i}.{entry['kind']}"] for i in entry["layers"]),
             )
             for entry in graph.record["grafts"]
+        ],
+        tokens=[
+            TokenEntry(text=token, id=token_id, grown=token_id >= graph.record["source_vocab_size"])
+            for token, token_id in graph.record.get("tokens", {}).items()
         ],
         tiles=_tiles(graph),
         passes=graph.record.get("passes", []),

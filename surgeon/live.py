@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import OptionError
 from surgeon.families import family
+from surgeon.grafts import is_patched
 from surgeon.graph import LvlmGraph
 from surgeon.memory.graft import Graft
 from surgeon.memory.patched import RECORD, graft_model, patched_base_model_class
@@ -35,13 +36,15 @@ def graft(model: PreTrainedModel | str | Path, *passes: Pass, seed: int = 0, **k
     trained and pickled as any patched model, and saved by `surgeon.save`, or by `save_pretrained`, which writes no
     tokenizer and no image processor. `kwargs`: those of `surgeon.load`, for a checkpoint.
 
-    Raises OptionError for a model that cannot be grafted into in memory, PreconditionError and the other errors of the
+    Raises OptionError for a model that cannot be grafted into in memory and for passes that change the tokenizer or the
+    image processor, PreconditionError and the other errors of the
     passes, FamilyError for a family that is not supported.
     """
     _check_passes(passes)
     if isinstance(model, str | Path):
         with Checkpoint.open(model, weights="optional") as checkpoint:
-            plan(checkpoint, passes, seed)  # what it would refuse is refused before weights are loaded
+            planned, _ = plan(checkpoint, passes, seed)  # what it would refuse is refused before weights are loaded
+        _check_in_memory(planned)
         model = load(model, **kwargs)
     elif kwargs:
         raise OptionError(f"{sorted(kwargs)[0]} is for a checkpoint that is to be loaded; this model is in memory")
@@ -49,11 +52,7 @@ def graft(model: PreTrainedModel | str | Path, *passes: Pass, seed: int = 0, **k
     graph = LvlmGraph.of_model(model, seed)
     _check_plain(model, graph.model)
     run_passes(graph, passes)
-    if graph.image_processor:
-        raise OptionError(
-            f"the passes change the image processor's {', '.join(sorted(graph.image_processor))}, which is no part of "
-            "a model in memory: patch the checkpoint (surgeon patch)"
-        )
+    _check_in_memory(graph)
     _take_over(model, graph)
     return model
 
@@ -65,6 +64,14 @@ def _check_passes(passes: Sequence[Any]) -> None:
         if not isinstance(each, Pass):
             what = getattr(each, "__name__", None) or short(each)
             raise OptionError(f"{what} is no pass: give each as an argument, such as PVM(layers=[8, 16, 24])")
+
+
+def _check_in_memory(graph: LvlmGraph) -> None:
+    if graph.image_processor or graph.new_tokens:
+        part = "tokenizer" if graph.new_tokens else f"image processor's {', '.join(sorted(graph.image_processor))}"
+        raise OptionError(
+            f"the passes change the {part}, which is no part of a model in memory: patch the checkpoint (surgeon patch)"
+        )
 
 
 def graft_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -101,7 +108,7 @@ def _check_graftable(model: Any) -> None:
 
     if not isinstance(model, PreTrainedModel):
         raise refuse("it is no model of transformers; graft first, and wrap the result (PEFT, DDP, compile)")
-    if getattr(model.config, RECORD, None):
+    if is_patched(model.config):
         raise refuse("it has grafts already; name all passes in one call, or patch its checkpoint")
     expected = family(model.config.model_type).model_class
     if not any(base.__name__ == expected for base in type(model).__mro__):

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import CheckpointError, FamilyError
 from surgeon.families import Family, family
-from surgeon.grafts import class_makers, is_patched, model_parts
+from surgeon.grafts import asks_for_patched_class, class_makers, is_patched, model_parts
 from surgeon.importers import refuse_importable
 from surgeon.memory.decoder_layer import check_parts
 from surgeon.memory.patched import RECORD, patched_config_class
@@ -29,9 +29,9 @@ def read_config(config: dict[str, Any], *, plain: bool = False) -> PretrainedCon
     record of grafts that is none. Whoever has the config may rely on its types, and on sizes that can be built.
     """
     described = family(model_type_of(config))
-    patched = has_record(config)
+    recorded = has_record(config)
     config_class: Any = getattr(transformers, described.config_class)
-    if patched and not plain:
+    if asks_for_patched_class(config.get(RECORD)) and not plain:
         config_class = patched_config_class(config_class)
     try:
         parsed: PretrainedConfig = config_class.from_dict(
@@ -40,7 +40,7 @@ def read_config(config: dict[str, Any], *, plain: bool = False) -> PretrainedCon
     except Exception as error:  # all of it is transformers' own, and what it trips over is the config
         raise _unusable(described, error) from error
     described.check_sizes(parsed)
-    if patched:
+    if recorded:
         check_record(described, parsed)
     return parsed
 

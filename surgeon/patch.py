@@ -6,26 +6,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
 from surgeon.checkpoint.publish import staged
 from surgeon.checkpoint.reader import Checkpoint
-from surgeon.checkpoint.share import share_file
 from surgeon.checkpoint.unchanged import SourceFiles
-from surgeon.checkpoint.writer import PlannedTensor, write_safetensors
 from surgeon.errors import CheckpointError
+from surgeon.grafts import is_patched
 from surgeon.graph import LvlmGraph
 from surgeon.memory.inserted import Constant
 from surgeon.memory.patched import RECORD
 from surgeon.model_card import Patch, patched_card
+from surgeon.patched_weights import WeightsMode, write_new_tensors, write_source_weights
 from surgeon.pipeline import Pass, PreconditionError, run_passes
 from surgeon.progress import Progress
 from surgeon.published import TensorShapes, check_staged
 from surgeon.recipe import FILE_NAME, Recipe
 from surgeon.record import SourceRecord
-from surgeon.remote_code import foreign_auto_map, patched_config, travelling_file_names, write_remote_code
+from surgeon.remote_code import (
+    foreign_auto_map,
+    patched_config,
+    set_vocab_size,
+    travelling_file_names,
+    write_remote_code,
+)
 from surgeon.side_files import (
     configure_image_processor,
     copy_side_files,
@@ -35,8 +41,6 @@ from surgeon.side_files import (
 from surgeon.source_card import README, card_files, keep_cards
 from surgeon.version import __version__
 
-WeightsMode = Literal["auto", "copy", "link"]
-
 
 @dataclass
 class PatchReport:
@@ -45,15 +49,23 @@ class PatchReport:
     grafts: dict[str, int]
     """Grafted module -> its parameters."""
     source_parameters: int
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Added token -> its id."""
+    tables: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Parameter with a row for each token -> its rows in the source and now; where they are as many, rows that no token
+    had were taken."""
+    grown_parameters: int = 0
+    """By which these tables grew."""
     bytes_written: int = 0
     shared: dict[str, str] = field(default_factory=dict)
-    """Weight file of the output -> how it got there: reflink, hardlink or copy."""
+    """Weight file of the output -> how it got there: reflink, hardlink or copy; "copy and new rows" (or reflink), where
+    rows were then written in place; "rewriting", where a table in it grew."""
     left_out: list[str] = field(default_factory=list)
     """Code of the source, and entries that lead to it, that were not copied."""
 
     @property
     def new_parameters(self) -> int:
-        return sum(self.grafts.values())
+        return sum(self.grafts.values()) + self.grown_parameters
 
 
 def plan(source: Checkpoint, passes: Sequence[Pass], seed: int = 0) -> tuple[LvlmGraph, PatchReport]:
@@ -70,7 +82,15 @@ def plan(source: Checkpoint, passes: Sequence[Pass], seed: int = 0) -> tuple[Lvl
     grafts = {path: sum(p.numel() for p in module.parameters()) for path, module in graph.inserted().items()}
     new = set(graph.new_parameters())
     added = {path: n for path, n in grafts.items() if any(name.startswith(path + ".") for name in new)}
-    return graph, PatchReport(grafts=added, source_parameters=parameters)
+    tables = graph.extended_tables()
+    report = PatchReport(
+        grafts=added,
+        source_parameters=parameters,
+        tokens=graph.new_tokens,
+        tables={name: (table.source_shape[0], table.shape[0]) for name, table in tables.items()},
+        grown_parameters=sum(prod(table.shape) - prod(table.source_shape) for table in tables.values()),
+    )
+    return graph, report
 
 
 def patch(
@@ -86,9 +106,11 @@ def patch(
 ) -> PatchReport:
     """Write a patched copy of a checkpoint: an ordinary transformers directory, complete or not there at all.
 
-    The source's weight files are shared (`weights`: see `share_file`), never rewritten; new tensors have a file of
-    their own. `trust_remote_code` keeps Python files of the source and what in its configs leads to them, for whoever
-    loads the copy with transformers' argument of that name; none is run here.
+    The source's weight files are shared (`weights`: see `share_file`) and never changed; new tensors have a file of
+    their own. A file with a table that new tokens need rows of is never hard-linked: the rows are written into a copy
+    of it, or, where the table grows, the file is written anew. `trust_remote_code` keeps Python files of the source and
+    what in its configs leads to them, for whoever loads the copy with transformers' argument of that name; none is run
+    here.
     Raises SurgeonError kinds; nothing is left behind then.
     """
     with Checkpoint.open(source) as checkpoint:
@@ -123,9 +145,11 @@ def _check_image_processor(graph: LvlmGraph, source: Checkpoint) -> None:
 
 
 def _planned(graph: LvlmGraph, source: Checkpoint) -> TensorShapes:
-    """Every tensor of the output: the source's as they are, and the new ones."""
+    """Every tensor of the output: the source's, some with more rows, and the new ones."""
     source_tensors = {key: (info.torch_dtype, info.shape) for key, info in source.tensors.items()}
-    return source_tensors | {name: (plan.dtype, plan.shape) for name, plan in graph.new_parameters().items()}
+    extended = {table.key: (table.dtype, table.shape) for table in graph.extended_tables().values()}
+    new = {name: (plan.dtype, plan.shape) for name, plan in graph.new_parameters().items()}
+    return source_tensors | extended | new
 
 
 def _write(
@@ -139,17 +163,24 @@ def _write(
     progress: Progress | None,
 ) -> None:
     record = {**graph.record, "version": __version__, "source": SourceRecord.of(source).to_json()}
-    weight_map = _share_weights(source, directory, weights, report, progress)
-    if graph.new_parameters():
+    setattr(graph.config, RECORD, record)
+    # first of all, because an extended tokenizer is tried there: nothing large is copied for one that does not work
+    _write_side_files(graph, source, directory, trust_remote_code, report)
+    written = write_source_weights(source, directory, weights, graph.extended_tables(), progress)
+    report.shared = written.methods
+    report.bytes_written += written.bytes_written
+    weight_map, new = written.weight_map, graph.new_parameters()
+    if new:
         applied = dict.fromkeys(name for entry in _applied_now(graph, source) for name in entry)
         new_file = _unused(f"model-{'-'.join(applied)}", weight_map)
-        weight_map |= _write_new(graph, directory / new_file, report, progress)
+        report.bytes_written += write_new_tensors(directory / new_file, new, progress)
+        weight_map |= dict.fromkeys(new, new_file)
 
-    setattr(graph.config, RECORD, record)
     config = patched_config(source.config, graph.family.model_type, record, trust_remote_code)
-    _write_side_files(graph, source, directory, trust_remote_code, report)
-    total = sum(info.nbytes for info in source.tensors.values())
-    total += sum(prod(plan.shape) * plan.dtype.itemsize for plan in graph.new_parameters().values())
+    if report.grown_parameters:
+        text_size = graph.family.text_config(graph.config).vocab_size
+        set_vocab_size(config, text_size, graph.config.to_dict().get("vocab_size"))
+    total = sum(prod(shape) * dtype.itemsize for dtype, shape in _planned(graph, source).values())
     patch = Patch(
         source=source,
         before=source.config.get(RECORD) or {},
@@ -193,8 +224,11 @@ def _write_side_files(
         )
     if graph.image_processor:
         configure_image_processor(directory, graph.image_processor)
-    name_classes(directory, graph.family)
-    report.bytes_written += write_remote_code(directory, graph.config)
+    if is_patched(graph.config):
+        name_classes(directory, graph.family)
+        report.bytes_written += write_remote_code(directory, graph.config)
+    if graph.new_tokens:
+        report.bytes_written += graph.vocabulary.extend_files(directory, list(graph.new_tokens))
 
 
 def _gates_closed(graph: LvlmGraph) -> bool:
@@ -208,52 +242,6 @@ def _applied_now(graph: LvlmGraph, source: Checkpoint) -> list[dict[str, Any]]:
     before = (source.config.get(RECORD) or {}).get("passes", [])
     applied: list[dict[str, Any]] = graph.record["passes"]
     return applied[len(before) :]
-
-
-def _share_weights(
-    source: Checkpoint, directory: Path, mode: WeightsMode, report: PatchReport, progress: Progress | None
-) -> dict[str, str]:
-    """Bring the source's weight files into the directory. Returns tensor key -> file name."""
-    total = sum(file.stat().st_size for file in source.files)
-    done = 0
-    names = {}
-    for file in source.files:
-        # A file named model.safetensors would be taken for the whole model, and the index not looked at.
-        name = str(file.relative_to(source.directory))
-        names[file] = name if name != "model.safetensors" else "model-base.safetensors"
-
-        def copied(count: int) -> None:
-            nonlocal done
-            done += count
-            if progress is not None:
-                progress("weights", done, total)
-
-        target = directory / names[file]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shared = share_file(file, target, mode, copied)
-        report.shared[names[file]] = shared.method
-        report.bytes_written += shared.bytes_written
-    return {key: names[info.file] for key, info in source.tensors.items()}
-
-
-def _write_new(graph: LvlmGraph, file: Path, report: PatchReport, progress: Progress | None) -> dict[str, str]:
-    """Write the new tensors. Returns tensor key -> file name."""
-    new = graph.new_parameters()
-    total = sum(prod(plan.shape) * plan.dtype.itemsize for plan in new.values())
-    done = 0
-
-    def count_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress("new tensors", done, total)
-
-    tensors = [
-        PlannedTensor(name, plan.dtype, plan.shape, lambda name=name, plan=plan: plan.values(name))  # type: ignore[misc]
-        for name, plan in sorted(new.items())
-    ]
-    report.bytes_written += write_safetensors(file, tensors, {"format": "pt"}, count_bytes)
-    return {name: file.name for name in new}
 
 
 def _unused(stem: str, weight_map: dict[str, str]) -> str:

@@ -11,9 +11,10 @@ from surgeon.checkpoint.hub import hub_origin
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import CheckpointError
 from surgeon.families import Family
-from surgeon.grafts import graft_class
+from surgeon.grafts import asks_for_patched_class, graft_class
 from surgeon.memory.patched import MODEL_TYPE_PREFIX, RECORD
 from surgeon.memory.visibility import Visibility
+from surgeon.record_vismem import VisMemRecord
 from surgeon.sizes import Positive, Size, TokenId, check
 
 _REMEDY = "copy config.json from where the checkpoint was made, or patch the source again"
@@ -100,33 +101,6 @@ GRAFTS: dict[str, type[GraftRecord]] = {"pvm": PvmRecord, "mixin": MixinRecord}
 """By kind, which is also the name of its file in `surgeon/memory`."""
 
 
-class MemoryTokenIds(_Strict):
-    """What VisMem calls its tokens: of a kind of memory the invoke and the end token."""
-
-    short: Annotated[list[TokenId], Field(min_length=2, max_length=2)]
-    long: Annotated[list[TokenId], Field(min_length=2, max_length=2)]
-    placeholder: TokenId
-
-
-class VisMemRecord(_Strict):
-    """What forms memory that the model calls for."""
-
-    query: Size
-    short: Size
-    long: Size
-    short_former: Literal["vision", "language"]
-    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    rank: Size
-    alpha: Positive
-    targets: list[str]
-    vision_targets: list[str] | None
-    window: Size
-    width: Size | None
-    position_axes: Literal[1, 3]
-    token_ids: MemoryTokenIds
-    separators: list[TokenId]
-
-
 class SourceRecord(_Strict):
     """What was patched."""
 
@@ -162,6 +136,18 @@ class Record(_Strict):
     positions: PositionScheme | None = None
     allocation: Allocation = "both"
     vismem: VisMemRecord | None = None
+    tokens: Annotated[dict[str, TokenId], Field(min_length=1)] | None = None
+    """The tokens that were added, and their ids."""
+    source_vocab_size: Size | None = None
+    """How many rows the embeddings had before the first of them was added."""
+
+    @model_validator(mode="after")
+    def _says_which_rows_are_new(self) -> "Record":
+        if (self.tokens is None) != (self.source_vocab_size is None):
+            raise ValueError("tokens and source_vocab_size come together")
+        if self.tokens is not None and len(set(self.tokens.values())) < len(self.tokens):
+            raise ValueError("two of tokens have one id")
+        return self
 
     @model_validator(mode="after")
     def _says_where_tiles_lie(self) -> "Record":
@@ -171,15 +157,21 @@ class Record(_Strict):
 
 
 def has_record(config: dict[str, Any]) -> bool:
-    """Whether a config.json is of a patched model. Raises CheckpointError where its model_type says so and its record
-    does not."""
+    """Whether a config.json records what was done to a plain model. Raises CheckpointError where its model_type says
+    that it is patched and its record does not."""
     model_type = str(config.get("model_type"))
-    if not model_type.startswith(MODEL_TYPE_PREFIX) and config.get(RECORD) is None:
+    patched = model_type.startswith(MODEL_TYPE_PREFIX)
+    if not patched and config.get(RECORD) is None:
         return False
     if not config.get(RECORD):
         raise CheckpointError(
             f"config.json is of model_type {model_type!r}, and its record {RECORD!r} is "
             f"{'empty' if RECORD in config else 'missing'}, so its grafts are not known; {_REMEDY}"
+        )
+    if patched and isinstance(config[RECORD], dict) and not asks_for_patched_class(config[RECORD]):
+        raise CheckpointError(
+            f"config.json is of model_type {model_type!r}, and its record {RECORD!r} has neither grafts nor tile "
+            f"positions; {_REMEDY}"
         )
     return True
 
@@ -188,11 +180,14 @@ def check_record(described: Family, config: PretrainedConfig) -> None:
     """Raises CheckpointError, with the key, where what a patched config records is no record of this tool's, or none
     that a model of these sizes can have."""
     record = check(Record, getattr(config, RECORD), RECORD)
-    if not record.grafts and record.positions is None:
-        raise CheckpointError(f"config.json: {RECORD} records neither grafts nor tile positions; {_REMEDY}")
+    if not (record.grafts or record.positions or record.tokens or record.vismem):
+        raise CheckpointError(f"config.json: {RECORD} records neither grafts nor tile positions nor tokens; {_REMEDY}")
+    _check_tokens(record, described.text_config(config).vocab_size)
     if record.layout is not None:
         _check_layout(record.layout, described, config)
     entries = {f"{RECORD}.grafts.{number}": entry for number, entry in enumerate(record.grafts)}
+    if record.vismem is not None and (misfit := record.vismem.misfit(described, config)) is not None:
+        raise CheckpointError(f"config.json: {RECORD}.vismem: {misfit}; {_REMEDY}")
     grafts = [check(AnyGraft, entry, where) for where, entry in entries.items()]
     _check_layers(grafts, described.text_config(config).num_hidden_layers)
     if len({graft.visibility for graft in grafts}) > 1:
@@ -201,6 +196,15 @@ def check_record(described: Family, config: PretrainedConfig) -> None:
         misfit = check(_record_of(entry["kind"]), entry, where).misfit(described, config)
         if misfit is not None:
             raise CheckpointError(f"config.json: {where}: {misfit}; {_REMEDY}")
+
+
+def _check_tokens(record: Record, vocab_size: int) -> None:
+    for token, token_id in (record.tokens or {}).items():
+        if token_id >= vocab_size:
+            raise CheckpointError(
+                f"config.json: {RECORD}.tokens gives {token!r} the id {token_id}, and vocab_size is {vocab_size}: rows "
+                f"were taken away after the tokens were added; {_REMEDY}"
+            )
 
 
 def _check_layout(layout: Layout, described: Family, config: PretrainedConfig) -> None:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from surgeon.errors import SurgeonError
 from surgeon.families import Family, family
-from surgeon.grafts import class_makers, model_parts
+from surgeon.grafts import asks_for_patched_class, class_makers, model_parts
 from surgeon.memory import patched
 
 ENTRY = "modeling_surgeon"
@@ -99,8 +99,8 @@ def travelling_files(described: Family, record: dict[str, Any]) -> dict[str, str
 
 def travelling_file_names(config: dict[str, Any]) -> list[str]:
     """The files that this tool wrote beside a patched config.json; none beside a plain one."""
-    record = config.get(patched.RECORD)
-    if not record:
+    record: Any = config.get(patched.RECORD)
+    if not asks_for_patched_class(record):
         return []
     return list(travelling_files(family(config["model_type"]), record))
 
@@ -131,9 +131,14 @@ def patched_config(
     config: dict[str, Any], model_type: str, record: dict[str, Any], trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """The config.json of a patched checkpoint: that of the plain one, whose family is `model_type`, and the record.
+    With a record of new tokens alone it stays a plain model's.
 
     `trust_remote_code`: whether what else the plain one's `auto_map` leads to is kept.
     """
+    if not asks_for_patched_class(record):
+        kept = foreign_auto_map(config) if trust_remote_code else {}
+        plain = {key: value for key, value in config.items() if key != "auto_map"}
+        return {**plain, **({"auto_map": kept} if kept else {}), patched.RECORD: record}
     return {
         **config,
         "architectures": ["SurgeonModel"],
@@ -141,6 +146,16 @@ def patched_config(
         "model_type": patched.MODEL_TYPE_PREFIX + model_type,
         patched.RECORD: record,
     }
+
+
+def set_vocab_size(config: dict[str, Any], text_size: int, whole_size: int | None) -> None:
+    """Set the numbers of tokens in the content of a config.json, wherever they stand there: the text model's, and the
+    whole model's own where its family has one."""
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        config["text_config"] = {**text, "vocab_size": text_size}
+    if whole_size is not None or "vocab_size" in config or not isinstance(text, dict):
+        config["vocab_size"] = text_size if whole_size is None else whole_size
 
 
 def write_remote_code(directory: Path, config: PretrainedConfig) -> int:

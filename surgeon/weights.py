@@ -14,6 +14,7 @@ from surgeon.checkpoint.reader import Checkpoint
 from surgeon.dtypes import name_of
 from surgeon.errors import CheckpointError
 from surgeon.memory.inserted import Constant, Initialiser, Normal
+from surgeon.new_rows import NewRow, new_row_values
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,46 @@ class Initialised:
 
 
 @dataclass(frozen=True)
+class Extended:
+    """A tensor of the source checkpoint with new rows: in rows of it that no token has, or behind its last."""
+
+    key: str
+    source_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: tuple[NewRow, ...]
+    noise_name: str
+    """The name that the noise is a function of: the parameter's, or that of the one it is tied to."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether it has more rows than the source's."""
+        return self.shape != self.source_shape
+
+    def new_rows(self, source: Checkpoint) -> torch.Tensor:
+        """The values of `rows`, [N, d], in their order. Raises CheckpointError as `Checkpoint.read`."""
+        table = source.read(self.key)
+        values = new_row_values(self.noise_name, self.rows, table, lambda: source.release(self.key))
+        source.release(self.key)
+        return values
+
+    def table(self, source: Checkpoint) -> torch.Tensor:
+        """The whole tensor: the source's rows bit for bit, and the new ones. Raises CheckpointError."""
+        table = torch.empty(self.shape, dtype=self.dtype)
+        table[: self.source_shape[0]] = source.read(self.key)
+        source.release(self.key)
+        table[[each.row for each in self.rows]] = self.new_rows(source)
+        return table
+
+
+@dataclass(frozen=True)
 class Tied:
     """The same tensor as another parameter's."""
 
     name: str
 
 
-WeightSource = Stored | Initialised | Tied
+WeightSource = Stored | Extended | Initialised | Tied
 WeightPlan = dict[str, WeightSource]
 
 

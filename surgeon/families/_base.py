@@ -88,6 +88,11 @@ class Family(ABC):
     """What has to hold of the image processor's settings for it to end."""
 
     @property
+    def token_tables(self) -> tuple[str, str]:
+        """The parameters with a row for each token: the embeddings, and the head, which may be tied to them."""
+        return f"{self.text_model}.embed_tokens.weight", f"{self.lm_head}.weight"
+
+    @property
     def base_model_class(self) -> str:
         """Name of the transformers class without a head, which `AutoModel` gives."""
         return str(MODEL_MAPPING_NAMES[self.model_type])

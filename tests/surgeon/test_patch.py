@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import surgeon.patch
+import surgeon.patched_weights
 from checkpoints import tiny_checkpoint
 from patching import apply
 from surgeon.checkpoint.reader import Checkpoint
@@ -79,14 +80,14 @@ def test_a_source_that_is_cut_short_before_it_is_linked(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between its header and its place in the output: no byte is copied that could be counted."""
-    share = surgeon.patch.share_file
+    share = surgeon.patched_weights.share_file
 
     def cut_first(file: Path, *arguments: Any) -> Shared:
         if file.suffix == ".safetensors":
             cut(file)
         return share(file, *arguments)
 
-    monkeypatch.setattr(surgeon.patch, "share_file", cut_first)
+    monkeypatch.setattr(surgeon.patched_weights, "share_file", cut_first)
     with pytest.raises(SurgeonError, match="changed while it was read"):
         apply(source, tmp_path / "out", PVM, weights="link")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
