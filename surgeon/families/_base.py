@@ -79,6 +79,8 @@ class Family(ABC):
     """Where the norms of a decoder layer stand, one of `NORM_PLACEMENTS` of `surgeon/memory/decoder_layer.py`. Each
     family says so, and a model whose layers have other parts is refused."""
     tower: ClassVar[type[Tower] | None] = None
+    """How its vision tower runs over vectors behind an image's patches, as VisMem's short former has it; None for a
+    family that has no short former."""
     token_types: ClassVar[bool] = False
     """Whether the model takes `mm_token_type_ids` (1 at image tokens) beside the token ids."""
     config_sizes: ClassVar[type[Sizes]] = Sizes

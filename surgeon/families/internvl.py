@@ -15,6 +15,7 @@ from surgeon.errors import FamilyError
 from surgeon.families._base import Grid, TileLayout, VisionExport
 from surgeon.families._tiled import TiledFamily
 from surgeon.families._vision import image_attention, tiles_export
+from surgeon.memory.towers.internvl import InternVLTower
 from surgeon.sizes import Size, Sizes, TokenId, VisionSizes
 
 
@@ -38,6 +39,7 @@ class InternVLVisionSizes(VisionSizes):
 class InternVL(TiledFamily):
     model_type = "internvl"
     norm_placement = "pre_norm"
+    tower = InternVLTower
     model_class = "InternVLForConditionalGeneration"
     config_class = "InternVLConfig"
     video_processor_class = "InternVLVideoProcessor"

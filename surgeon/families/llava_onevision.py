@@ -18,6 +18,7 @@ from surgeon.errors import FamilyError, InputError
 from surgeon.families._base import Grid, VisionExport, call_image_processor
 from surgeon.families._plain import PlainPositionsFamily, check_image_processor_class
 from surgeon.families._vision import finish_export, image_attention
+from surgeon.memory.towers.llava_onevision import LlavaOnevisionTower
 from surgeon.sizes import Pinpoints, Sizes, SquareTowerSizes, TileSize, TokenId, check
 
 
@@ -44,6 +45,7 @@ class LlavaOnevision(PlainPositionsFamily):
 
     model_type = "llava_onevision"
     norm_placement = "pre_norm"
+    tower = LlavaOnevisionTower
     model_class = "LlavaOnevisionForConditionalGeneration"
     config_class = "LlavaOnevisionConfig"
     config_sizes = LlavaOnevisionSizes

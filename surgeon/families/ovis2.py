@@ -14,6 +14,7 @@ from surgeon.errors import FamilyError
 from surgeon.families._base import Grid, TileLayout, VisionExport, token_of
 from surgeon.families._tiled import TiledFamily
 from surgeon.families._vision import image_attention, tiles_export
+from surgeon.memory.towers.ovis2 import Ovis2Tower
 from surgeon.sizes import Size, Sizes, SquareTowerSizes, TokenId
 
 
@@ -31,6 +32,7 @@ class Ovis2VisionSizes(SquareTowerSizes):
 class Ovis2(TiledFamily):
     model_type = "ovis2"
     norm_placement = "pre_norm"
+    tower = Ovis2Tower
     model_class = "Ovis2ForConditionalGeneration"
     config_class = "Ovis2Config"
     config_sizes = Ovis2Sizes

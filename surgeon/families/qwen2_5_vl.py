@@ -15,6 +15,7 @@ from surgeon.errors import CheckpointError
 from surgeon.families import _qwen_host as host
 from surgeon.families._base import Grid, VisionExport
 from surgeon.families._qwen_vl import QwenVision, QwenVisionSizes, QwenVLFamily
+from surgeon.memory.towers.qwen2_5_vl import Qwen25VLTower
 from surgeon.sizes import Size, check_indexes
 
 
@@ -33,6 +34,7 @@ class Qwen25VisionSizes(QwenVisionSizes):
 class Qwen25VL(QwenVLFamily):
     model_type = "qwen2_5_vl"
     norm_placement = "pre_norm"
+    tower = Qwen25VLTower
     model_class = "Qwen2_5_VLForConditionalGeneration"
     config_class = "Qwen2_5_VLConfig"
     vision_sizes = Qwen25VisionSizes

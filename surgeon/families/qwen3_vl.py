@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from surgeon.families import _qwen_host as host
 from surgeon.families._base import Grid, VisionExport
 from surgeon.families._qwen_vl import QwenVision, QwenVisionSizes, QwenVLFamily
+from surgeon.memory.towers.qwen3_vl import Qwen3VLTower
 from surgeon.sizes import Size, check_indexes
 
 
@@ -32,6 +33,7 @@ class Qwen3VisionSizes(QwenVisionSizes):
 class Qwen3VL(QwenVLFamily):
     model_type = "qwen3_vl"
     norm_placement = "pre_norm"
+    tower = Qwen3VLTower
     model_class = "Qwen3VLForConditionalGeneration"
     config_class = "Qwen3VLConfig"
     vision_sizes = Qwen3VisionSizes

@@ -7,6 +7,7 @@ The base model knows ids and images, and has the modules that form memory; the d
 import functools
 import inspect
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, PretrainedConfig
 
 from surgeon.memory.inserted import Inserted
+from surgeon.memory.invoked_memory import InvokedMemory
 from surgeon.memory.invoking_generation import InvokingGeneration
 from surgeon.memory.memory_call import MemoryCall
 from surgeon.memory.memory_tokens import MemoryTokens
@@ -177,6 +179,20 @@ def invoking_model_class(base: Any, text_model: str, norm_placement: str, keys: 
                 kwargs[IMAGES] = images_by_row(self.base_model, tower, kwargs, visual)
                 kwargs[IMAGE_ROWS] = torch.arange(len(tensor), device=tensor.device)
             return tensor, name, kwargs
+
+        def rows_without_images(self, kwargs: dict[str, Any]) -> Tensor | None:
+            if tower is None:
+                return None
+            cache = kwargs.get("past_key_values")
+            memory = None if cache is None else InvokedMemory.of(cache)
+            earlier = [] if memory is None else [bool(images) for images in memory.images]
+            rows = kwargs.get(IMAGE_ROWS)
+            images = kwargs.get(IMAGES)
+            new = [] if rows is None or images is None else [bool(images[row]) for row in rows.tolist()]
+            if not earlier and not new:
+                return torch.tensor([True])
+            sees = [any(pair) for pair in zip_longest(earlier, new, fillvalue=False)]
+            return ~torch.tensor(sees)
 
     Invoking.__name__ = Invoking.__qualname__ = patched.__name__
     return Invoking

@@ -1,5 +1,6 @@
 """Generation by transformers' own searches, of a model that calls for memory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from transformers.generation import GenerationMode
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from surgeon.memory.memory_tokens import KINDS, MAX_INVOCATIONS, MODES, MemoryTokens, Mode
+from surgeon.memory.memory_tokens import KINDS, MAX_INVOCATIONS, MODES, SHORT, MemoryTokens, Mode
 
 _SETTINGS = "memory_settings"
 
@@ -40,6 +41,9 @@ class InvokingGeneration:
     """
 
     memory_tokens: MemoryTokens
+    rows_without_images: Callable[[dict[str, Any]], Tensor | None]
+    """Of the keywords of a generation: the rows whose short memory could look at nothing, bool [B]; None where that
+    does not matter."""
     config: Any
 
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> Any:
@@ -66,14 +70,20 @@ class InvokingGeneration:
         generation_config.max_length += settings.max_invocations * self.memory_tokens.longest
         return generation_config
 
-    def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: int, **kwargs: Any) -> Any:
+    def _get_logits_processor(
+        self, generation_config: Any, input_ids_seq_length: int, model_kwargs: Any = None, **kwargs: Any
+    ) -> Any:
         others = super()._get_logits_processor(  # type: ignore[misc]
-            generation_config=generation_config, input_ids_seq_length=input_ids_seq_length, **kwargs
+            generation_config=generation_config,
+            input_ids_seq_length=input_ids_seq_length,
+            model_kwargs=model_kwargs,
+            **kwargs,
         )
         tokens, settings = self.memory_tokens, _settings(generation_config)
         eos = getattr(generation_config, "_eos_token_tensor", None)
         least = max((generation_config.min_length or 0) - input_ids_seq_length, generation_config.min_new_tokens or 0)
-        allowed = AllowedMemoryTokens(tokens, settings, input_ids_seq_length, eos, least)
+        blind = None if model_kwargs is None else self.rows_without_images(model_kwargs)
+        allowed = AllowedMemoryTokens(tokens, settings, input_ids_seq_length, blind, eos, least)
         # nothing that another processor does may change what is forced
         return LogitsProcessorList([allowed, *others, ForcedMemoryTokens(tokens)])
 
@@ -93,10 +103,17 @@ class AllowedMemoryTokens(LogitsProcessor):
     """Where a row is free: no placeholder, no end token, and an invoke token only as far as memory is wanted."""
 
     def __init__(
-        self, tokens: MemoryTokens, settings: Settings, prompt_length: int, eos: Tensor | None, min_new_tokens: int
+        self,
+        tokens: MemoryTokens,
+        settings: Settings,
+        prompt_length: int,
+        blind: Tensor | None = None,
+        eos: Tensor | None = None,
+        min_new_tokens: int = 0,
     ) -> None:
+        """`blind`: rows that can have no short memory, bool [B]."""
         self.tokens, self.settings, self.prompt_length = tokens, settings, prompt_length
-        self.eos, self.min_new_tokens = eos, min_new_tokens
+        self.blind, self.eos, self.min_new_tokens = blind, eos, min_new_tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids [B, S], scores [B, V] -> [B, V]."""
@@ -106,6 +123,9 @@ class AllowedMemoryTokens(LogitsProcessor):
         invoke = torch.tensor([tokens.invoke[kind] for kind in KINDS], device=scores.device)
         may_invoke = tokens.invocations(answers) < self.settings.max_invocations
         invoking = scores[:, invoke]
+        if self.blind is not None:
+            no_short = self.blind.to(scores.device)[:, None] & (invoke == tokens.invoke[SHORT])
+            invoking = torch.where(no_short, -torch.inf, invoking)
         scores[:, invoke] = torch.where(may_invoke[:, None], invoking, -torch.inf)
         if self.settings.mode == "always":
             wanted = may_invoke & self._at_a_separator(input_ids, answers)

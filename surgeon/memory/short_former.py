@@ -27,7 +27,7 @@ class ShortFormer(nn.Module):
         rank: int,
         alpha: float,
     ) -> None:
-        """`targets`: linear layers of a block, by default the tower's. Raises ValueError for those that no block has."""
+        """`targets`: linear layers of a block, by default the tower's. Raises ValueError for one that no block has."""
         super().__init__()
         self.tower = tower
         config: Any = base_model.config

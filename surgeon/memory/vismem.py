@@ -62,11 +62,13 @@ class VisMem(Inserted):
     ) -> Tensor:
         """The latents of one invocation in one row: visual_states [V, d] and text_states [T, d] are the decoder's last
         hidden states of the row's images and of what was said since the last invocation; images: the row's -> [N, d].
-        """
+        Raises ValueError where short memory would have to look at an image again and there is none."""
         hidden_states = self.seen_and_said(visual_states, text_states)
         queries = self.query_builder(hidden_states[None])[0]
         latents: Tensor
         if kind == SHORT and isinstance(self.short, ShortFormer):
+            if not images:
+                raise ValueError("short memory looks at an image again, and this row has none; call for long memory")
             latents = self.short(base_model, images, queries)
         else:
             former = self.short if kind == SHORT else self.long
