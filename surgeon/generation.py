@@ -23,7 +23,7 @@ class Invoked:
     """How many tokens of the answer were before it."""
     kind: Kind
     seconds: float
-    """That it took to form the memory and to feed it."""
+    """That forming the memory took; feeding it is a few tokens more."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,10 @@ class Answers:
         if kind is not None and self.active[row]:
             self._invoked[row].append((len(self._rows.token_ids[row]), kind))
         return True
+
+    def limit(self, row: int, more: int) -> None:
+        """The row may have so many tokens more at most."""
+        self._rows.limits[row] = min(self._rows.limits[row], len(self._rows.token_ids[row]) + more)
 
     def timed(self, row: int, seconds: float) -> None:
         """The row's latest invocation took so long."""

@@ -15,6 +15,7 @@ from exporters.onnx.decoder import decoder_graph
 from exporters.onnx.digests import sha256_of_files
 from exporters.onnx.embed import embed_graph
 from exporters.onnx.external_data import check_external_data
+from exporters.onnx.formers import LONG_FORMER, QUERY_BUILDER, SHORT_FORMER, former_graphs
 from exporters.onnx.graph_file import ports_of
 from exporters.onnx.manifest import (
     PROCESSOR,
@@ -48,7 +49,7 @@ from surgeon.sizes import GenerationTokens, check
 from surgeon.source_card import README
 from surgeon.version import __version__
 
-GRAPHS = ("embed", "vision", "memory", "decoder")
+GRAPHS = ("embed", "vision", "memory", "decoder", QUERY_BUILDER, SHORT_FORMER, LONG_FORMER)
 
 _SHORTEST = 2
 """Tokens of a cache that holds a prompt and what follows it."""
@@ -140,6 +141,7 @@ def _write(
     }
     if not entries:
         del makers["memory"]
+    makers |= former_graphs(model_family, config, model, dtype)
     selected = [name for name in makers if graphs is None or name in graphs]
     traced_graphs: dict[str, ir.Model] = {}
     for done, name in enumerate(selected):
@@ -185,6 +187,7 @@ def _write(
         positions=record.get("positions"),
         allocation=record.get("allocation", "both"),
         visibility=visibility_of(record),
+        vismem=record.get("vismem"),
         memory=[
             MemoryEntry(layer=e.layer, kind=e.kind, num_key_value_heads=e.num_key_value_heads, head_dim=e.head_dim)
             for e in entries

@@ -88,7 +88,7 @@ class PreNormLayer(nn.Module):
         """hidden_states [B, S, d]; cos, sin, mask as from `PositionTables`; memory: keys and values by kind of graft;
         memory_mask [B, M], or of each token [B, S, M]; rotary: cos and sin by kind, of grafts with a rope ->
         hidden_states, present keys, present values."""
-        attn, mlp = self.layer.self_attn, self.layer.mlp
+        attn = self.layer.self_attn
         batch, length, width = hidden_states.shape
 
         def read(graft: Any, x: Tensor) -> Tensor:
@@ -101,21 +101,12 @@ class PreNormLayer(nn.Module):
 
         # Tokens as rows [B * S, d] where they are treated one by one, so that a linear layer is one Gemm
         h = hidden_states.view(-1, width)
-        x = norm(self.layer.input_layernorm, h)
-        q, k, v = (
-            projection(x).view(batch, length, projection.out_features // attn.head_dim, attn.head_dim)
-            for projection in (attn.q_proj, attn.k_proj, attn.v_proj)
-        )
-        if hasattr(attn, "q_norm"):
-            q, k = norm(attn.q_norm, q), norm(attn.k_norm, k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k, v = heads(attn, norm(self.layer.input_layernorm, h), batch)
         keys = ops.cache_update(past_keys, ops.rope(k, cos, sin), write_indices)
         values = ops.cache_update(past_values, v, write_indices)
         attended = ops.attention(ops.rope(q, cos, sin), keys, values, mask, attn.scaling)
         residual = h + attn.o_proj(attended.transpose(1, 2).reshape(-1, attn.o_proj.in_features))
-
-        x = norm(self.layer.post_attention_layernorm, residual)
-        h = residual + mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+        h = residual + mlp(self.layer, residual)
         hidden_states = h.view(batch, length, width)
         for _, graft in grafts_at(self.layer, "beside_mlp"):
             hidden_states = hidden_states + read(graft, residual.view(batch, length, width))
@@ -126,20 +117,40 @@ LAYERS: dict[str, type[nn.Module]] = {"pre_norm": PreNormLayer}
 """By the family's placement of norms."""
 
 
+def heads(attn: Any, x: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, H, S, hd] of x [B * S, d], before they are turned."""
+    q, k, v = (
+        projection(x).view(batch, -1, projection.out_features // attn.head_dim, attn.head_dim)
+        for projection in (attn.q_proj, attn.k_proj, attn.v_proj)
+    )
+    if hasattr(attn, "q_norm"):
+        q, k = norm(attn.q_norm, q), norm(attn.k_norm, k)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def mlp(layer: Any, residual: Tensor) -> Tensor:
+    """residual [B * S, d] -> what the MLP adds to it."""
+    x = norm(layer.post_attention_layernorm, residual)
+    output: Tensor = layer.mlp.down_proj(layer.mlp.act_fn(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
+    return output
+
+
 class Head(nn.Module):
-    """The final norm and the vocabulary projection, of the wanted tokens alone."""
+    """The final norm and the vocabulary projection, of the wanted tokens alone; where memory is formed of them, the
+    last hidden states of all tokens too."""
 
-    def __init__(self, final_norm: nn.Module, lm_head: nn.Module) -> None:
+    def __init__(self, final_norm: nn.Module, lm_head: nn.Module, last_hidden_state: bool) -> None:
         super().__init__()
-        self.norm, self.lm_head = final_norm, lm_head
+        self.norm, self.lm_head, self.last_hidden_state = final_norm, lm_head, last_hidden_state
 
-    def forward(self, hidden_states: Tensor, logits_indices: Tensor) -> tuple[Tensor]:
-        """hidden_states [B, S, d], logits_indices [B, T] -> logits [B, T, V]."""
+    def forward(self, hidden_states: Tensor, logits_indices: Tensor) -> tuple[Tensor, ...]:
+        """hidden_states [B, S, d], logits_indices [B, T] -> logits [B, T, V], and last_hidden_state [B, S, d]."""
         batch, length, width = hidden_states.shape
         first = torch.arange(batch, device=logits_indices.device).view(-1, 1) * length
         selected = hidden_states.view(-1, width).index_select(0, (first + logits_indices).view(-1))
         logits: Tensor = self.lm_head(norm(self.norm, selected))
-        return (logits.view(batch, logits_indices.shape[1], logits.shape[1]),)
+        logits = logits.view(batch, logits_indices.shape[1], logits.shape[1])
+        return (logits, norm(self.norm, hidden_states)) if self.last_hidden_state else (logits,)
 
 
 def norm(module: Any, x: Tensor) -> Tensor:
@@ -193,10 +204,11 @@ def decoder_graph(
         if progress:
             progress(index + 1, len(decoder.layers))
 
-    head = parts.head(decoder.norm, model.get_submodule(family.lm_head))
+    head = parts.head(decoder.norm, model.get_submodule(family.lm_head), bool(record_of(config).get("vismem")))
     inputs = {"hidden_states": hidden_states, "logits_indices": "logits_indices"}
-    logits = assembly.add(head.trace(), inputs, parameter_names(head.module, model), suffix=".head")["logits"]
-    logits.name = "logits"
+    outputs = assembly.add(head.trace(), inputs, parameter_names(head.module, model), suffix=".head")
+    for name, value in outputs.items():
+        value.name = name
 
     names = ["inputs_embeds", "position_ids", "write_indices", "logits_indices"]
     names += ["deepstack"] if deepstack else []
@@ -204,7 +216,7 @@ def decoder_graph(
     names += [name for name in _MASKS if assembly.reads(name)]  # a graft may have no use for one
     names += [f"memory_{part}.{entry.name}" for entry in entries for part in ("keys", "values")]
     names += [f"past_{part}.{i}" for i in range(len(decoder.layers)) for part in ("keys", "values")]
-    return assembly.finish(names, [logits, *present])
+    return assembly.finish(names, [*outputs.values(), *present])
 
 
 class _Programs:
@@ -269,10 +281,11 @@ class _Programs:
         outputs = ["hidden_states", "present_keys", "present_values"]
         return Program.of(LAYERS[self.family.norm_placement](layer), inputs, outputs, input_names=names)
 
-    def head(self, final_norm: nn.Module, lm_head: nn.Module) -> Program:
+    def head(self, final_norm: nn.Module, lm_head: nn.Module, last_hidden_state: bool) -> Program:
         indices = placeholder("B", "T", dtype=torch.int64)
         inputs = {"hidden_states": self.hidden_states, "logits_indices": indices}
-        return Program.of(Head(final_norm, lm_head), inputs, ["logits"])
+        outputs = ["logits", "last_hidden_state"] if last_hidden_state else ["logits"]
+        return Program.of(Head(final_norm, lm_head, last_hidden_state), inputs, outputs)
 
     @property
     def hidden_states(self) -> Placeholder:

@@ -10,14 +10,15 @@ from surgeon.checkpoint.headers import header_bytes
 from surgeon.errors import BundleError, CheckpointError
 from surgeon.memory.visibility import Visibility
 from surgeon.record import Allocation, Layout, PositionScheme
+from surgeon.record_vismem import VisMemRecord
 
 FILE = "bundle.json"
 PROCESSOR = "processor"
 """The folder with config.json, tokenizer, chat template, image processor and generation config."""
-FORMAT = 4
+FORMAT = 5
 """1: without `layout`, `positions` and `allocation`, which it is read as, and without memories that need positions. 2:
 without `visibility`, which it is read as, and without digests of weight files and of the processor's. 3: without
-digests of the checkpoint's files."""
+digests of the checkpoint's files. 4: without `vismem`, which it is read as."""
 
 
 NOT_ASKED = "it was not asked for"
@@ -152,6 +153,8 @@ class Manifest(_Strict):
     visibility: Visibility = "all"
     """Which tokens see an image in the memory: `causal`, those that stand at or behind it, and the decoder's
     `memory_mask` is of each token; or all of its row."""
+    vismem: VisMemRecord | None = None
+    """Of a model that calls for memory: the record of query builder and formers, which are graphs then."""
     precision: Precision | None = None
     """Of fp16 bundles."""
     memory: list[MemoryEntry]

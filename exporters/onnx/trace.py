@@ -26,7 +26,7 @@ from torch import nn
 from exporters.onnx.functions import OPSET, definitions
 from exporters.onnx.lowering import translation_table
 
-_SIZES = {"B": 2, "S": 3, "M": 5, "T": 4}
+_SIZES = {"B": 2, "S": 3, "M": 5, "T": 4, "L": 6}
 """Sizes that vary, in examples: all different, and none is 1, which torch.export would take for a constant."""
 
 
@@ -39,7 +39,8 @@ class Placeholder:
 
 
 def placeholder(*shape: int | str, dtype: torch.dtype) -> Placeholder:
-    """Axes given by name vary: B rows, S tokens, M visual tokens, T selected logits."""
+    """Axes given by name vary: B rows, S tokens, M visual tokens, T selected logits, L
+    hidden states that a query is built of."""
     sizes = [_SIZES[size] if isinstance(size, str) else size for size in shape]
     dims = {axis: torch.export.Dim(name) for axis, name in enumerate(shape) if isinstance(name, str)}
     return Placeholder(torch.empty(sizes, dtype=dtype, device="meta"), dims)

@@ -71,6 +71,18 @@ class BundleRuntime(Runtime):
     def decoder(self) -> Session:
         return self._session("decoder", self.extra_outputs)
 
+    @cached_property
+    def query_builder(self) -> Session:
+        return self._session("query_builder")
+
+    @cached_property
+    def short_former(self) -> Session:
+        return self._session("short_former")
+
+    @cached_property
+    def long_former(self) -> Session:
+        return self._session("long_former")
+
     def _session(self, name: str, extra_outputs: Sequence[str] = ()) -> Session:
         graph_file = self.manifest.graphs.get(name)
         if graph_file is None:
@@ -107,7 +119,8 @@ class BundleRuntime(Runtime):
             binding = state.bind(self._bind(self._known(changing | fixed) | memory, state, slice(None)))
         else:
             self.decoder.bind_inputs(binding, changing)
-            for name in ("logits", *self.extra_outputs):
+            own = [_LAST_HIDDEN_STATE] if _LAST_HIDDEN_STATE in self.decoder.outputs else []
+            for name in ("logits", *own, *self.extra_outputs):
                 self.decoder.bind_new_output(binding, name)
         return self._read(state, self.decoder.execute(binding))
 
@@ -124,5 +137,10 @@ class BundleRuntime(Runtime):
 
     def _read(self, state: State, outputs: dict[str, ort.OrtValue]) -> np.ndarray:
         state.extra = {name: outputs[name].numpy() for name in self.extra_outputs}
+        if _LAST_HIDDEN_STATE in outputs:
+            state.last_hidden_state = outputs[_LAST_HIDDEN_STATE].numpy()
         logits: np.ndarray = outputs["logits"].numpy()
         return logits
+
+
+_LAST_HIDDEN_STATE = "last_hidden_state"

@@ -1,5 +1,6 @@
 """What every runtime does on the host: images and prompts in, logits out, token by token."""
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -15,19 +16,23 @@ from exporters.onnx.manifest import PROCESSOR, Manifest
 from exporters.onnx.rope import num_position_axes
 from exporters.runtime.generate import answer
 from exporters.runtime.placement import ImageFeatures, MemoryInputs, Placement, padded
+from exporters.runtime.remembered import Remembered
 from exporters.runtime.state import State, Tokens, Wanted, rows_of, stack
 from surgeon.errors import BundleError, CheckpointError, InputError, SurgeonError, TooLongError
-from surgeon.families import Family, family
+from surgeon.families import Family, Grid, family
 from surgeon.generation import Generation, OnText, Sampling
 from surgeon.grafts import graft_records
 from surgeon.inputs import Inputs, Message, ModelInputs, Prompt
 from surgeon.json_file import read_object
+from surgeon.memory.memory_tokens import SHORT, Kind
 from surgeon.memory.patched import MODEL_TYPE_PREFIX
+from surgeon.memory.query_builder import POSITIONS
 from surgeon.memory.visibility import causally, visibility_of
+from surgeon.memory_use import Mode, memory_settings, memory_tokens_of
 from surgeon.models import read_config
 from surgeon.positions import Positions, choose_positions, grid_in_sequence, position_ids, record_of
 
-GraphName = Literal["vision", "embed", "memory", "decoder"]
+GraphName = Literal["vision", "embed", "memory", "decoder", "query_builder", "short_former", "long_former"]
 
 
 class Runtime(ABC):
@@ -47,6 +52,7 @@ class Runtime(ABC):
         _check_agreement(manifest, self.family, self.config)
         self.placement = Placement(self.config)
         self.max_length = manifest.max_length
+        self.memory_tokens = memory_tokens_of(record_of(self.config))
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -97,11 +103,14 @@ class Runtime(ABC):
         sampling: Sampling | None = None,
         on_text: OnText | None = None,
         positions: Positions | None = None,
+        memory: Mode | None = None,
+        max_invocations: int | None = None,
     ) -> list[Generation]:
         """Answer prompts in one batch, as `exporters.generation.TextGenerator`. A row ends with one of the model's
         end-of-sequence tokens ("stop"), or after `max_new_tokens`, or when prompt and answer together are as long as
         the bundle's maximum (both "length"). Raises BundleError for a prompt that is longer than that."""
-        return answer(self, prompts, max_new_tokens, sampling, on_text, positions)
+        settings = memory_settings(self.memory_tokens, memory, max_invocations)
+        return answer(self, prompts, max_new_tokens, sampling, on_text, positions, settings)
 
     def encode_images(self, inputs: ModelInputs) -> list[list[ImageFeatures]]:
         """Each row's images, one call of the vision graph for each."""
@@ -127,6 +136,9 @@ class Runtime(ABC):
         tokens = self._tokens(state, inputs, rows, logits)
         prefill_logits = self.prefill(state, slice(None), tokens)
         state.advance(rows, tokens.position_ids)
+        for row, ids in enumerate(rows if state.remembered else ()):
+            images = list(zip(inputs.pixel_values[row], inputs.grids[row], strict=True))
+            self._remember(state, row, row, ids, tokens.visual_token_mask[row, : len(ids)], images)
         return state, prefill_logits if logits == "all" else prefill_logits[:, 0]
 
     def step(self, state: State, tokens: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
@@ -147,7 +159,67 @@ class Runtime(ABC):
         logits = self.decode(state, changing, self._fixed(state))
         state.lengths += active
         state.next_positions += active
+        for row in np.flatnonzero(active) if state.remembered else ():
+            self._remember(state, row, row, tokens[row : row + 1], np.zeros(1, dtype=bool))
         return logits[:, 0]
+
+    def invoke(self, state: State, row: int, kind: Kind) -> np.ndarray:
+        """A row's last token called for memory: form it, and feed its latents and the end token -> logits fp32 [V] of
+        what follows. Raises BundleError where the row has no room for it."""
+        assert self.memory_tokens is not None
+        count = self.memory_tokens.latents[kind] + 1
+        self._check_room(state, [np.zeros(count if each == row else 0) for each in range(state.batch_size)])
+        start = time.perf_counter()
+        latents = self._form(state.remembered[row], kind)
+        state.remembered[row].forming_seconds.append(time.perf_counter() - start)
+        ids = np.full(count, self.memory_tokens.placeholder, dtype=np.int64)
+        ids[-1] = self.memory_tokens.end[kind]
+        embeds = np.concatenate((latents, self._embed(ids[None, -1:])), axis=1)
+        deepstack = self._no_deepstack(1, count)
+        tokens = Tokens(
+            inputs_embeds=embeds,
+            position_ids=self._text_positions(state.next_positions[row] + np.arange(count)[None]),
+            write_indices=state.lengths[row : row + 1].copy(),
+            logits_indices=np.array([[count - 1]], dtype=np.int64),
+            visual_token_mask=np.zeros((1, count), dtype=bool),
+            deepstack=deepstack,
+        )
+        logits = self.prefill(state, slice(row, row + 1), tokens)
+        state.remembered[row].since = state.remembered[row].length + count - 1
+        state.lengths[row] += count
+        state.next_positions[row] += count
+        self._remember(state, row, 0, ids, np.zeros(count, dtype=bool))
+        return logits[0, -1]
+
+    def _form(self, remembered: Remembered, kind: Kind) -> np.ndarray:
+        """The latents of one invocation, fp32 [1, N, d]. Raises InputError for short memory of a row without images."""
+        hidden_states = remembered.seen_and_said()[None]
+        queries = self.run("query_builder", {"hidden_states": hidden_states})["queries"]
+        feeds: dict[str, np.ndarray] = {"hidden_states": hidden_states, "queries": queries}  # type: ignore[dict-item]
+        assert self.manifest.vismem is not None
+        if kind == SHORT and self.manifest.vismem.short_former == "vision":
+            if not remembered.images:
+                raise InputError("short memory looks at an image again, and this row has none; call for long memory")
+            images = remembered.images
+            feeds = {"queries": feeds["queries"], **self.family.short_former_inputs(self.config, images)}
+        graph: GraphName = "short_former" if kind == SHORT else "long_former"
+        latents = self.run(graph, feeds)["latents"]
+        return latents  # type: ignore[return-value]  # an array: it does not stay on the device
+
+    def _remember(
+        self,
+        state: State,
+        row: int,
+        batch_row: int,
+        ids: np.ndarray,
+        is_visual: np.ndarray,
+        images: Sequence[tuple[np.ndarray, Grid]] = (),
+    ) -> None:
+        """The tokens `ids` [n] of a row are fed, as row `batch_row` of the latest call."""
+        assert state.last_hidden_state is not None and self.memory_tokens is not None
+        is_text = ~is_visual & (ids != self.memory_tokens.placeholder)
+        state.remembered[row].add(state.last_hidden_state[batch_row, : len(ids)], is_visual, is_text)
+        state.remembered[row].images += images
 
     def append(self, state: State, inputs: ModelInputs, logits: Wanted = "last") -> np.ndarray:
         """Feed each row of a request further tokens, perhaps with new images: a later turn. `inputs` holds the new
@@ -168,6 +240,9 @@ class Runtime(ABC):
             one = slice(row, row + 1)
             row_logits.append(self.prefill(state, one, tokens.of_row(row, len(ids), logits)))
             extra.append(state.extra)
+            if state.remembered:
+                images = list(zip(inputs.pixel_values[row], inputs.grids[row], strict=True))
+                self._remember(state, row, 0, ids, tokens.visual_token_mask[row, : len(ids)], images)
         state.extra = {name: stack([row[name] for row in extra]) for name in self.extra_outputs}
         state.advance(rows, tokens.position_ids)
         stacked = stack(row_logits)
@@ -183,7 +258,15 @@ class Runtime(ABC):
             memory={n: self.zeros(n, sizes) for n in names if n.startswith(_MEMORY)},
             memory_mask=np.zeros((batch_size, 1), dtype=bool),
             memory_places=np.zeros((batch_size, 1), dtype=np.int64),
+            remembered=self._nothing_remembered(batch_size),
         )
+
+    def _nothing_remembered(self, batch_size: int) -> list[Remembered]:
+        vismem = self.manifest.vismem
+        if vismem is None:
+            return []
+        most_visual = POSITIONS - vismem.query - vismem.window
+        return [Remembered(vismem.window, most_visual) for _ in range(batch_size)]
 
     def _check_room(self, state: State, rows: Sequence[np.ndarray]) -> None:
         for row, ids in enumerate(rows):
@@ -320,6 +403,7 @@ def _check_agreement(manifest: Manifest, model_family: Family, config: Pretraine
         "positions": (manifest.positions and manifest.positions.model_dump(), record.get("positions")),
         "allocation": (manifest.allocation, record.get("allocation", "both")),
         "visibility": (manifest.visibility, visibility_of(record)),
+        "vismem": (manifest.vismem and manifest.vismem.model_dump(), record.get("vismem")),
     }
     for key, (recorded, expected) in compared.items():
         if recorded != expected:

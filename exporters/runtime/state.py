@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporters.runtime.remembered import Remembered
 from surgeon.inputs import ModelInputs
 
 Wanted = Literal["last", "all"]
@@ -30,6 +31,10 @@ class State:
     """bool [B, M]: which slots of the memory a row uses."""
     memory_places: np.ndarray
     """int64 [B, M]: where in its row's sequence what is in a slot stands; 0 where a row does not use it."""
+    remembered: list[Remembered] = field(default_factory=list)
+    """Of each row, where the model calls for memory."""
+    last_hidden_state: np.ndarray | None = None
+    """fp32 [B, S, d], of the tokens of the latest call, where the decoder gives it."""
     extra: dict[str, np.ndarray] = field(default_factory=dict)
     """The extra outputs of the latest call, by name, fp32 where they are floating."""
     binding: tuple[Any, list[Any]] | None = None

@@ -71,6 +71,7 @@ class EngineRuntime(Runtime):
         at once."""
         batch, length = tokens.inputs_embeds.shape[:2]
         logits_indices = tokens.logits_indices
+        states = []
         all_logits = np.zeros((batch, logits_indices.shape[1], self.manifest.sizes.vocab_size), dtype=np.float32)
         for begin, end in self._pieces(length, logits_indices.shape[1]):
             inside = (logits_indices >= begin) & (logits_indices < end)
@@ -79,6 +80,9 @@ class EngineRuntime(Runtime):
             indices = np.clip(logits_indices[:, columns] - begin, 0, end - begin - 1)
             logits = self._forward(state, rows, tokens.columns(begin, end, indices))
             all_logits[:, columns] = np.where(inside[:, columns, None], logits, all_logits[:, columns])
+            states.append(state.last_hidden_state)
+        if states[0] is not None:
+            state.last_hidden_state = np.concatenate([part for part in states if part is not None], axis=1)
         return all_logits
 
     def decode(self, state: State, changing: dict[str, np.ndarray], fixed: dict[str, np.ndarray]) -> np.ndarray:
@@ -86,7 +90,7 @@ class EngineRuntime(Runtime):
         if step is None:
             feeds = changing | fixed | state.memory | state.caches
             step = state.bind(self.session("decoder").repeated(feeds, _present(state.caches)))
-        return _to_host(step(changing)["logits"])
+        return self._read(state, step(changing))
 
     def check_memory(self, slots: int) -> None:
         session = self.session("decoder")
@@ -120,6 +124,11 @@ class EngineRuntime(Runtime):
         for name, place in places.items():
             if caches[name] is not place:
                 place.copy_(caches[name])
+        return self._read(state, outputs)
+
+    def _read(self, state: State, outputs: Mapping[str, Tensor]) -> np.ndarray:
+        if "last_hidden_state" in outputs:
+            state.last_hidden_state = _to_host(outputs["last_hidden_state"])
         return _to_host(outputs["logits"])
 
 

@@ -94,6 +94,7 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Module, low_rank: LowRank) -> None:
         super().__init__()
         self.base, self.low_rank = base, low_rank
+        self.in_features, self.out_features = low_rank.lora_A.in_features, low_rank.lora_B.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""

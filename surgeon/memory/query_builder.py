@@ -43,7 +43,7 @@ class QueryBuilder(nn.Module):
         batch, length, _ = hidden_states.shape
         queries = self.query_init.expand(batch, -1, -1)
         x = torch.cat((self.enter(hidden_states), queries), 1)
-        x = x + self.positions[: x.shape[1]]
+        x = x + self.positions.index_select(0, torch.arange(x.shape[1], device=x.device))  # no slice: exported, L varies
         mask = self._mask(length, x.shape[1], padding, x.device)
         for layer in self.layers:
             x = layer(x, mask)
