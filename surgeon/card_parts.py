@@ -15,7 +15,7 @@ from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import SurgeonError
 from surgeon.grafts import graft_class
 from surgeon.markdown import code, command, plain, table
-from surgeon.memory.graft import Graft
+from surgeon.memory.inserted import Inserted
 from surgeon.memory.patched import MODEL_TYPE_PREFIX, RECORD
 from surgeon.recipe import FILE_NAME, Recipe, argument_of, value_text
 from surgeon.remote_code import foreign_auto_map, travelling_file_names
@@ -117,9 +117,9 @@ def parameters_text(model: PreTrainedModel) -> str:
     return table(("part", "parameters", "share of the backbone"), rows)
 
 
-def grafts_in(model: PreTrainedModel) -> dict[str, Graft]:
-    """Module path -> graft."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, Graft)}
+def grafts_in(model: PreTrainedModel) -> dict[str, Inserted]:
+    """Module path -> what passes inserted."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Inserted)}
 
 
 def license_text(source: SourceCard, kept: bool) -> list[str]:

@@ -228,7 +228,7 @@ def _tiles(graph: "LvlmGraph") -> Tiles | None:
 
 def _parts(graph: "LvlmGraph") -> list[Part]:
     family = graph.family
-    grafts = list(graph.grafts())
+    grafts = list(graph.inserted())
     # The first prefix that fits is a parameter's part, so what lies within another comes before it.
     prefixes = {
         **{path: path for path in grafts},

@@ -4,16 +4,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
 from exporters.calibration.instrument import SUFFIX, Instrument
+from exporters.onnx.formers import LONG_FORMER, QUERY_BUILDER, SHORT_FORMER
 from exporters.onnx.manifest import Activation
 from exporters.onnxruntime.bundle_runtime import BundleRuntime
 from exporters.onnxruntime.rewrites import GroupedQueryAttention, PackedMultiHeadAttention
 from exporters.onnxruntime.session import Session, SessionOptions
+from exporters.runtime.state import State
 from surgeon.errors import BundleError, CheckpointError
 from surgeon.inputs import Prompt
+from surgeon.memory.memory_tokens import KINDS, SHORT
 from surgeon.parity.cases import default_cases
 from surgeon.progress import Progress
 
@@ -49,13 +53,27 @@ def measure(directory: Path, progress: Progress | None = None) -> tuple[list[Act
         inputs = runtime.prepare([prompt])
         if max(inputs.lengths) > runtime.max_length:
             continue
-        runtime.start(inputs)
+        state, _ = runtime.start(inputs)
+        _call_for_memory(runtime, state)
         measured += 1
     if progress:
         progress("measuring activations", len(prompts), len(prompts))
     if not measured:
         raise Unmeasurable(f"no prompt of the validator fits in max_length {runtime.max_length}")
     return list(runtime.activations()), measured
+
+
+def _call_for_memory(runtime: BundleRuntime, state: State) -> None:
+    """Have a request of one row form memory of each kind that it can, so that the formers are measured too."""
+    tokens, vismem = runtime.memory_tokens, runtime.manifest.vismem
+    if tokens is None or vismem is None:
+        return
+    for kind in KINDS:
+        blind = kind == SHORT and vismem.short_former == "vision" and not state.remembered[0].images
+        room = runtime.max_length - int(state.lengths[0]) >= tokens.longest
+        if room and not blind:
+            runtime.step(state, np.array([tokens.invoke[kind]]))
+            runtime.invoke(state, 0, kind)
 
 
 def exceeding(activations: Sequence[Activation], margin: float = MARGIN) -> list[Activation]:
@@ -125,12 +143,13 @@ class _MeasuringRuntime(BundleRuntime):
                 yield Activation(graph=name, layer=origin.layer, operator=origin.operator, value=value, max_abs=largest)
 
 
-_ORDER = ("vision", "memory", "decoder")
+_ORDER = ("vision", "memory", "decoder", QUERY_BUILDER, SHORT_FORMER, LONG_FORMER)
 
 
 def _prompts(runtime: BundleRuntime) -> list[Prompt]:
     """Each prompt of the validator's cases, once."""
-    missing = {"embed", "vision", "decoder"} - runtime.manifest.graphs.keys()
+    formers = set() if runtime.manifest.vismem is None else {QUERY_BUILDER, SHORT_FORMER, LONG_FORMER}
+    missing = {"embed", "vision", "decoder", *formers} - runtime.manifest.graphs.keys()
     if missing:
         raise Unmeasurable(f"the bundle has no {sorted(missing)[0]} graph")
     return list(dict.fromkeys(prompt for case in default_cases() for prompt in case.prompts))

@@ -1,6 +1,5 @@
 """What every runtime does on the host: images and prompts in, logits out, token by token."""
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -15,18 +14,17 @@ from transformers import PretrainedConfig
 from exporters.onnx.manifest import PROCESSOR, Manifest
 from exporters.onnx.rope import num_position_axes
 from exporters.runtime.generate import answer
+from exporters.runtime.invocation import invoke, nothing_remembered, remember, remember_prompt
 from exporters.runtime.placement import ImageFeatures, MemoryInputs, Placement, padded
-from exporters.runtime.remembered import Remembered
 from exporters.runtime.state import State, Tokens, Wanted, rows_of, stack
 from surgeon.errors import BundleError, CheckpointError, InputError, SurgeonError, TooLongError
-from surgeon.families import Family, Grid, family
+from surgeon.families import Family, family
 from surgeon.generation import Generation, OnText, Sampling
 from surgeon.grafts import graft_records
 from surgeon.inputs import Inputs, Message, ModelInputs, Prompt
 from surgeon.json_file import read_object
-from surgeon.memory.memory_tokens import SHORT, Kind
+from surgeon.memory.memory_tokens import Kind
 from surgeon.memory.patched import MODEL_TYPE_PREFIX
-from surgeon.memory.query_builder import POSITIONS
 from surgeon.memory.visibility import causally, visibility_of
 from surgeon.memory_use import Mode, memory_settings, memory_tokens_of
 from surgeon.models import read_config
@@ -132,13 +130,12 @@ class Runtime(ABC):
         """
         rows = rows_of(inputs)
         state = self._empty_state(len(rows))
-        self._check_room(state, rows)
+        self.check_room(state, rows)
         tokens = self._tokens(state, inputs, rows, logits)
         prefill_logits = self.prefill(state, slice(None), tokens)
         state.advance(rows, tokens.position_ids)
         for row, ids in enumerate(rows if state.remembered else ()):
-            images = list(zip(inputs.pixel_values[row], inputs.grids[row], strict=True))
-            self._remember(state, row, row, ids, tokens.visual_token_mask[row, : len(ids)], images)
+            remember_prompt(self, state, row, row, ids, tokens.visual_token_mask[row], inputs)
         return state, prefill_logits if logits == "all" else prefill_logits[:, 0]
 
     def step(self, state: State, tokens: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
@@ -151,8 +148,8 @@ class Runtime(ABC):
         if (state.lengths[active] >= self.max_length).any():
             raise TooLongError(f"a row has the bundle's maximum of {self.max_length} tokens; none can follow")
         changing = {
-            "inputs_embeds": self._embed(np.where(active, tokens, 0).astype(np.int64)[:, None]),
-            "position_ids": self._text_positions(state.next_positions[:, None]),
+            "inputs_embeds": self.embed_tokens(np.where(active, tokens, 0).astype(np.int64)[:, None]),
+            "position_ids": self.text_positions(state.next_positions[:, None]),
             # what an inactive row writes is overwritten by its next token, which a full row never has
             "write_indices": np.minimum(state.lengths, self.max_length - 1),
         }
@@ -160,66 +157,14 @@ class Runtime(ABC):
         state.lengths += active
         state.next_positions += active
         for row in np.flatnonzero(active) if state.remembered else ():
-            self._remember(state, row, row, tokens[row : row + 1], np.zeros(1, dtype=bool))
+            remember(self, state, row, row, tokens[row : row + 1])
         return logits[:, 0]
 
     def invoke(self, state: State, row: int, kind: Kind) -> np.ndarray:
         """A row's last token called for memory: form it, and feed its latents and the end token -> logits fp32 [V] of
-        what follows. Raises BundleError where the row has no room for it."""
-        assert self.memory_tokens is not None
-        count = self.memory_tokens.latents[kind] + 1
-        self._check_room(state, [np.zeros(count if each == row else 0) for each in range(state.batch_size)])
-        start = time.perf_counter()
-        latents = self._form(state.remembered[row], kind)
-        state.remembered[row].forming_seconds.append(time.perf_counter() - start)
-        ids = np.full(count, self.memory_tokens.placeholder, dtype=np.int64)
-        ids[-1] = self.memory_tokens.end[kind]
-        embeds = np.concatenate((latents, self._embed(ids[None, -1:])), axis=1)
-        deepstack = self._no_deepstack(1, count)
-        tokens = Tokens(
-            inputs_embeds=embeds,
-            position_ids=self._text_positions(state.next_positions[row] + np.arange(count)[None]),
-            write_indices=state.lengths[row : row + 1].copy(),
-            logits_indices=np.array([[count - 1]], dtype=np.int64),
-            visual_token_mask=np.zeros((1, count), dtype=bool),
-            deepstack=deepstack,
-        )
-        logits = self.prefill(state, slice(row, row + 1), tokens)
-        state.remembered[row].since = state.remembered[row].length + count - 1
-        state.lengths[row] += count
-        state.next_positions[row] += count
-        self._remember(state, row, 0, ids, np.zeros(count, dtype=bool))
-        return logits[0, -1]
-
-    def _form(self, remembered: Remembered, kind: Kind) -> np.ndarray:
-        """The latents of one invocation, fp32 [1, N, d]. Raises InputError for short memory of a row without images."""
-        hidden_states = remembered.seen_and_said()[None]
-        queries = self.run("query_builder", {"hidden_states": hidden_states})["queries"]
-        feeds: dict[str, np.ndarray] = {"hidden_states": hidden_states, "queries": queries}  # type: ignore[dict-item]
-        assert self.manifest.vismem is not None
-        if kind == SHORT and self.manifest.vismem.short_former == "vision":
-            if not remembered.images:
-                raise InputError("short memory looks at an image again, and this row has none; call for long memory")
-            images = remembered.images
-            feeds = {"queries": feeds["queries"], **self.family.short_former_inputs(self.config, images)}
-        graph: GraphName = "short_former" if kind == SHORT else "long_former"
-        latents = self.run(graph, feeds)["latents"]
-        return latents  # type: ignore[return-value]  # an array: it does not stay on the device
-
-    def _remember(
-        self,
-        state: State,
-        row: int,
-        batch_row: int,
-        ids: np.ndarray,
-        is_visual: np.ndarray,
-        images: Sequence[tuple[np.ndarray, Grid]] = (),
-    ) -> None:
-        """The tokens `ids` [n] of a row are fed, as row `batch_row` of the latest call."""
-        assert state.last_hidden_state is not None and self.memory_tokens is not None
-        is_text = ~is_visual & (ids != self.memory_tokens.placeholder)
-        state.remembered[row].add(state.last_hidden_state[batch_row, : len(ids)], is_visual, is_text)
-        state.remembered[row].images += images
+        what follows. Raises BundleError where the row has no room for it, InputError for short memory of a row whose
+        images it would look at and that has none."""
+        return invoke(self, state, row, kind)
 
     def append(self, state: State, inputs: ModelInputs, logits: Wanted = "last") -> np.ndarray:
         """Feed each row of a request further tokens, perhaps with new images: a later turn. `inputs` holds the new
@@ -231,7 +176,7 @@ class Runtime(ABC):
         rows = rows_of(inputs)
         if len(rows) != state.batch_size:
             raise BundleError(f"the request has {state.batch_size} row(s), and append got {len(rows)}")
-        self._check_room(state, rows)
+        self.check_room(state, rows)
         tokens = self._tokens(state, inputs, rows, logits)
         # Row by row: a batch's padding might not fit behind a long row, and ONNX Runtime's attention takes several new
         # tokens on a filled cache for one row at a time.
@@ -241,8 +186,7 @@ class Runtime(ABC):
             row_logits.append(self.prefill(state, one, tokens.of_row(row, len(ids), logits)))
             extra.append(state.extra)
             if state.remembered:
-                images = list(zip(inputs.pixel_values[row], inputs.grids[row], strict=True))
-                self._remember(state, row, 0, ids, tokens.visual_token_mask[row, : len(ids)], images)
+                remember_prompt(self, state, row, 0, ids, tokens.visual_token_mask[row], inputs)
         state.extra = {name: stack([row[name] for row in extra]) for name in self.extra_outputs}
         state.advance(rows, tokens.position_ids)
         stacked = stack(row_logits)
@@ -258,17 +202,10 @@ class Runtime(ABC):
             memory={n: self.zeros(n, sizes) for n in names if n.startswith(_MEMORY)},
             memory_mask=np.zeros((batch_size, 1), dtype=bool),
             memory_places=np.zeros((batch_size, 1), dtype=np.int64),
-            remembered=self._nothing_remembered(batch_size),
+            remembered=nothing_remembered(self.manifest, batch_size),
         )
 
-    def _nothing_remembered(self, batch_size: int) -> list[Remembered]:
-        vismem = self.manifest.vismem
-        if vismem is None:
-            return []
-        most_visual = POSITIONS - vismem.query - vismem.window
-        return [Remembered(vismem.window, most_visual) for _ in range(batch_size)]
-
-    def _check_room(self, state: State, rows: Sequence[np.ndarray]) -> None:
+    def check_room(self, state: State, rows: Sequence[np.ndarray]) -> None:
         for row, ids in enumerate(rows):
             length = int(state.lengths[row]) + len(ids)
             if length > self.max_length:
@@ -289,7 +226,7 @@ class Runtime(ABC):
         token_positions, _ = position_ids(self.family, self.config, input_ids, present, grids, positions)
         token_positions = token_positions + state.next_positions[None, :, None]
         image_mask = (input_ids == self.family.image_token_id(self.config)) & (present == 1)
-        embeds, deepstack = self._embed(input_ids), self._no_deepstack(batch, length)
+        embeds, deepstack = self.embed_tokens(input_ids), self.no_deepstack(batch, length)
         entering = []
         for row, images in enumerate(self.encode_images(inputs)):
             self._put(images, input_ids[row], embeds[row], None if deepstack is None else deepstack[:, row])
@@ -348,7 +285,7 @@ class Runtime(ABC):
     def _fixed(self, state: State) -> dict[str, np.ndarray]:
         """What every decoding step of a state is fed alike."""
         batch = state.batch_size
-        deepstack = self._no_deepstack(batch, 1)
+        deepstack = self.no_deepstack(batch, 1)
         return {
             "logits_indices": np.zeros((batch, 1), dtype=np.int64),
             "visual_token_mask": np.zeros((batch, 1), dtype=bool),
@@ -357,20 +294,20 @@ class Runtime(ABC):
             **({} if deepstack is None else {"deepstack": deepstack}),
         }
 
-    def _embed(self, input_ids: np.ndarray) -> np.ndarray:
+    def embed_tokens(self, input_ids: np.ndarray) -> np.ndarray:
         count = self.manifest.sizes.vocab_size
         if (unknown := input_ids[(input_ids < 0) | (input_ids >= count)]).size:
             raise InputError(f"token {unknown[0]} is not in the model's vocabulary of {count}")
         embeds = self.run("embed", {"input_ids": input_ids})["inputs_embeds"]
         return embeds  # type: ignore[return-value]  # an array: it does not stay on the device
 
-    def _no_deepstack(self, batch: int, length: int) -> np.ndarray | None:
+    def no_deepstack(self, batch: int, length: int) -> np.ndarray | None:
         sizes = self.manifest.sizes
         if not sizes.deepstack:
             return None
         return np.zeros((sizes.deepstack, batch, length, sizes.hidden_size), dtype=np.float32)
 
-    def _text_positions(self, positions: np.ndarray) -> np.ndarray:
+    def text_positions(self, positions: np.ndarray) -> np.ndarray:
         return np.broadcast_to(positions, (self.manifest.sizes.position_axes, *positions.shape))
 
 
