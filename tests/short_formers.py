@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from checkpoints import FAMILIES
@@ -37,6 +37,13 @@ def tiny_former(model: PreTrainedModel, seed: int = 0, targets: Sequence[str] | 
     return former.to(model.dtype)
 
 
+def graft_former(model: PreTrainedModel, former: ShortFormer) -> ShortFormer:
+    """The former as a module of the model, as it is in a patched one."""
+    model.model.vismem = nn.Module()
+    model.model.vismem.short = former
+    return former
+
+
 def tiny_queries(model: PreTrainedModel, seed: int = 0) -> Tensor:
     """[K, d] of the model's dtype."""
     width = model.config.get_text_config().hidden_size
@@ -51,10 +58,11 @@ def square_images(model: PreTrainedModel, *sides: int) -> list[tuple[np.ndarray,
 
 
 def one_request(
-    model: PreTrainedModel, images: Sequence[tuple[np.ndarray, Grid]]
+    model: PreTrainedModel, images: Sequence[tuple[np.ndarray, Grid]], tokens: int | None = None
 ) -> tuple[dict[str, Any], list[ImageInputs]]:
     """The model's keywords for one row with these images, and what the tower makes of them. A lone image has another
-    beside it in the row, for some families see it otherwise."""
+    beside it in the row, for some families see it otherwise. `tokens`: visual tokens of each, where the family's file
+    has another number."""
     whole_row = [*images, *images] if len(images) == 1 else images
     described, tower = family(model.config.model_type), tower_of(model.config.model_type)
     arrays = described.model_kwargs([[pixels for pixels, _ in whole_row]], [[grid for _, grid in whole_row]])
@@ -62,5 +70,5 @@ def one_request(
     kwargs["pixel_values"] = kwargs["pixel_values"].to(model.dtype)
     row = [False]
     for _, grid in whole_row:
-        row += [True] * described.image_tokens(model.config, grid) + [False] * 2
+        row += [True] * (tokens or described.image_tokens(model.config, grid)) + [False] * 2
     return kwargs, tower.images_by_row(model.model, kwargs, torch.tensor([row]))[0][: len(images)]

@@ -6,13 +6,18 @@ from transformers import PreTrainedModel
 
 from exporters.onnx.assembly import single
 from exporters.onnx.trace import Program
-from surgeon.families import Family
+from surgeon.families import Family, VisionExport
 
 
 def vision_graph(family: Family, model: PreTrainedModel, dtype: torch.dtype) -> ir.Model:
     """The vision tower and projector of `model`, which is on the meta device and of `dtype`."""
     export = family.vision_export(model, dtype)
-    program = Program(
+    return single("vision", program_of(export), export.parameters)
+
+
+def program_of(export: VisionExport) -> Program:
+    """What a family wrote out for export, to be traced."""
+    return Program(
         module=export.module,
         example=export.example,
         dynamic_shapes=export.dynamic_shapes,
@@ -20,4 +25,3 @@ def vision_graph(family: Family, model: PreTrainedModel, dtype: torch.dtype) -> 
         output_names=export.output_names,
         constants=export.constants,
     )
-    return single("vision", program, export.parameters)

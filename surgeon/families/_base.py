@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from surgeon.errors import CheckpointError, FamilyError, InputError
+from surgeon.memory.short_former import ShortFormer
 from surgeon.memory.towers._base import Tower
 from surgeon.sizes import Sizes, TextSizes, VisionSizes, check, one_line
 
@@ -221,6 +222,24 @@ class Family(ABC):
     @abstractmethod
     def vision_inputs(self, config: PretrainedConfig, pixel_values: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
         """The graph inputs of `vision_export` for one image, computed on the host from its grid, in numpy."""
+
+    # -- short former export -----------------------------------------------------------------------------------
+    def short_former_export(
+        self, model: PreTrainedModel, former: ShortFormer, num_queries: int, dtype: torch.dtype
+    ) -> VisionExport:
+        """The short former of `model`, a module of it, written out over the images of one request: takes `queries
+        [1, K, d]` and what `short_former_inputs` gives, and returns `latents [1, N, d]`.
+
+        Raises FamilyError for a family without `tower`, ValueError where model or former are not of `dtype`.
+        """
+        raise FamilyError(f"family {self.model_type} has no short former")
+
+    def short_former_inputs(
+        self, config: PretrainedConfig, images: Sequence[tuple[np.ndarray, Grid]]
+    ) -> dict[str, np.ndarray]:
+        """The graph inputs of `short_former_export` but the queries, for one request's images, at least one: what
+        `process_image` gave of each. Raises FamilyError for a family without `tower`."""
+        raise FamilyError(f"family {self.model_type} has no short former")
 
 
 def token_of(tokenizer: Any, token_id: int) -> str:

@@ -15,6 +15,8 @@ from surgeon import ops
 from surgeon.errors import CheckpointError, InputError
 from surgeon.families import _qwen_host as host
 from surgeon.families._base import Family, Grid, VisionExport, call_image_processor, check_rows
+from surgeon.families._short_former import concatenated
+from surgeon.families._vision import finish_export
 from surgeon.sizes import PixelLimits, Size, Sizes, TokenId, VisionSizes, check
 
 
@@ -126,27 +128,27 @@ class QwenVLFamily(Family):
     def finish_export(
         self,
         model: PreTrainedModel,
-        module: "QwenVision",
+        module: nn.Module,
         dtype: torch.dtype,
         inputs: dict[str, np.ndarray],
         dynamic: dict[str, Any],
         outputs: tuple[str, ...],
+        **others: Tensor,
     ) -> VisionExport:
-        """`module` as a VisionExport, with `inputs` as the example and `dynamic` naming each input's first size."""
-        tower = self.vision_tower
-        names = {id(p): f"{tower}.{name}" for name, p in model.get_submodule(tower).named_parameters()}
-        names[id(module.patch_weight)] = f"{tower}.patch_embed.proj.weight"
-        parameters = {name: names[id(p)] for name, p in module.named_parameters()}
-        device = module.patch_weight.device
-        example = {name: torch.from_numpy(value).to(device) for name, value in inputs.items()}
+        """`module`, a QwenVision or one over it as `vision`, as a VisionExport, with `inputs` as the example and
+        `dynamic` naming each input's first size. `others`: examples of what it takes before them, of sizes that do not
+        vary."""
+        example = {name: torch.from_numpy(value) for name, value in inputs.items()}
         example["pixel_values"] = example["pixel_values"].to(dtype)
-        return VisionExport(
-            module=module,
-            example=example,
-            dynamic_shapes={name: {0: size} for name, size in dynamic.items()},
-            output_names=outputs,
-            constants={"inv_freq": self.rotary_frequencies(model.config)},
-            parameters=parameters,
+        at = "" if isinstance(module, QwenVision) else "vision."
+        return finish_export(
+            model,
+            module,
+            {**others, **example},
+            dynamic,
+            outputs,
+            {f"{at}inv_freq": self.rotary_frequencies(model.config)},
+            {f"{at}patch_weight": f"{self.vision_tower}.patch_embed.proj.weight"},
         )
 
     def example_inputs(self, config: PretrainedConfig) -> dict[str, np.ndarray]:
@@ -155,6 +157,12 @@ class QwenVLFamily(Family):
         height, width = (n * vision.spatial_merge_size for n in (6, 7))
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         return self.vision_inputs(config, np.zeros((height * width, patch), dtype=np.float32), (1, height, width))
+
+    def short_former_inputs(
+        self, config: PretrainedConfig, images: Sequence[tuple[np.ndarray, Grid]]
+    ) -> dict[str, np.ndarray]:
+        """The inputs of `vision_inputs` of every image, one after the other. Raises InputError as it does."""
+        return concatenated([self.vision_inputs(config, pixel_values, grid) for pixel_values, grid in images])
 
 
 class QwenVision(nn.Module):
@@ -189,3 +197,8 @@ class QwenVision(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         return ops.attention_packed(q, k, v, mask, self.num_heads, self.scale)
+
+
+def unturned_behind(position_ids: Tensor, behind: int) -> Tensor:
+    """Patches' positions int64 [N, 2], and those of vectors behind them [N + behind, 2]: 0, which turns by nothing."""
+    return torch.cat((position_ids, torch.zeros(behind, 2, dtype=position_ids.dtype, device=position_ids.device)))

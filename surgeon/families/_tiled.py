@@ -109,3 +109,12 @@ class TiledFamily(PlainPositionsFamily):
         """pixel_values [T, 3, H, W]. Raises InputError where they do not fit the grid."""
         self.check_tiles(config, pixel_values, grid)
         return {"pixel_values": pixel_values}
+
+    def short_former_inputs(
+        self, config: PretrainedConfig, images: Sequence[tuple[np.ndarray, Grid]]
+    ) -> dict[str, np.ndarray]:
+        """pixel_values [n, 3, H, W], each image's thumbnail or single tile. Raises InputError as `check_tiles`."""
+        for pixel_values, grid in images:
+            self.check_tiles(config, pixel_values, grid)
+        thumbnail = 0 if self.tile_layout(config).thumbnail == "first" else -1
+        return {"pixel_values": np.stack([pixel_values[thumbnail] for pixel_values, _ in images])}

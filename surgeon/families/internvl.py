@@ -13,8 +13,10 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 from surgeon import ops
 from surgeon.errors import FamilyError
 from surgeon.families._base import Grid, TileLayout, VisionExport
+from surgeon.families._short_former import ThumbnailShortFormer, example_queries, with_adapters
 from surgeon.families._tiled import TiledFamily
 from surgeon.families._vision import image_attention, tiles_export
+from surgeon.memory.short_former import ShortFormer
 from surgeon.memory.towers.internvl import InternVLTower
 from surgeon.sizes import Size, Sizes, TokenId, VisionSizes
 
@@ -82,14 +84,28 @@ class InternVL(TiledFamily):
     def vision_export(self, model: PreTrainedModel, dtype: torch.dtype) -> VisionExport:
         """Raises FamilyError for features of several layers at once, or with the class token among them."""
         config: Any = model.config
+        self._check_features(config)
+        projector = model.get_submodule(self.projector)
+        module = InternVLVision(self.vision_model(model, dtype), projector, config)
+        return tiles_export(model, module, self.tile_size(config), dtype)
+
+    def short_former_export(
+        self, model: PreTrainedModel, former: ShortFormer, num_queries: int, dtype: torch.dtype
+    ) -> VisionExport:
+        """Raises FamilyError as `vision_export`."""
+        self._check_features(model.config)
+        view = with_adapters(model, former, dtype)
+        vision = InternVLVision(self.vision_model(view, dtype), view.get_submodule(self.projector), model.config)
+        queries = example_queries(former, num_queries)
+        module, size = ThumbnailShortFormer(vision, former), self.tile_size(model.config)
+        return tiles_export(model, module, size, dtype, ("latents",), queries=queries)
+
+    def _check_features(self, config: Any) -> None:
         if not isinstance(config.vision_feature_layer, int) or config.vision_feature_select_strategy != "default":
             raise FamilyError(
                 f"vision_feature_layer {config.vision_feature_layer} with vision_feature_select_strategy "
                 f"{config.vision_feature_select_strategy!r} cannot be exported: supported are one layer and 'default'"
             )
-        projector = model.get_submodule(self.projector)
-        module = InternVLVision(self.vision_model(model, dtype), projector, config)
-        return tiles_export(model, module, self.tile_size(config), dtype)
 
 
 class InternVLVision(nn.Module):
@@ -112,23 +128,29 @@ class InternVLVision(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
         """pixel_values [T, 3, H, W] -> features [T * n, d], n = side² / merge² for each tile."""
-        patches = self.patch_projection(pixel_values).flatten(2).transpose(1, 2)
-        tiles, _, width = patches.shape
-        x = torch.cat((self.cls_token.expand(tiles, -1, -1), patches), 1)
-        if self.position_embeddings is not None:
-            x = x + self.position_embeddings
+        x = self.embed(pixel_values)
+        _, length, width = x.shape
         # Patches as rows [T * (1 + side²), d] where they are treated one by one, so that a linear layer is one Gemm
-        length = x.shape[1]
-        x = x.reshape(-1, width)
+        x = self.run_blocks(x.reshape(-1, width), length)
+        x = self.norm(x).reshape(-1, length, width).narrow(1, 1, length - 1)
+        return (self.project(self.pixel_shuffle(x)),)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Each tile's class token and patches, [T, 1 + side², d]."""
+        patches = self.patch_projection(pixel_values).flatten(2).transpose(1, 2)
+        x = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), 1)
+        return x if self.position_embeddings is None else x + self.position_embeddings
+
+    def run_blocks(self, x: Tensor, length: int | None) -> Tensor:
+        """x [T * length, d], each tile for itself; with None all rows are one sequence."""
         for layer in self.layers:
             x = x + layer.lambda_1 * self.attend(layer.attention, norm(layer.layernorm_before, x), length)
             h = layer.mlp
             x = x + layer.lambda_2 * h.fc2(h.activation_fn(h.fc1(norm(layer.layernorm_after, x))))
-        x = self.norm(x).reshape(-1, length, width).narrow(1, 1, length - 1)
-        return (self.project(self.pixel_shuffle(x)),)
+        return x
 
-    def attend(self, attn: Any, x: Tensor, length: int) -> Tensor:
-        """Attention within each tile; x [T * length, d]."""
+    def attend(self, attn: Any, x: Tensor, length: int | None) -> Tensor:
+        """Attention within each tile; x and length as in `run_blocks`."""
         q, k = norm(attn.q_norm, attn.q_proj(x)), norm(attn.k_norm, attn.k_proj(x))
         output: Tensor = attn.projection_layer(
             image_attention(q, k, attn.v_proj(x), length, self.num_heads, self.scale)
@@ -140,6 +162,10 @@ class InternVLVision(nn.Module):
         blocks = self.side // self.merge
         x = x.reshape(-1, blocks, self.merge, blocks, self.merge, x.shape[2])
         return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, self.merge**2 * x.shape[5])
+
+    def project_slots(self, x: Tensor) -> Tensor:
+        """Slots out of the last block, those of a vector one after the other: [N * merge², d] -> features [N, d]."""
+        return self.project(self.norm(x).reshape(-1, self.merge**2 * x.shape[1]))
 
     def project(self, x: Tensor) -> Tensor:
         projected: Tensor = self.projector.linear_2(

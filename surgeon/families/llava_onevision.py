@@ -17,7 +17,9 @@ from transformers.image_processing_utils import select_best_resolution
 from surgeon.errors import FamilyError, InputError
 from surgeon.families._base import Grid, VisionExport, call_image_processor
 from surgeon.families._plain import PlainPositionsFamily, check_image_processor_class
-from surgeon.families._vision import finish_export, image_attention
+from surgeon.families._short_former import ThumbnailShortFormer, example_queries, with_adapters
+from surgeon.families._vision import finish_export, image_attention, tiles_export
+from surgeon.memory.short_former import ShortFormer
 from surgeon.memory.towers.llava_onevision import LlavaOnevisionTower
 from surgeon.sizes import Pinpoints, Sizes, SquareTowerSizes, TileSize, TokenId, check
 
@@ -179,14 +181,7 @@ class LlavaOnevision(PlainPositionsFamily):
     def vision_export(self, model: PreTrainedModel, dtype: torch.dtype) -> VisionExport:
         """Raises FamilyError for a vision tower other than SigLIP, and for features of several of its layers."""
         config: Any = model.config
-        tower, layer = self.vision_model(model, dtype), config.vision_feature_layer
-        if config.vision_config.model_type != "siglip_vision_model" or not isinstance(layer, int):
-            raise FamilyError(
-                f"vision tower {config.vision_config.model_type!r} with vision_feature_layer {layer} cannot be "
-                "exported; supported: siglip_vision_model and one layer"
-            )
-        projector: Any = model.get_submodule(self.projector)
-        module = LlavaOnevisionVision(tower, projector, model.get_parameter("model.image_newline"), layer)
+        module = self._vision(model, dtype)
         size, tokens = config.vision_config.image_size, torch.export.Dim("M")
         example = {
             "pixel_values": torch.zeros(3, 3, size, size, dtype=dtype),
@@ -195,6 +190,34 @@ class LlavaOnevision(PlainPositionsFamily):
         }
         dynamic = {"pixel_values": torch.export.Dim("T"), "feature_index": tokens, "feature_weight": tokens}
         return finish_export(model, module, example, dynamic, ("features",))
+
+    def short_former_export(
+        self, model: PreTrainedModel, former: ShortFormer, num_queries: int, dtype: torch.dtype
+    ) -> VisionExport:
+        """Raises FamilyError as `vision_export`."""
+        vision = self._vision(with_adapters(model, former, dtype), dtype)
+        module, size = ThumbnailShortFormer(vision, former), self.vision_config(model.config).image_size
+        queries = example_queries(former, num_queries)
+        return tiles_export(model, module, (size, size), dtype, ("latents",), queries=queries)
+
+    def short_former_inputs(
+        self, config: PretrainedConfig, images: Sequence[tuple[np.ndarray, Grid]]
+    ) -> dict[str, np.ndarray]:
+        """pixel_values [n, 3, H, W], of each image the view of the whole. Raises InputError as `check_crops`."""
+        for pixel_values, grid in images:
+            self.check_crops(config, pixel_values, grid)
+        return {"pixel_values": np.concatenate([pixel_values[:1] for pixel_values, _ in images])}
+
+    def _vision(self, model: Any, dtype: torch.dtype) -> "LlavaOnevisionVision":
+        config = model.config
+        tower, layer = self.vision_model(model, dtype), config.vision_feature_layer
+        if config.vision_config.model_type != "siglip_vision_model" or not isinstance(layer, int):
+            raise FamilyError(
+                f"vision tower {config.vision_config.model_type!r} with vision_feature_layer {layer} cannot be "
+                "exported; supported: siglip_vision_model and one layer"
+            )
+        newline = model.get_parameter("model.image_newline")
+        return LlavaOnevisionVision(tower, model.get_submodule(self.projector), newline, layer)
 
 
 def _unscaled(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -237,20 +260,33 @@ class LlavaOnevisionVision(nn.Module):
 
     def forward(self, pixel_values: Tensor, feature_index: Tensor, feature_weight: Tensor) -> tuple[Tensor]:
         """Inputs as `vision_inputs` names them -> features [M, d]."""
-        x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2) + self.position_embedding.weight
+        x = self.embed(pixel_values)
         # Patches as rows [T * side², d] where they are treated one by one, so that a linear layer is one Gemm
         _, length, width = x.shape
-        x = x.reshape(-1, width)
+        x = self.project_slots(self.run_blocks(x.reshape(-1, width), length))
+        x = torch.cat((x, self.image_newline[None]))
+        # one after the other: together they would be four times the size
+        shares = (x.index_select(0, feature_index[:, i]).float() * feature_weight[:, i, None] for i in range(4))
+        return (reduce(torch.add, shares).to(x.dtype),)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Each crop's patches, [T, side², d]."""
+        patches: Tensor = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2) + self.position_embedding.weight
+        return patches
+
+    def run_blocks(self, x: Tensor, length: int | None) -> Tensor:
+        """x [T * length, d], each crop for itself; with None all rows are one sequence."""
         for layer in self.layers:
             attn, h = layer.self_attn, layer.layer_norm1(x)
             q, k, v = attn.q_proj(h), attn.k_proj(h), attn.v_proj(h)
             x = x + attn.out_proj(image_attention(q, k, v, length, self.num_heads, self.scale))
             x = x + layer.mlp.fc2(layer.mlp.activation_fn(layer.mlp.fc1(layer.layer_norm2(x))))
-        x = self.projector.linear_2(self.projector.act(self.projector.linear_1(x)))
-        x = torch.cat((x, self.image_newline[None]))
-        # one after the other: together they would be four times the size
-        shares = (x.index_select(0, feature_index[:, i]).float() * feature_weight[:, i, None] for i in range(4))
-        return (reduce(torch.add, shares).to(x.dtype),)
+        return x
+
+    def project_slots(self, x: Tensor) -> Tensor:
+        """Patches, or slots in their place, out of the last block -> features, [N, d]."""
+        features: Tensor = self.projector.linear_2(self.projector.act(self.projector.linear_1(x)))
+        return features
 
 
 FAMILY = LlavaOnevision()

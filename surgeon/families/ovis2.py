@@ -12,8 +12,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from surgeon import ops
 from surgeon.errors import FamilyError
 from surgeon.families._base import Grid, TileLayout, VisionExport, token_of
+from surgeon.families._short_former import ThumbnailShortFormer, example_queries, with_adapters
 from surgeon.families._tiled import TiledFamily
 from surgeon.families._vision import image_attention, tiles_export
+from surgeon.memory.short_former import ShortFormer
 from surgeon.memory.towers.ovis2 import Ovis2Tower
 from surgeon.sizes import Size, Sizes, SquareTowerSizes, TokenId
 
@@ -81,16 +83,30 @@ class Ovis2(TiledFamily):
 
     def vision_export(self, model: PreTrainedModel, dtype: torch.dtype) -> VisionExport:
         """Raises FamilyError for a visual vocabulary that is drawn from at random."""
-        config: Any = model.config
+        self._check_words(model.config)
+        table: Any = model.get_submodule(self.projector)
+        module = Ovis2Vision(self.vision_model(model, dtype), table)
+        return tiles_export(model, module, self.tile_size(model.config), dtype, ("features", "indicators"))
+
+    def short_former_export(
+        self, model: PreTrainedModel, former: ShortFormer, num_queries: int, dtype: torch.dtype
+    ) -> VisionExport:
+        """Raises FamilyError as `vision_export`."""
+        self._check_words(model.config)
+        view = with_adapters(model, former, dtype)
+        module = ThumbnailShortFormer(
+            Ovis2Vision(self.vision_model(view, dtype), view.get_submodule(self.projector)), former
+        )
+        queries = example_queries(former, num_queries)
+        return tiles_export(model, module, self.tile_size(model.config), dtype, ("latents",), queries=queries)
+
+    def _check_words(self, config: Any) -> None:
         if config.vision_config.tokenize_function not in ("softmax", "st_argmax"):
             raise FamilyError(
                 f"tokenize_function {config.vision_config.tokenize_function!r} cannot be exported: it is random; "
                 "supported: softmax, st_argmax"
             )
         self.tile_layout(config)
-        table: Any = model.get_submodule(self.projector)
-        module = Ovis2Vision(self.vision_model(model, dtype), table)
-        return tiles_export(model, module, self.tile_size(config), dtype, ("features", "indicators"))
 
 
 class Ovis2Vision(nn.Module):
@@ -111,19 +127,36 @@ class Ovis2Vision(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """pixel_values [T, 3, H, W] -> features [T * n, d], n = patches² / stride² of each tile, and the embeddings
         of the indicator tokens [K, d], the same for every image."""
-        x = rms_norm(self.patch_norm, self.patch_embedding(pixel_values).flatten(2).transpose(1, 2))
-        x = x + self.position_embedding.weight
-        # Patches as rows [T * patches², d] where they are treated one by one, so that a linear layer is one Gemm
+        x = self.embed(pixel_values)
         _, length, width = x.shape
-        x = x.reshape(-1, width)
+        # Patches as rows [T * patches², d] where they are treated one by one, so that a linear layer is one Gemm
+        x = self.run_blocks(x.reshape(-1, width), length)
+        words = self.score(self.merge(rms_norm(self.norm, x)))
+        return self.look_up(words), self.table.weight.narrow(0, words.shape[1], self.indicators)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Each tile's patches, [T, patches², d]."""
+        x = rms_norm(self.patch_norm, self.patch_embedding(pixel_values).flatten(2).transpose(1, 2))
+        return x + self.position_embedding.weight
+
+    def run_blocks(self, x: Tensor, length: int | None) -> Tensor:
+        """x [T * length, d], each tile for itself; with None all rows are one sequence."""
         for layer in self.layers:
             attn, h = layer.attention, rms_norm(layer.rms_norm1, x)
             q, k, v = attn.q_proj(h), attn.k_proj(h), attn.v_proj(h)
             x = x + attn.out_proj(image_attention(q, k, v, length, self.num_heads, self.scale))
             ffn, h = layer.ffn, rms_norm(layer.rms_norm2, x)
             x = x + ffn.down_proj(ffn.act_fn(ffn.gate_proj(h)) * ffn.up_proj(h))
-        words = self.head_norm(self.head_linear(self.merge(rms_norm(self.norm, x))))
-        return self.embed(words), self.table.weight.narrow(0, words.shape[1], self.indicators)
+        return x
+
+    def project_slots(self, x: Tensor) -> Tensor:
+        """Slots out of the last block, those of a vector one after the other: [N * stride², d] -> features [N, d]."""
+        return self.look_up(self.score(rms_norm(self.norm, x).reshape(-1, self.stride**2 * x.shape[1])))
+
+    def score(self, x: Tensor) -> Tensor:
+        """Merged patches [N, stride² * d] -> scores of the visual words [N, V]."""
+        words: Tensor = self.head_norm(self.head_linear(x))
+        return words
 
     def merge(self, x: Tensor) -> Tensor:
         """Each stride x stride block of patches as one row, row by row: [T * patches², d] -> [T * n, stride² * d]."""
@@ -131,7 +164,7 @@ class Ovis2Vision(nn.Module):
         x = x.reshape(-1, blocks, self.stride, blocks, self.stride, x.shape[1])
         return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, self.stride**2 * x.shape[5])
 
-    def embed(self, words: Tensor) -> Tensor:
+    def look_up(self, words: Tensor) -> Tensor:
         """Scores of the visual words [N, V] -> embeddings [N, d]: the best word's, or all in proportion."""
         if self.hard:
             best: Tensor = self.table.weight.index_select(0, words.argmax(-1))

@@ -14,7 +14,9 @@ from surgeon import ops
 from surgeon.errors import CheckpointError
 from surgeon.families import _qwen_host as host
 from surgeon.families._base import Grid, VisionExport
-from surgeon.families._qwen_vl import QwenVision, QwenVisionSizes, QwenVLFamily
+from surgeon.families._qwen_vl import QwenVision, QwenVisionSizes, QwenVLFamily, unturned_behind
+from surgeon.families._short_former import ShortFormerVision, concatenated, example_queries, with_adapters
+from surgeon.memory.short_former import ShortFormer
 from surgeon.memory.towers.qwen2_5_vl import Qwen25VLTower
 from surgeon.sizes import Size, check_indexes
 
@@ -96,6 +98,49 @@ class Qwen25VL(QwenVLFamily):
             ("features",),
         )
 
+    def short_former_inputs(
+        self, config: PretrainedConfig, images: Sequence[tuple[np.ndarray, Grid]]
+    ) -> dict[str, np.ndarray]:
+        """The inputs of `vision_inputs` of every image but the inverse of the window order, their indices counted on
+        from image to image. Raises InputError as it does."""
+        merge_unit = self.vision_config(config).spatial_merge_size ** 2
+        whole, patches, windows = [], 0, 0
+        for pixel_values, grid in images:
+            inputs = self.vision_inputs(config, pixel_values, grid)
+            del inputs["window_inverse"]
+            capacity = inputs["window_gather"].shape[1]
+            inputs["window_index"] += patches // merge_unit
+            inputs["window_gather"] += patches
+            inputs["window_scatter"] += windows * capacity
+            patches, windows = patches + len(pixel_values), windows + len(inputs["window_gather"])
+            whole.append(inputs)
+        return concatenated(whole)
+
+    def short_former_export(
+        self, model: PreTrainedModel, former: ShortFormer, num_queries: int, dtype: torch.dtype
+    ) -> VisionExport:
+        visual = self.vision_model(with_adapters(model, former, dtype), dtype)
+        merged, windows = torch.export.Dim("M"), torch.export.Dim("W")
+        patches = visual.config.spatial_merge_size**2 * merged
+        example = self.example_inputs(model.config)
+        del example["window_inverse"]
+        return self.finish_export(
+            model,
+            Qwen25ShortFormer(Qwen25Vision(visual, self.rotary_frequencies(model.config)), former),
+            dtype,
+            example,
+            {
+                "pixel_values": patches,
+                "position_ids": patches,
+                "window_index": merged,
+                "window_gather": windows,
+                "window_kv_len": windows,
+                "window_scatter": patches,
+            },
+            ("latents",),
+            queries=example_queries(former, num_queries),
+        )
+
 
 class Qwen25Vision(QwenVision):
     """Qwen2.5-VL's vision tower over one image's patches. It works in window order; only its output is put back."""
@@ -117,22 +162,43 @@ class Qwen25Vision(QwenVision):
         """Inputs as `vision_inputs` names them -> features [M, d]."""
         x = self.in_window_order(F.linear(pixel_values, self.patch_weight, self.patch_bias), window_index)
         cos, sin = self.rotary(self.in_window_order(position_ids, window_index))
-        windows, capacity = window_gather.shape
-        # the mask is as high as the queries are long: ONNX Runtime does not broadcast it there
-        slots = torch.arange(capacity, device=x.device).reshape(1, 1, 1, capacity)
-        mask = (slots < window_kv_len.reshape(windows, 1, 1, 1)).expand(windows, 1, capacity, capacity)
+        mask = self.window_mask(window_gather, window_kv_len)
         for i, block in enumerate(self.blocks):
             q, k, v = self.qkv(block.attn, self.rms_norm(block.norm1, x), cos, sin)
             if i in self.full_attention_blocks:
                 attended = self.attend(q, k, v)[0]
             else:
-                q, k, v = (self.in_windows(t, window_gather) for t in (q, k, v))
-                attended = self.attend(q, k, v, mask).reshape(windows * capacity, -1).index_select(0, window_scatter)
-            x = x + block.attn.proj(attended)
-            h = self.rms_norm(block.norm2, x)
-            x = x + block.mlp.down_proj(block.mlp.act_fn(block.mlp.gate_proj(h)) * block.mlp.up_proj(h))
+                attended = self.attend_in_windows(q, k, v, mask, window_gather, window_scatter)
+            x = self.after_attention(block, x, attended)
+        return (self.project_slots(x).index_select(0, window_inverse),)
+
+    def window_mask(self, window_gather: Tensor, window_kv_len: Tensor) -> Tensor:
+        """Which patches of its row a window has, bool [W, 1, L, L]."""
+        windows, capacity = window_gather.shape
+        # the mask is as high as the queries are long: ONNX Runtime does not broadcast it there
+        slots = torch.arange(capacity, device=window_gather.device).reshape(1, 1, 1, capacity)
+        return (slots < window_kv_len.reshape(windows, 1, 1, 1)).expand(windows, 1, capacity, capacity)
+
+    def attend_in_windows(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window_gather: Tensor, window_scatter: Tensor
+    ) -> Tensor:
+        """Attention within each window of the patches, which come first in q, k, v [1, S, d] -> [N, d]."""
+        windows, capacity = window_gather.shape
+        q, k, v = (self.in_windows(t, window_gather) for t in (q, k, v))
+        return self.attend(q, k, v, mask).reshape(windows * capacity, -1).index_select(0, window_scatter)
+
+    def after_attention(self, block: Any, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of a block."""
+        x = x + block.attn.proj(attended)
+        h = self.rms_norm(block.norm2, x)
+        output: Tensor = x + block.mlp.down_proj(block.mlp.act_fn(block.mlp.gate_proj(h)) * block.mlp.up_proj(h))
+        return output
+
+    def project_slots(self, x: Tensor) -> Tensor:
+        """Patches, or slots in their place, out of the last block -> features: [N, d] -> [M, d]."""
         h = self.rms_norm(self.merger.ln_q, x).reshape(-1, self.merge_unit * x.shape[1])
-        return (self.merger.mlp(h).index_select(0, window_inverse),)
+        features: Tensor = self.merger.mlp(h)
+        return features
 
     def in_window_order(self, x: Tensor, window_index: Tensor) -> Tensor:
         """Blocks of patches [N, c] put in the order of `window_index` [M]."""
@@ -146,6 +212,38 @@ class Qwen25Vision(QwenVision):
 
     def rms_norm(self, norm: Any, x: Tensor) -> Tensor:
         return ops.rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
+class Qwen25ShortFormer(ShortFormerVision):
+    """Qwen2.5-VL's short former over the patches of one request's images."""
+
+    def forward(
+        self,
+        queries: Tensor,
+        pixel_values: Tensor,
+        position_ids: Tensor,
+        window_index: Tensor,
+        window_gather: Tensor,
+        window_kv_len: Tensor,
+        window_scatter: Tensor,
+    ) -> tuple[Tensor]:
+        """queries [1, K, d], the images' inputs as `short_former_inputs` names them -> latents [1, N, d]."""
+        vision, behind = self.vision, self.behind(queries)
+        patches = F.linear(pixel_values, vision.patch_weight, vision.patch_bias)
+        x = torch.cat((vision.in_window_order(patches, window_index), behind))
+        position_ids = vision.in_window_order(position_ids, window_index)
+        cos, sin = vision.rotary(unturned_behind(position_ids, len(behind)))
+        mask = vision.window_mask(window_gather, window_kv_len)
+        for i, block in enumerate(vision.blocks):
+            q, k, v = vision.qkv(block.attn, vision.rms_norm(block.norm1, x), cos, sin)
+            if i in vision.full_attention_blocks:
+                attended = vision.attend(q, k, v)[0]
+            else:
+                within = vision.attend_in_windows(q, k, v, mask, window_gather, window_scatter)
+                apart = vision.attend(*(t[:, -len(behind) :] for t in (q, k, v)))[0]
+                attended = torch.cat((within, apart))
+            x = vision.after_attention(block, x, attended)
+        return self.latents(x)
 
 
 FAMILY = Qwen25VL()

@@ -116,6 +116,14 @@ def test_llava_onevisions_images() -> None:
         tower.images_by_row(model.model, kwargs | {"pixel_values_videos": padded}, mask)
 
 
+def test_llava_onevisions_images_without_their_first_patch() -> None:
+    """As the model has them with `vision_feature_select_strategy` default, though SigLIP has no class token there."""
+    model: Any = tiny_model("llava_onevision", top={"vision_feature_select_strategy": "default"})
+    kwargs, images = one_request(model, square_images(model, 6), tokens=36)
+    assert [len(features) for features in model.model.get_image_features(**kwargs).pooler_output] == [36, 36]
+    assert torch.equal(images[0]["pixel_values"], kwargs["pixel_values"][0, :1])
+
+
 def test_llava_onevisions_lone_images_are_each_their_own_row() -> None:
     model: Any = tiny_model("llava_onevision")
     kwargs = {"pixel_values": numbered_tiles(6), "image_sizes": torch.tensor([[42, 84], [42, 84]])}
@@ -123,11 +131,13 @@ def test_llava_onevisions_lone_images_are_each_their_own_row() -> None:
     assert numbers(tower_of("llava_onevision").images_by_row(model.model, kwargs, mask)) == [[0], [3]]
 
 
-@pytest.mark.parametrize("model_type", ["internvl", "llava_onevision"])
-@pytest.mark.parametrize("layer", [-2, 2, 3])
-def test_features_of_another_layer(model_type: str, layer: int) -> None:
-    """Copies of the patches come out as the model's features of that layer."""
-    model: Any = tiny_model(model_type, top={"vision_feature_layer": layer, "projector_hidden_act": "gelu"})
+@pytest.mark.parametrize(
+    ("model_type", "vision"), [("internvl", {"use_mean_pooling": False}), ("internvl", {}), ("llava_onevision", {})]
+)
+@pytest.mark.parametrize("layer", [-1, -2, 2, 3])
+def test_features_of_another_layer(model_type: str, vision: dict[str, Any], layer: int) -> None:
+    """Copies of the patches come out as the model's features of that layer, normed where it is the last by name."""
+    model: Any = tiny_model(model_type, vision=vision, top={"vision_feature_layer": layer})
     tower = tower_of(model_type)
     kwargs, images = one_request(model, square_images(model, 6, 6))
     with torch.no_grad():
