@@ -95,13 +95,15 @@ def options_text(options: Mapping[str, Any]) -> str:
 
 
 def grafts_text(record: Mapping[str, Any]) -> str:
-    """A line for each kind of graft, and for what is done with tiles, with all options."""
+    """A line for each kind of graft, for what is done with tiles, and for added tokens, with all options."""
     entries = [(entry["kind"], {k: v for k, v in entry.items() if k != "kind"}) for entry in record["grafts"]]
     tiles: dict[str, Any] = record.get("positions") or {}
     if record.get("allocation", "both") != "both":
         tiles = {**tiles, "allocation": record["allocation"]}
     if tiles:
         entries.append(("tiles", tiles))
+    if record.get("tokens"):
+        entries.append(("added tokens", {token: token_id for token, token_id in record["tokens"].items()}))
     return "\n".join(f"- {code(kind)}: {options_text(options)}" for kind, options in entries)
 
 

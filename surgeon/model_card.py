@@ -26,6 +26,7 @@ from surgeon.card_parts import (
 )
 from surgeon.checkpoint.reader import Checkpoint
 from surgeon.errors import CheckpointError
+from surgeon.grafts import asks_for_patched_class
 from surgeon.json_file import read_object
 from surgeon.markdown import code, command, commands, fenced, plain
 from surgeon.memory.patched import MODEL_TYPE_PREFIX
@@ -33,6 +34,7 @@ from surgeon.pipeline import Pass
 from surgeon.recipe import FILE_NAME, argument_of, parse_argument
 from surgeon.side_files import IMAGE_PROCESSOR_FILES, TOKENIZER_FILES
 from surgeon.source_card import SourceCard
+from surgeon.token_card import MEMORY_TOKENS, effect_of_tokens, tokens_section
 from surgeon.version import __version__
 
 _SAME_LOGITS = (
@@ -97,6 +99,12 @@ class Patch:
         return list(self.record["grafts"][len(self.before.get("grafts", [])) :])
 
     @property
+    def new_tokens(self) -> dict[str, int]:
+        """The recorded tokens that the source did not have."""
+        known = self.before.get("tokens") or {}
+        return {token: number for token, number in (self.record.get("tokens") or {}).items() if token not in known}
+
+    @property
     def other_tokens(self) -> bool:
         """Whether the model is asked with other tokens than the source: the tiles of an image go into its memory
         alone."""
@@ -109,15 +117,18 @@ def patched_card(patch: Patch, directory: Path) -> str:
     names = [name for name, _ in patch.applied]
     had = f", which had {listed(methods(patch.before))} already," if methods(patch.before) else ""
     new = "; the parameters of the new grafts are beside them, in a file of their own" if patch.new_grafts else ""
+    kept = "Every tensor of the source is in it, unchanged"
+    if patch.new_tokens:
+        kept += ", but for the rows of the new tokens in the embeddings and the head"
     sections = [
         f"# {plain(short_name(patch.source))} with {plain(', '.join(methods(patch.record)))}",
-        f"{linked(patch.source)}{had} patched with {listed(names)} by {TOOL}. Every tensor of the source is in it, "
-        f"unchanged{new}.",
+        f"{linked(patch.source)}{had} patched with {listed(names)} by {TOOL}. {kept}{new}.",
         *_effect_on_answers(patch),
         "## What was done",
         facts(patch.source, patch.record["source"]["fingerprint"], patch.model.config.model_type),
         "The passes, in their order:",
         _passes(patch),
+        *tokens_section(patch.new_tokens, patch.record),
         "## Parameters",
         parameters_text(patch.model),
         "## Recipe",
@@ -179,6 +190,8 @@ def _effect_on_answers(patch: Patch) -> list[str]:
             gates = "Their gates are zero, as `surgeon patch` wrote them, and until they are tuned they are an identity"
             gates += f"{': ' + _SAME_LOGITS if same else ''}. To tune them alone: `surgeon.unfreeze_grafts(model)`."
         paragraphs.append(f"**The new grafts ({kinds}) are not trained.** {gates}")
+    if patch.new_tokens:
+        paragraphs.append(effect_of_tokens([options for name, options in patch.applied if name == MEMORY_TOKENS]))
     if changing:
         paragraphs.append(f"{listed(changing)} is not an identity: it may change answers from the start.")
     if patch.other_tokens:
@@ -231,13 +244,13 @@ def _arguments(patch: Patch) -> list[str] | None:
 
 def _use(record: Mapping[str, Any] | None, directory: Path) -> list[str]:
     """How it is loaded and asked, with what lies beside it."""
-    prompted = has_processor(directory)
+    prompted, own_class = has_processor(directory), asks_for_patched_class(record)
     tiles = record is not None and tiles_differ(record)
     with_processor = prompted and not tiles
     snippet = _LOAD.format(
         imports="from PIL import Image\n" if with_processor else _TILE_IMPORTS if prompted else "",
         classes=", ".join(["AutoModelForImageTextToText", *(["AutoProcessor"] if with_processor else [])]),
-        trust="" if record is None else ", trust_remote_code=True",
+        trust=", trust_remote_code=True" if own_class else "",
     )
     if prompted:
         snippet += f"\n{_ASK_WITH_TILES}" if tiles else _ASK
@@ -247,7 +260,7 @@ def _use(record: Mapping[str, Any] | None, directory: Path) -> list[str]:
             "The model needs the tile grid of each image. Without `surgeon.inputs`, pass `tile_grids`, "
             "int64 `[N, 2]`: the rows and columns of each image's tiles."
         )
-    if record is not None:
+    if own_class:
         sections.append(
             "`trust_remote_code=True` runs the Python files of this directory, which surgeon wrote. Where surgeon is "
             "installed, `surgeon.load(checkpoint)` loads the model and runs none of them."

@@ -11,6 +11,7 @@ from typing import Any
 from surgeon.checkpoint.reader import CONFIG, Checkpoint
 from surgeon.errors import CheckpointError
 from surgeon.json_file import read_object
+from surgeon.memory.patched import RECORD
 from surgeon.models import read_config
 from surgeon.side_files import TOKENIZER_FILES
 from surgeon.tokenizer_check import check_extended, ids_of_text
@@ -45,9 +46,11 @@ class Vocabulary:
         return ids
 
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """The ids that a token has, as ranges `(first, end)`, ascending. Raises CheckpointError."""
+        """The ids that a token has, as ranges `(first, end)`, ascending; without tokens that were added already, which
+        the record knows, so that one patch of two passes and two patches agree. Raises CheckpointError."""
         spans: list[list[int]] = []
-        for token_id in sorted(set(self.ids.values())):
+        added = (self._checkpoint.config.get(RECORD) or {}).get("tokens") or {}
+        for token_id in sorted(set(self.ids.values()) - set(added.values())):
             if spans and spans[-1][1] == token_id:
                 spans[-1][1] += 1
             else:

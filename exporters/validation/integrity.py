@@ -1,6 +1,6 @@
 """`surgeon validate --bytes`: whether files are still those that a manifest or a patch recorded, to the last byte."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,11 +11,15 @@ from exporters.onnx.manifest import PROCESSOR, Manifest
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import BundleError, CheckpointError
 from surgeon.families import family
+from surgeon.grafts import asks_for_patched_class
 from surgeon.memory.patched import RECORD
+from surgeon.models import read_model
+from surgeon.parity.added_tokens import tokens_added
 from surgeon.parity.report import Check
 from surgeon.progress import Progress
 from surgeon.remote_code import travelling_files
 from surgeon.version import __version__
+from surgeon.weights import Stored
 
 _SHOWN = 10
 """Tensors that are named, of those that differ."""
@@ -111,7 +115,9 @@ def _patched(a: str | Path, b: str | Path) -> Check:
                 f"{source.directory} is {source.fingerprint()[:12]}: another checkpoint, or altered since"
             )
         failures += _code(patched)
-        altered = {name: why for name in source.tensors if (why := _difference(source, patched, name)) is not None}
+        rows = _added_rows(source, patched)
+        reasons = {name: _difference(source, patched, name, rows.get(name, ())) for name in source.tensors}
+        altered = {name: why for name, why in reasons.items() if why is not None}
         failures += [
             f"{patched.directory}: {name} is not that of {source.directory}: {why}"
             for name, why in list(altered.items())[:_SHOWN]
@@ -123,10 +129,19 @@ def _patched(a: str | Path, b: str | Path) -> Check:
         return Check("bytes", summary, failures)
 
 
+def _added_rows(source: Checkpoint, patched: Checkpoint) -> dict[str, list[int]]:
+    """Of the source's tables with a row for each token, by key: the rows of tokens that the patched one adds."""
+    added = [*tokens_added(*(checkpoint.config.get(RECORD) for checkpoint in (source, patched))).values()]
+    if not added:
+        return {}
+    weights, described = read_model(source).weights, family(source.config["model_type"])
+    return {table.key: added for name in described.token_tables if isinstance(table := weights[name], Stored)}
+
+
 def _code(patched: Checkpoint) -> list[str]:
     """The Python that travels with a checkpoint of this version, which transformers runs where this tool is not."""
     record = patched.config.get(RECORD) or {}
-    if record.get("version") != __version__:
+    if record.get("version") != __version__ or not asks_for_patched_class(record):
         return []
     kinds = sorted({entry["kind"] for entry in record.get("grafts", [])})
     model_family = family(patched.config["model_type"])
@@ -137,23 +152,38 @@ def _code(patched: Checkpoint) -> list[str]:
     ]
 
 
-def _difference(source: Checkpoint, other: Checkpoint, name: str) -> str | None:
-    """Why a tensor of the one is not that of the other, in words; None where it is."""
+def _difference(source: Checkpoint, other: Checkpoint, name: str, added: Sequence[int]) -> str | None:
+    """Why a tensor of the one is not that of the other, in words; None where it is. `added`: its rows that are the
+    other's alone."""
     if name not in other.tensors:
         return "it is missing"
     a, b = source.tensors[name], other.tensors[name]
-    if a.shape != b.shape:
-        return f"its shape is {list(b.shape)}, not {list(a.shape)}"
+    shape = (max(a.shape[0], max(added) + 1), *a.shape[1:]) if added else a.shape
+    if b.shape != shape:
+        return f"its shape is {list(b.shape)}, not {list(shape)}"
     if a.dtype != b.dtype:
         return f"it is stored as {b.dtype}, not {a.dtype}"
     if a.file.samefile(b.file) and a.offset == b.offset:
         return None
     try:
-        equal = torch.equal(*(checkpoint.read(name).flatten().view(torch.uint8) for checkpoint in (source, other)))
+        pairs = zip(*(_parts(each.read(name), added, a.shape) for each in (source, other)), strict=True)
+        equal = all(torch.equal(*(part.flatten().view(torch.uint8) for part in pair)) for pair in pairs)
     finally:
         source.release(name)
         other.release(name)
     return None if equal else "it has other values"
+
+
+def _parts(tensor: torch.Tensor, left_out: Sequence[int], shape: Sequence[int]) -> Iterator[torch.Tensor]:
+    """A tensor without some rows, and cut to `shape`: the rows between those that are left out."""
+    if not left_out:
+        yield tensor
+        return
+    first = 0
+    for row in [*sorted(row for row in left_out if row < shape[0]), shape[0]]:
+        if row > first:
+            yield tensor[first:row]
+        first = row + 1
 
 
 def _exported(directory: str | Path, bundle: Path, progress: Progress | None) -> Check:

@@ -26,7 +26,6 @@ _TEXT = (
     "num_attention_heads",
     "num_key_value_heads",
     "intermediate_size",
-    "vocab_size",
 )
 _VISION = (
     "model_type",
@@ -90,17 +89,21 @@ def _described(
     return lambda: TorchRunner(path, dtype, positions=positions), config
 
 
-def _age(candidate: Runner) -> tuple[int, bool, int]:
+def _age(candidate: Runner) -> tuple[int, bool, int, int]:
     """What is later is larger."""
     record = candidate.record or {}
-    return len(record.get("grafts", [])), record.get("positions") is not None, list(PRECISIONS).index(candidate.dtype)
+    changes = len(record.get("grafts", [])), record.get("positions") is not None, len(record.get("tokens") or {})
+    return *changes, list(PRECISIONS).index(candidate.dtype)
 
 
 def _check_same_model(a: str | Path, config_a: PretrainedConfig, b: str | Path, config_b: PretrainedConfig) -> None:
     def refuse(aspect: str, of_a: Any, of_b: Any) -> SurgeonError:
         return SurgeonError(f"{a} and {b} are not forms of one model: {aspect} {of_a} in one and {of_b} in the other")
 
-    sizes_a, sizes_b = _sizes(config_a), _sizes(config_b)
+    tokens_a, tokens_b = (record_of(config).get("tokens") or {} for config in (config_a, config_b))
+    if not (tokens_a.items() <= tokens_b.items() or tokens_b.items() <= tokens_a.items()):
+        raise refuse("added tokens", tokens_a, tokens_b)
+    sizes_a, sizes_b = _sizes(config_a, tokens_a != tokens_b), _sizes(config_b, tokens_a != tokens_b)
     for name, value in sizes_a.items():
         if value != sizes_b[name]:
             raise refuse(name, value, sizes_b[name])
@@ -113,13 +116,16 @@ def _check_same_model(a: str | Path, config_a: PretrainedConfig, b: str | Path, 
         raise refuse("positions", scheme_a, scheme_b)
 
 
-def _sizes(config: PretrainedConfig) -> dict[str, Any]:
-    """What makes two configs those of one model, by the words of a message."""
+def _sizes(config: PretrainedConfig, before_tokens: bool) -> dict[str, Any]:
+    """What makes two configs those of one model, by the words of a message. `before_tokens`: with as many rows as the
+    embeddings had before tokens were added, where they were."""
     model_family = family(config.model_type)
     text, vision = model_family.text_config(config), model_family.vision_config(config)
+    rows = record_of(config).get("source_vocab_size", text.vocab_size) if before_tokens else text.vocab_size
     return {
         "family": model_family.model_type,
         **{f"text {name}": getattr(text, name, None) for name in _TEXT},
+        "text vocab_size": rows,
         "text head_dim": model_family.head_dim(config),
         **{f"vision {name}": getattr(vision, name, None) for name in _VISION},
     }

@@ -14,6 +14,8 @@ from exporters.validation.pair import open_pair
 from passes import registry
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import InputError, OptionError, SurgeonError
+from surgeon.families import family
+from surgeon.parity.added_tokens import AddedTokens
 from surgeon.parity.cases import Case, default_cases, own_case
 from surgeon.parity.levels import MAX_EFFECT_ERROR, MOVED, TUNED, Level, effect_failures, level_between
 from surgeon.parity.metrics import compare_effect
@@ -160,9 +162,10 @@ class _Pair:
         assert isinstance(self.reference, TorchRunner) and isinstance(self.candidate, TorchRunner)
         # where they lie: a hub id has been resolved already
         with Checkpoint.open(self.reference.directory) as source, Checkpoint.open(self.candidate.directory) as patched:
-            failures = compare_record(source, patched, registry())
+            failures = compare_record(source, patched, registry(), self.backbone_tuned or self.grafts_tuned)
         if failures is not None:
-            report.checks.append(Check("record", "grafts and positions are what the recorded passes make", failures))
+            parts = "grafts, positions and tokens" if self._added else "grafts and positions"
+            report.checks.append(Check("record", f"{parts} are what the recorded passes make", failures))
         elif self._grafts(self.reference) != self._grafts(self.candidate):
             report.notes.append(
                 "the options of the grafts were not judged: the passes that added them to the reference are not "
@@ -184,18 +187,21 @@ class _Pair:
 
     def _check_weights(self, report: Report) -> None:
         assert isinstance(self.reference, TorchRunner) and isinstance(self.candidate, TorchRunner)
-        difference = compare_weights(self.reference.model, self.candidate.model)
+        described = family(self.reference.model.config.model_type)
+        added = self._added.ids if self._added is not None else ()
+        difference = compare_weights(self.reference.model, self.candidate.model, described.token_tables, added)
         changed = set(difference.changed)
         grafts = self.reference.graft_tensors()
         self.tuned = {gate for gate, own in grafts.items() if changed & set(own)}
         in_grafts = {name for own in grafts.values() for name in own}
+        rows = ", but for the rows of added tokens" if added else ""
         which = "the other tensors" if changed or difference.missing else f"all {count(difference.compared, 'tensor')}"
         alike = "value for value"
         if difference.rounded:
             alike = (
                 f"{_first(difference.rounded)} of them as {self.candidate.dtype} rounds it, the rest value for value"
             )
-        check = Check("weights", f"{which} of the reference are in the candidate, {alike}")
+        check = Check("weights", f"{which} of the reference are in the candidate, {alike}{rows}")
         if difference.missing:
             check.failures.append(f"{_first(difference.missing)} of the reference not in the candidate")
         for part, allowed, names in (
@@ -243,6 +249,11 @@ class _Pair:
             assert isinstance(self.reference, TorchRunner) and isinstance(self.candidate, TorchRunner)
             take_weights(self.reference.model, self.candidate.model)
             state = f"{state}, the reference with the candidate's backbone"
+        if self._grown:
+            report.notes.append(
+                "the head's rows of added tokens were multiplied apart from the others, in memory: a product of "
+                "another size may be added up in another order"
+            )
         judged = self._run(level, state, closing, moved)
         report.comparisons.insert(0, judged)
         self._open(report, judged, closing, moved)
@@ -309,7 +320,25 @@ class _Pair:
                 stack.enter_context(runner.with_gates(gates or {}))
                 if plain:
                     stack.enter_context(_plain_positions(runner))
-            return validate(self.reference, self.candidate, self.cases, level, self.steps, self.progress, state)
+            if self._grown:
+                assert isinstance(self.reference, TorchRunner) and isinstance(self.candidate, TorchRunner)
+                stack.enter_context(self.candidate.with_head_in_two(self.reference.head_rows))
+            return validate(
+                self.reference, self.candidate, self.cases, level, self.steps, self.progress, state, self._added
+            )
+
+    @property
+    def _grown(self) -> bool:
+        """Whether, of two checkpoints, the candidate's head has rows that the reference's has not."""
+        if not (isinstance(self.reference, TorchRunner) and isinstance(self.candidate, TorchRunner)):
+            return False
+        return self._added is not None and self.candidate.head_rows > self.reference.head_rows
+
+    @property
+    def _added(self) -> AddedTokens | None:
+        """The tokens that the candidate alone has."""
+        tuned = self.backbone_tuned or self.grafts_tuned
+        return AddedTokens.between(self.reference.record, self.candidate.record, tuned)
 
     @staticmethod
     def _grafts(candidate: Runner) -> list[object]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +23,10 @@ class Trace:
     """fp32 [B, steps, V]: the logits from which token i was taken."""
     tokens: np.ndarray
     """int64 [B, steps]: the tokens that were fed, greedy or forced."""
+
+    def first_steps(self, count: int) -> "Trace":
+        """The same, cut to so many steps."""
+        return replace(self, step_logits=self.step_logits[:, :count], tokens=self.tokens[:, :count])
 
 
 class Runner(Protocol):

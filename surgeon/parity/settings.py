@@ -1,10 +1,13 @@
 """Whether two forms of a model are set alike: what few prompts of few tokens do not show."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from surgeon.inputs import Inputs
 from surgeon.memory.patched import RECORD
+from surgeon.parity.added_tokens import tokens_added
+from surgeon.positions import record_of
 
 _NOT_COMPUTED = {
     RECORD,
@@ -27,10 +30,13 @@ _NAMES = {"processor_class", "auto_map", "image_processor_type"}
 
 def compare_settings(reference: Inputs, candidate: Inputs) -> list[str]:
     """What sets the forms apart, in words: values of their configs (a sliding window or a base of the rotary embedding
-    that no short prompt reaches), tokenizers, chat templates, image processors, generation settings."""
+    that no short prompt reaches), tokenizers, chat templates, image processors, generation settings. Tokens that the
+    candidate's record says were added, and the rows for them, do not."""
+    added = tokens_added(*(record_of(inputs.config) for inputs in (reference, candidate)))
+    uncounted = {"vocab_size"} if added else set()
     failures = [
         f"config.json: {name} is {_short(a)} in the reference and {_short(b)} in the candidate"
-        for name, a, b in differences(_config(reference), _config(candidate))
+        for name, a, b in differences(_without(_config(reference), uncounted), _without(_config(candidate), uncounted))
     ]
     failures += [
         f"image processor: {name} is {_short(a)} in the reference and {_short(b)} in the candidate"
@@ -42,7 +48,7 @@ def compare_settings(reference: Inputs, candidate: Inputs) -> list[str]:
             *(_without(i.generation_config, _NOT_OF_GENERATION) for i in (reference, candidate))
         )
     ]
-    if _tokenizer(reference) != _tokenizer(candidate):
+    if _tokenizer(reference) != _tokenizer(candidate, added):
         failures.append("the tokenizers are not the same: other tokens, merges or added tokens")
     if reference.template().rstrip() != candidate.template().rstrip():
         failures.append("the chat templates are not the same")
@@ -77,13 +83,20 @@ def _images(inputs: Inputs) -> Any:
     return json.loads(json.dumps(_without(inputs.image_processor.to_dict(), _NAMES), default=str))
 
 
-def _tokenizer(inputs: Inputs) -> Any:
-    tokenizer = inputs.tokenizer
+def _tokenizer(inputs: Inputs, added: Mapping[str, int] | None = None) -> Any:
+    """What a text becomes by. `added`: tokens to leave out, which have to be special ones of these ids."""
+    tokenizer, left_out = inputs.tokenizer, dict(added or {})
     special = tokenizer.special_tokens_map
     if not tokenizer.is_fast:
-        return tokenizer.get_vocab(), special
-    # what the last call set, and no part of what a text becomes
+        vocabulary = tokenizer.get_vocab()
+        return {token: number for token, number in vocabulary.items() if left_out.get(token) != number}, special
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["added_tokens"] = [
+        entry
+        for entry in backend["added_tokens"]
+        if not (entry["special"] and left_out.get(entry["content"]) == entry["id"])
+    ]
+    # padding and truncation: what the last call set, and no part of what a text becomes
     return {key: value for key, value in backend.items() if key not in ("padding", "truncation")}, special
 
 

@@ -75,6 +75,27 @@ class TorchRunner:
             for name, gate in gates.items():
                 gate.copy_(before[name])
 
+    @property
+    def head_rows(self) -> int:
+        """How many tokens it gives logits of."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @contextmanager
+    def with_head_in_two(self, rows: int) -> Iterator[None]:
+        """Until the end of the `with`, the head's first `rows` rows are multiplied apart from the others: a product of
+        another size may be added up in another order, and a head that has grown give its old tokens other last bits."""
+        head: Any = self.model.get_output_embeddings()
+
+        def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+            parts = (head.weight[:rows], head.weight[rows:])
+            return torch.cat([torch.nn.functional.linear(hidden_states, part) for part in parts], -1)
+
+        head.forward = forward
+        try:
+            yield
+        finally:
+            del head.forward
+
     def _gates(self) -> dict[str, torch.Tensor]:
         """The parameters themselves, without gradient."""
         return {name: self.model.get_parameter(name).detach() for name in self.graft_tensors()}

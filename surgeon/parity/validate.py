@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from surgeon.errors import TooLongError
+from surgeon.parity.added_tokens import AddedTokens
 from surgeon.parity.cases import Case
 from surgeon.parity.levels import Level
 from surgeon.parity.metrics import LogitDifference, compare, compare_logits, not_compared
@@ -75,8 +76,11 @@ def validate(
     steps: int = 32,
     progress: Progress | None = None,
     state: str = AS_THEY_ARE,
+    added: AddedTokens | None = None,
 ) -> Comparison:
     """Run every case through both and judge it by `level`. `steps` tokens are decoded after each prompt.
+    `added`: tokens that the candidate alone has; compared are the logits of the others, and that no added one is
+    chosen.
 
     Cases that are longer than what one of the two was made for are left out with a note, as long as one is left. Raises
     TooLongError where none is.
@@ -86,21 +90,47 @@ def validate(
         if progress is not None:
             progress(f"comparing, {state}", number, len(cases))
         try:
-            _run(comparison, reference, candidate, case, steps)
+            _run(comparison, reference, candidate, case, steps, added)
         except TooLongError as error:
             comparison.notes.append(f"left out {case.name!r}: {error}")
-            if len(comparison.notes) == len(cases):
+            if not comparison.cases and number + 1 == len(cases):
                 raise
     if progress is not None:
         progress(f"comparing, {state}", len(cases), len(cases))
     return comparison
 
 
-def _run(comparison: Comparison, reference: Runner, candidate: Runner, case: Case, steps: int) -> None:
+def _run(
+    comparison: Comparison,
+    reference: Runner,
+    candidate: Runner,
+    case: Case,
+    steps: int,
+    added: AddedTokens | None,
+) -> None:
     level = comparison.level
     expected = reference.trace(case.prompts, steps)
     actual = candidate.trace(case.prompts, steps, expected.tokens)
-    mismatch = _other_questions(expected, actual) or _other_shapes(expected, actual)
+    mismatch = _other_questions(expected, actual)
+    leading: list[str] = []
+    if added is not None:
+        judged = added.judged_steps(expected)
+        if judged < steps:
+            comparison.notes.append(
+                f"{case.name}: {judged} of {steps} steps were compared, up to an id in the reference's answer that no "
+                "token of its own has"
+            )
+        expected, actual = (trace.first_steps(judged) for trace in (expected, actual))
+    chosen = actual.step_logits.argmax(-1)
+    if added is not None:
+        if count := added.leading(actual):
+            leading.append(f"decode: one of the added tokens is the likeliest at {count} of {chosen.size} steps")
+        vocab_size = expected.step_logits.shape[-1]
+        expected, actual = (added.left_out(trace, vocab_size) for trace in (expected, actual))
+        if added.may_lead or not level.judged:
+            comparison.notes += [f"{case.name}: {text}" for text in leading]
+            leading = []
+    mismatch = mismatch or _other_shapes(expected, actual)
     prefill = decode = not_compared()
     if not mismatch:
         vocab = expected.step_logits.shape[-1]
@@ -116,14 +146,15 @@ def _run(comparison: Comparison, reference: Runner, candidate: Runner, case: Cas
         steps=steps,
         prefill=prefill,
         decode=decode,
-        tokens_equal=0 if mismatch else int((actual.step_logits.argmax(-1) == expected.tokens).sum()),
+        tokens_equal=0 if mismatch else int((chosen == expected.tokens).sum()),
     )
     result.failures = mismatch or [
         f"{part}: {failure}"
         for part, difference in (("prefill", prefill), ("decode", decode))
         for failure in level.failures(difference)
     ]
-    if result.failures and not mismatch:
+    result.failures = [*result.failures, *leading]
+    if result.failures and not (mismatch or leading):
         result.first_wrong = first_wrong(reference, candidate, case, level)
     comparison.cases.append(result)
 
