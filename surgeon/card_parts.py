@@ -97,6 +97,8 @@ def options_text(options: Mapping[str, Any]) -> str:
 def grafts_text(record: Mapping[str, Any]) -> str:
     """A line for each kind of graft, for what is done with tiles, and for added tokens, with all options."""
     entries = [(entry["kind"], {k: v for k, v in entry.items() if k != "kind"}) for entry in record["grafts"]]
+    if record.get("vismem"):
+        entries.append(("vismem", record["vismem"]))
     tiles: dict[str, Any] = record.get("positions") or {}
     if record.get("allocation", "both") != "both":
         tiles = {**tiles, "allocation": record["allocation"]}

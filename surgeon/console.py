@@ -41,7 +41,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], prose: bo
 
 def report_inspection(inspection: Inspection) -> None:
     text, vision, sites = inspection.text, inspection.vision, inspection.graft_sites
-    print(f"{inspection.path}: {inspection.family}, {'patched' if inspection.grafts else 'plain'}, {inspection.dtype}")
+    print(f"{inspection.path}: {inspection.family}, {_state(inspection)}, {inspection.dtype}")
     print(
         f"decoder  {text.layers} layers, hidden {text.hidden_size}, intermediate {text.intermediate_size}, "
         f"{text.attention_heads} heads ({text.key_value_heads} of keys and values) of {text.head_dim}, "
@@ -61,6 +61,8 @@ def report_inspection(inspection: Inspection) -> None:
         if tokens:
             more = f" and {len(tokens) - 16} more" if len(tokens) > 16 else ""
             print(f"tokens   in {way}: {', '.join(tokens[:16])}{more}")
+    if inspection.vismem is not None:
+        print(f"memory   {_memory_text(inspection.vismem)}")
     if inspection.tiles is not None:
         tiles = inspection.tiles
         order = f" in {tiles.tile_order} order" if tiles.tile_order else ""
@@ -79,6 +81,22 @@ def report_inspection(inspection: Inspection) -> None:
         print("no weights here: a config alone")
 
 
+def _state(inspection: Inspection) -> str:
+    if inspection.grafts or inspection.vismem is not None:
+        return "patched"
+    return "plain, with tokens added" if inspection.tokens else "plain"
+
+
+def _memory_text(vismem: Mapping[str, Any]) -> str:
+    """What forms memory that the model calls for."""
+    former = "the vision tower" if vismem["short_former"] == "vision" else "the decoder"
+    layers = ", ".join(map(str, vismem["layers"]))
+    return (
+        f"called for by the model: short of {vismem['short']} latents by {former}, long of {vismem['long']} by the "
+        f"decoder's layers {layers}; queries of {vismem['query']}, adapters of rank {vismem['rank']}"
+    )
+
+
 def report_bundle(path: str | Path, manifest: Mapping[str, Any]) -> None:
     """`manifest`: the content of a bundle.json."""
     source, sizes, memory = manifest["source"], manifest["sizes"], manifest["memory"]
@@ -92,6 +110,8 @@ def report_bundle(path: str | Path, manifest: Mapping[str, Any]) -> None:
         print(f"grafted  {kind} at layers {layers}")
     if not memory:
         print("grafted  nothing")
+    if manifest.get("vismem"):
+        print(f"memory   {_memory_text(manifest['vismem'])}")
     if scheme := manifest.get("positions"):
         print(f"tiles    positions {scheme['scheme']} in {scheme['tile_order']} order; plain ones by request")
     print()

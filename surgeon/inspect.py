@@ -96,6 +96,7 @@ class Inspection(_Report):
     parts: vision tower (without the projector), projector, embeddings, decoder, lm_head, then each graft by its module
       path; their parameters and bytes add up to `parameters` and `bytes`.
     files: empty for a config alone.
+    vismem: what is recorded of memory that the model calls for; None for a model that calls for none.
     tiles: None for a family that does not cut images into tiles beside a thumbnail.
     passes: the pass record of a patched checkpoint, `{name: options}` each, in order; `source`: what they ran on.
     """
@@ -110,6 +111,7 @@ class Inspection(_Report):
     graft_sites: GraftSites
     grafts: list[GraftEntry]
     tokens: list[TokenEntry]
+    vismem: dict[str, Any] | None
     tiles: Tiles | None
     passes: list[dict[str, Any]]
     source: dict[str, Any] | None
@@ -188,6 +190,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
             TokenEntry(text=token, id=token_id, grown=token_id >= graph.record["source_vocab_size"])
             for token, token_id in graph.record.get("tokens", {}).items()
         ],
+        vismem=graph.record.get("vismem"),
         tiles=_tiles(graph),
         passes=graph.record.get("passes", []),
         source=graph.record.get("source"),

@@ -192,6 +192,13 @@ def _effect_on_answers(patch: Patch) -> list[str]:
         paragraphs.append(f"**The new grafts ({kinds}) are not trained.** {gates}")
     if patch.new_tokens:
         paragraphs.append(effect_of_tokens([options for name, options in patch.applied if name == MEMORY_TOKENS]))
+    if patch.record.get("vismem") and not patch.before.get("vismem"):
+        paragraphs.append(
+            "**What forms memory (vismem) is not trained.** Nothing of it runs unless the model emits an invoke token, "
+            f"and with `generate(..., memory=\"off\")` it never does{': ' + _SAME_LOGITS if same else ''}. "
+            '`memory="auto"` is the default; `memory="always"` calls for memory at the beginning and behind each '
+            "sentence."
+        )
     if changing:
         paragraphs.append(f"{listed(changing)} is not an identity: it may change answers from the start.")
     if patch.other_tokens:

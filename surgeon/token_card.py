@@ -41,6 +41,12 @@ def tokens_section(tokens: Mapping[str, int], record: Mapping[str, Any]) -> list
         "token had, or one by which the tables grew.",
         table(("token", "id", "row"), rows),
         *([more] if len(tokens) > _SHOWN else []),
-        f"In a prompt they are written as they are; `tokenizer.convert_tokens_to_ids({shown[0][0]!r})` gives an id. Do "
-        "not call `resize_token_embeddings(len(tokenizer))`: it would cut off rows that the source has.",
+        _use_of_tokens(shown[0][0], record) + " Do not call `resize_token_embeddings(len(tokenizer))`: it would cut off "
+        "rows that the source has.",
     ]
+
+
+def _use_of_tokens(first: str, record: Mapping[str, Any]) -> str:
+    if record.get("vismem"):
+        return "The model alone uses them, to call for memory: they are kept out of prompts and of answers."
+    return f"In a prompt they are written as they are; `tokenizer.convert_tokens_to_ids({first!r})` gives an id."

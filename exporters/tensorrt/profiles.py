@@ -1,7 +1,8 @@
 """Optimisation profiles: the range of every symbolic dimension that an engine takes.
 
-The graphs' symbols are those of docs/architecture.md: B rows, S new tokens, T wanted logits, M visual tokens. In
-vision.onnx M is of one image, W counts windows of it, T tiles; a dimension may be a multiple of a symbol.
+The graphs' symbols are those of docs/bundle.md: B rows, S new tokens, T wanted logits, M visual tokens, L hidden states
+that a query is built of. In vision.onnx M is of one image, W counts windows of it, T tiles; in short_former.onnx M and
+W are of all images of a row, T counts their thumbnails. A dimension may be a multiple of a symbol.
 """
 
 import math
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from exporters.onnx.manifest import PROCESSOR, GraphFile, Manifest, Port
 from exporters.tensorrt.errors import EngineError
 from surgeon.families import family
+from surgeon.memory.query_builder import POSITIONS
 from surgeon.side_files import image_processor_settings
 
 LOGITS = 64
@@ -155,12 +157,27 @@ def make_profiles(bundle: Path, manifest: Manifest, limits: Limits) -> dict[str,
         "vision": [vision.profile],
         "memory": [Profile(name="any", sizes=rows | memory)],
         "decoder": [decode, longer],
+        **_formers(manifest, vision, visual),
     }
     trimmed = {name: [_trimmed(p, graph) for p in profiles[name]] for name, graph in manifest.graphs.items()}
     for name, graph in manifest.graphs.items():
         for profile in trimmed[name]:
             _check_volumes(name, graph, profile)
     return trimmed
+
+
+def _formers(manifest: Manifest, vision: "_Vision", visual: Range) -> dict[str, list[Profile]]:
+    """Of a model that calls for memory: one row at a time; the short former over all images of a row."""
+    if manifest.vismem is None:
+        return {}
+    said = {"L": Range.of(1, POSITIONS - manifest.vismem.query)}
+    images = dict(vision.profile.sizes)
+    if "M" in images:  # merged patches of all images; windows grow with them
+        images["M"] = Range.of(images["M"].min, max(images["M"].max, visual.max), images["M"].opt)
+    if "T" in images:  # a thumbnail of each image
+        images["T"] = Range.of(1, max(1, visual.max // max(1, vision.tokens_per_tile)), usual=1)
+    any_of_them = [Profile(name="any", sizes=said | images)]
+    return {"query_builder": any_of_them, "short_former": any_of_them, "long_former": any_of_them}
 
 
 def _trimmed(profile: Profile, graph: GraphFile) -> Profile:
@@ -194,6 +211,8 @@ class _Vision:
     profile: Profile
     tokens: int
     """Visual tokens that one image has at most."""
+    tokens_per_tile: int = 1
+    """At least, where it cuts tiles."""
 
 
 def _vision(bundle: Path, manifest: Manifest, prefill: Range, image_tokens: Range | None) -> _Vision:
@@ -226,7 +245,7 @@ def _vision(bundle: Path, manifest: Manifest, prefill: Range, image_tokens: Rang
             )
         else:
             sizes["T"] = Range.of(1, _most_tiles(bundle, manifest))
-    return _Vision(Profile(name="any", sizes=sizes), tokens.max)
+    return _Vision(Profile(name="any", sizes=sizes), tokens.max, per_tile if tiles_alone else tokens.min)
 
 
 def _tokens_per_tile(graph: GraphFile) -> int:
