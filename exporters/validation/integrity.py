@@ -143,7 +143,6 @@ def _code(patched: Checkpoint) -> list[str]:
     record = patched.config.get(RECORD) or {}
     if record.get("version") != __version__ or not asks_for_patched_class(record):
         return []
-    kinds = sorted({entry["kind"] for entry in record.get("grafts", [])})
     model_family = family(patched.config["model_type"])
     return [
         f"{patched.directory / name} is not what this version writes: patch the source again"

@@ -14,8 +14,11 @@ from exporters.onnxruntime.session import Provider
 from exporters.runtime.runtime import Runtime
 from surgeon.errors import BundleError
 from surgeon.grafts import graft_class
+from surgeon.generation import Generation
 from surgeon.inputs import Inputs, Prompt
 from surgeon.memory.patched import RECORD
+from surgeon.memory_use import Mode
+from surgeon.parity.invocations import CalledTrace, Schedule
 from surgeon.parity.runner import Trace
 from surgeon.positions import Positions
 
@@ -51,6 +54,32 @@ class RuntimeRunner:
             np.stack(logits, 1),
             np.stack(fed, 1),
         )
+
+
+    def called_trace(
+        self, prompts: Sequence[Prompt], steps: int, schedule: Schedule, tokens: np.ndarray | None = None
+    ) -> CalledTrace:
+        memory_tokens = self.runtime.memory_tokens
+        assert memory_tokens is not None
+        state, logits = self.runtime.start(self.runtime.prepare(prompts, self.positions))
+        invoke = list(memory_tokens.invoke.values())
+        step_logits, fed = [], []
+        for step in range(steps):
+            for row, wanted in enumerate(schedule):
+                if step in wanted:
+                    only = np.arange(len(schedule)) == row
+                    self.runtime.step(state, np.full(len(schedule), memory_tokens.invoke[wanted[step]]), only)
+                    logits[row] = self.runtime.invoke(state, row, wanted[step])
+            step_logits.append(logits)
+            greedy = logits.copy()
+            greedy[:, invoke] = -np.inf
+            fed.append(greedy.argmax(-1) if tokens is None else tokens[:, step])
+            if step < steps - 1:
+                logits = self.runtime.step(state, fed[-1])
+        return CalledTrace(np.stack(step_logits, 1), np.stack(fed, 1))
+
+    def answers(self, prompts: Sequence[Prompt], steps: int, mode: Mode) -> list[Generation]:
+        return self.runtime.generate(prompts, steps, positions=self.positions, memory=mode)
 
 
 class BundleRunner(RuntimeRunner):

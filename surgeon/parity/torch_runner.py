@@ -12,10 +12,14 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from surgeon import models
 from surgeon.dtypes import PRECISIONS, precision_of
+from surgeon.generation import Generation
 from surgeon.inputs import Inputs, ModelInputs, Prompt, Side
 from surgeon.memory.patched import RECORD
+from surgeon.memory_use import MemoryTokens, Mode, memory_tokens_of
+from surgeon.parity.invocations import CalledTrace, Schedule
 from surgeon.parity.runner import Trace
 from surgeon.positions import Positions
+from surgeon.torch_generate import TorchGenerator
 
 
 class _Forced(LogitsProcessor):
@@ -28,6 +32,38 @@ class _Forced(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step_tokens = self.tokens[:, input_ids.shape[1] - self.prompt_length]
         return torch.full_like(scores, -torch.inf).scatter(1, step_tokens[:, None].to(scores.device), 0.0)
+
+
+class _Scheduled(LogitsProcessor):
+    """Has rows call for memory at the steps of a schedule, and at no other; what they say is greedy, or `tokens`
+    [B, steps]."""
+
+    def __init__(
+        self, memory_tokens: MemoryTokens, schedule: Schedule, tokens: np.ndarray | None, prompt_length: int
+    ) -> None:
+        self.memory_tokens, self.schedule, self.tokens, self.prompt_length = (
+            memory_tokens, schedule, tokens, prompt_length
+        )  # fmt: skip
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        answers = input_ids[:, self.prompt_length :]
+        said = (~self.memory_tokens.is_one(answers)).sum(1).tolist()
+        called = self.memory_tokens.invocations(answers).tolist()
+        scores = scores.clone()
+        for row, wanted in enumerate(self.schedule):
+            due = sorted(step for step in wanted if step <= said[row])
+            invoke = list(self.memory_tokens.invoke.values())
+            token = None
+            if called[row] < len(due):
+                token = self.memory_tokens.invoke[wanted[due[called[row]]]]
+            elif self.tokens is not None:
+                token = int(self.tokens[row, min(said[row], self.tokens.shape[1] - 1)])
+            if token is None:
+                scores[row, invoke] = -torch.inf
+            else:
+                scores[row] = torch.full_like(scores[row], -torch.inf)
+                scores[row, token] = 0.0
+        return scores
 
 
 _ALIGNMENT = 64
@@ -52,6 +88,7 @@ class TorchRunner:
         # Without an end token every row decodes for as long as it is asked to.
         self.model.generation_config = GenerationConfig(pad_token_id=self.inputs.pad_token_id)
         self.record: Mapping[str, Any] | None = getattr(self.model.config, RECORD, None)
+        self.memory_tokens = memory_tokens_of(dict(self.record or {}))
 
     def gates(self) -> dict[str, float]:
         """Every graft's gates, by parameter name: the value farthest from zero."""
@@ -105,8 +142,10 @@ class TorchRunner:
         inputs, kwargs = self._prepare(prompts)
         length = inputs.input_ids.shape[1]
         forced = [] if tokens is None else [_Forced(tokens, length)]
+        quiet = {} if self.memory_tokens is None else {"memory": "off"}
         out = self.model.generate(
             **kwargs,
+            **quiet,
             logits_processor=forced,
             do_sample=False,
             max_new_tokens=steps,
@@ -119,6 +158,33 @@ class TorchRunner:
             torch.stack(out.logits, 1).float().numpy(force=True),
             out.sequences[:, length:].numpy(force=True),
         )
+
+    @torch.inference_mode()
+    def called_trace(
+        self, prompts: Sequence[Prompt], steps: int, schedule: Schedule, tokens: np.ndarray | None = None
+    ) -> CalledTrace:
+        assert self.memory_tokens is not None
+        inputs, kwargs = self._prepare(prompts)
+        length = inputs.input_ids.shape[1]
+        out = self.model.generate(
+            **kwargs,
+            logits_processor=[_Scheduled(self.memory_tokens, schedule, tokens, length)],
+            do_sample=False,
+            max_new_tokens=steps,
+            max_invocations=max(map(len, schedule)),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        ids = out.sequences[:, length:]
+        logits = torch.stack(out.logits, 1).float()
+        visible = ~self.memory_tokens.is_one(ids)
+        return CalledTrace(
+            torch.stack([row[own][:steps] for row, own in zip(logits, visible, strict=True)]).numpy(force=True),
+            torch.stack([row[own][:steps] for row, own in zip(ids, visible, strict=True)]).numpy(force=True),
+        )
+
+    def answers(self, prompts: Sequence[Prompt], steps: int, mode: Mode) -> list[Generation]:
+        return TorchGenerator(self.model, self.inputs).generate(prompts, steps, positions=self.positions, memory=mode)
 
     @torch.inference_mode()
     def tensors(self, prompts: Sequence[Prompt]) -> dict[str, list[np.ndarray]]:
