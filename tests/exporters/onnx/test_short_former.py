@@ -26,7 +26,7 @@ from short_formers import (
 from small_graphs import session
 from surgeon import models
 from surgeon.errors import FamilyError
-from surgeon.families import family
+from surgeon.families import Family, family
 from surgeon.inputs import Inputs, Prompt
 from surgeon.memory.short_former import ShortFormer
 
@@ -160,3 +160,11 @@ def test_a_random_vocabulary_is_refused() -> None:
     former = graft_former(model, tiny_former(model))
     with pytest.raises(FamilyError, match="it is random"):
         family("ovis2").short_former_export(model, former, NUM_QUERIES, torch.float32)
+
+
+def test_a_family_without_a_tower_has_no_short_former() -> None:
+    model: Any = tiny_model("ovis2")
+    with pytest.raises(FamilyError, match="family ovis2 has no short former"):
+        Family.short_former_export(family("ovis2"), model, tiny_former(model), NUM_QUERIES, torch.float32)
+    with pytest.raises(FamilyError, match="family ovis2 has no short former"):
+        Family.short_former_inputs(family("ovis2"), model.config, square_images(model, 6))
