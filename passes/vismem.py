@@ -18,11 +18,11 @@ _LEAST_VISUAL = 256
 
 class VisMemOptions(PassOptions):
     query: int = Field(default=8, gt=0, le=256, description="vectors of a query")
-    short: int = Field(default=8, gt=0, le=1024, description="latents of a short memory, which looks at the image again")
+    short: int = Field(default=8, gt=0, le=1024, description="latents of a short memory, which looks again")
     long: int = Field(default=16, gt=0, le=1024, description="latents of a long memory, of what was seen and said")
     short_former: Literal["vision", "language"] = Field(
         default="vision",
-        description="what forms short memory: the vision tower, as in the paper, or the decoder, as in its released code",
+        description="what forms short memory: the vision tower (as in the paper) or the decoder (as in its released code)",
     )
     layers: LayerChoice = Field(default="last:4", description=f"{LAYERS}, or last:N; those that form long memory")
     rank: int = Field(default=16, gt=0, le=4096, description="of the formers' low-rank adapters")
@@ -167,7 +167,6 @@ class VisMemPass(Pass):
 
 
 PASS = VisMemPass
-
 
 
 def VisMem(**options: Any) -> VisMemPass:

@@ -85,7 +85,7 @@ def sample(
     if sampling.temperature == 0:
         return logits.argmax(axis=-1).astype(np.int64)
     tokens = logits.argmax(axis=-1).astype(np.int64)
-    for row in range(len(logits)) if free is None else np.flatnonzero(free):
+    for row in range(len(logits)) if free is None else np.flatnonzero(free).tolist():
         tokens[row] = _draw(logits[row], sampling, generators[row].random())
     return tokens
 

@@ -195,7 +195,7 @@ def _effect_on_answers(patch: Patch) -> list[str]:
     if patch.record.get("vismem") and not patch.before.get("vismem"):
         paragraphs.append(
             "**What forms memory (vismem) is not trained.** Nothing of it runs unless the model emits an invoke token, "
-            f"and with `generate(..., memory=\"off\")` it never does{': ' + _SAME_LOGITS if same else ''}. "
+            f'and with `generate(..., memory="off")` it never does{": " + _SAME_LOGITS if same else ""}. '
             '`memory="auto"` is the default; `memory="always"` calls for memory at the beginning and behind each '
             "sentence."
         )

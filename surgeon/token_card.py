@@ -41,8 +41,8 @@ def tokens_section(tokens: Mapping[str, int], record: Mapping[str, Any]) -> list
         "token had, or one by which the tables grew.",
         table(("token", "id", "row"), rows),
         *([more] if len(tokens) > _SHOWN else []),
-        _use_of_tokens(shown[0][0], record) + " Do not call `resize_token_embeddings(len(tokenizer))`: it would cut off "
-        "rows that the source has.",
+        f"{_use_of_tokens(shown[0][0], record)} Do not call `resize_token_embeddings(len(tokenizer))`: it would cut "
+        "off rows that the source has.",
     ]
 
 

@@ -1,6 +1,5 @@
 """query_builder.onnx, short_former.onnx and long_former.onnx: how memory that the model calls for is formed."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -11,12 +10,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from exporters.onnx.assembly import single
 from exporters.onnx.decoder import heads, mlp, norm
 from exporters.onnx.rope import rotary
+from exporters.onnx.short_former import short_former_graph
 from exporters.onnx.trace import Program, parameter_names, placeholder
 from surgeon import ops
 from surgeon.families import Family
 from surgeon.memory.long_former import LongFormer
 from surgeon.memory.lora import adapted
-from surgeon.memory.patched import RECORD
 from surgeon.memory.query_builder import QueryBuilder
 from surgeon.memory.short_former import ShortFormer
 from surgeon.memory.vismem import VisMem
@@ -24,7 +23,9 @@ from surgeon.memory.vismem import VisMem
 QUERY_BUILDER, SHORT_FORMER, LONG_FORMER = "query_builder", "short_former", "long_former"
 
 
-def former_graphs(family: Family, config: PretrainedConfig, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
+def former_graphs(
+    family: Family, config: PretrainedConfig, model: PreTrainedModel, dtype: torch.dtype
+) -> dict[str, Any]:
     """By name what makes each graph of a model that calls for memory; nothing for another. `model` is on the meta
     device and of `dtype`."""
     vismem: VisMem | None = getattr(model.base_model, "vismem", None)
@@ -35,9 +36,9 @@ def former_graphs(family: Family, config: PretrainedConfig, model: PreTrainedMod
     def former(name: str) -> ir.Model:
         module = formers[name]
         if isinstance(module, ShortFormer):
-            return _short_former(family, model, module, dtype)
+            return short_former_graph(family, model, module, vismem.query_builder.num_queries, dtype)
         assert isinstance(module, LongFormer)
-        return _long_former(name, family, config, model, module, dtype)
+        return _long_former(name, family, config, model, module, vismem.query_builder.num_queries, dtype)
 
     return {
         QUERY_BUILDER: lambda: _query_builder(model, vismem.query_builder, dtype),
@@ -72,7 +73,7 @@ class LongFormerGraph(nn.Module):
 
     def __init__(self, former: LongFormer, decoder: Any, inv_freq: Tensor, rope_scaling: float) -> None:
         super().__init__()
-        self.layers: Sequence[Any] = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             adapted(decoder.layers[index], former.adapters.get_submodule(str(index))) for index in former.layers
         )
         self.memory_init, self.norm, self.rope_scaling = former.memory_init, decoder.norm, rope_scaling
@@ -98,32 +99,23 @@ class LongFormerGraph(nn.Module):
 
 
 def _long_former(
-    name: str, family: Family, config: PretrainedConfig, model: PreTrainedModel, former: LongFormer, dtype: torch.dtype
+    name: str,
+    family: Family,
+    config: PretrainedConfig,
+    model: PreTrainedModel,
+    former: LongFormer,
+    num_queries: int,
+    dtype: torch.dtype,
 ) -> ir.Model:
     decoder: Any = model.get_submodule(family.text_model)
     with torch.device("cpu"):  # not in the checkpoint, and without values on the meta device
         embedding = type(decoder.rotary_emb)(config=family.text_config(config))
     constants = {"inv_freq": embedding.inv_freq.float(), "rope_axes": torch.zeros(len(embedding.inv_freq)).long()}
     module = LongFormerGraph(former, decoder, embedding.inv_freq, float(embedding.attention_scaling))
-    record: Any = getattr(config, RECORD)
     width = decoder.config.hidden_size
     inputs = {
         "hidden_states": placeholder(1, "L", width, dtype=dtype),
-        "queries": placeholder(1, record["vismem"]["query"], width, dtype=dtype),
+        "queries": placeholder(1, num_queries, width, dtype=dtype),
     }
     program = Program.of(module, inputs, ["latents"], constants=constants)
     return single(name, program, parameter_names(module, model))
-
-
-def _short_former(family: Family, model: PreTrainedModel, former: ShortFormer, dtype: torch.dtype) -> ir.Model:
-    record: Any = getattr(model.config, RECORD)
-    export = family.short_former_export(model, former, record["vismem"]["query"], dtype)
-    program = Program(
-        module=export.module,
-        example=export.example,
-        dynamic_shapes=export.dynamic_shapes,
-        input_names=list(export.example),
-        output_names=export.output_names,
-        constants=export.constants,
-    )
-    return single(SHORT_FORMER, program, export.parameters)

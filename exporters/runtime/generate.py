@@ -65,7 +65,7 @@ class _Calls:
     def allow(self, state: "State", logits: np.ndarray, active: np.ndarray) -> None:
         """Leave each row's logits [V] the tokens that may come next, in place."""
         looks_at_images = self.runtime.manifest.vismem is not None and self.runtime.manifest.vismem.short_former
-        for row in np.flatnonzero(active):
+        for row in np.flatnonzero(active).tolist():
             remembered = state.remembered[row]
             blind = torch.tensor([looks_at_images == "vision" and not remembered.images])
             room = self.runtime.max_length - int(state.lengths[row]) > self.tokens.longest
@@ -77,7 +77,7 @@ class _Calls:
     def answer(self, state: "State", answers: Answers, tokens: np.ndarray, logits: np.ndarray) -> None:
         """The tokens [B] were fed, logits [B, V] are what came of them: those of rows that called for memory are
         replaced by what follows it."""
-        for row in np.flatnonzero(answers.active):
+        for row in np.flatnonzero(answers.active).tolist():
             token = int(tokens[row])
             self.ids[row].append(token)
             kind = self.tokens.kind_of(token)

@@ -85,9 +85,7 @@ def remember_prompt(
     state.remembered[row].images += zip(inputs.pixel_values[row], inputs.grids[row], strict=True)
 
 
-def _add(
-    runtime: "Runtime", state: State, row: int, batch_row: int, ids: np.ndarray, is_visual: np.ndarray
-) -> None:
+def _add(runtime: "Runtime", state: State, row: int, batch_row: int, ids: np.ndarray, is_visual: np.ndarray) -> None:
     assert state.last_hidden_state is not None and runtime.memory_tokens is not None
     is_text = ~is_visual & (ids != runtime.memory_tokens.placeholder)
     state.remembered[row].add(state.last_hidden_state[batch_row, : len(ids)], is_visual, is_text)

@@ -156,7 +156,7 @@ class Runtime(ABC):
         logits = self.decode(state, changing, self._fixed(state))
         state.lengths += active
         state.next_positions += active
-        for row in np.flatnonzero(active) if state.remembered else ():
+        for row in np.flatnonzero(active).tolist() if state.remembered else ():
             remember(self, state, row, row, tokens[row : row + 1])
         return logits[:, 0]
 

@@ -146,7 +146,7 @@ def _code(patched: Checkpoint) -> list[str]:
     model_family = family(patched.config["model_type"])
     return [
         f"{patched.directory / name} is not what this version writes: patch the source again"
-        for name, text in travelling_files(model_family, kinds).items()
+        for name, text in travelling_files(model_family, record).items()
         if not (patched.directory / name).is_file() or (patched.directory / name).read_text(encoding="utf-8") != text
     ]
 

@@ -89,11 +89,11 @@ def _described(
     return lambda: TorchRunner(path, dtype, positions=positions), config
 
 
-def _age(candidate: Runner) -> tuple[int, bool, int, int]:
+def _age(candidate: Runner) -> tuple[int, bool, int, bool, int]:
     """What is later is larger."""
     record = candidate.record or {}
     changes = len(record.get("grafts", [])), record.get("positions") is not None, len(record.get("tokens") or {})
-    return *changes, list(PRECISIONS).index(candidate.dtype)
+    return *changes, record.get("vismem") is not None, list(PRECISIONS).index(candidate.dtype)
 
 
 def _check_same_model(a: str | Path, config_a: PretrainedConfig, b: str | Path, config_b: PretrainedConfig) -> None:
@@ -111,6 +111,9 @@ def _check_same_model(a: str | Path, config_a: PretrainedConfig, b: str | Path, 
     fewer, more = sorted((grafts_a, grafts_b), key=len)
     if any(graft not in more for graft in fewer):
         raise refuse("grafts", _grafts_text(grafts_a), _grafts_text(grafts_b))
+    memory_a, memory_b = record_of(config_a).get("vismem"), record_of(config_b).get("vismem")
+    if memory_a is not None and memory_b is not None and memory_a != memory_b:
+        raise refuse("vismem", memory_a, memory_b)
     scheme_a, scheme_b = record_of(config_a).get("positions"), record_of(config_b).get("positions")
     if scheme_a is not None and scheme_b is not None and scheme_a != scheme_b:
         raise refuse("positions", scheme_a, scheme_b)

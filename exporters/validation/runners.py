@@ -13,8 +13,8 @@ from exporters.onnxruntime.bundle_runtime import BundleRuntime
 from exporters.onnxruntime.session import Provider
 from exporters.runtime.runtime import Runtime
 from surgeon.errors import BundleError
-from surgeon.grafts import graft_class
 from surgeon.generation import Generation
+from surgeon.grafts import graft_class
 from surgeon.inputs import Inputs, Prompt
 from surgeon.memory.patched import RECORD
 from surgeon.memory_use import Mode
@@ -54,7 +54,6 @@ class RuntimeRunner:
             np.stack(logits, 1),
             np.stack(fed, 1),
         )
-
 
     def called_trace(
         self, prompts: Sequence[Prompt], steps: int, schedule: Schedule, tokens: np.ndarray | None = None

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from exporters.artifact import artifact_kind
 from exporters.onnx.manifest import PROCESSOR
@@ -17,6 +18,7 @@ from surgeon.errors import InputError, OptionError, SurgeonError
 from surgeon.families import family
 from surgeon.parity.added_tokens import AddedTokens
 from surgeon.parity.cases import Case, default_cases, own_case
+from surgeon.parity.invocations import InvokingRunner, compare_invocations
 from surgeon.parity.levels import MAX_EFFECT_ERROR, MOVED, TUNED, Level, effect_failures, level_between
 from surgeon.parity.metrics import compare_effect
 from surgeon.parity.processor import ProcessorUnavailable, check_inputs
@@ -256,7 +258,24 @@ class _Pair:
             )
         judged = self._run(level, state, closing, moved)
         report.comparisons.insert(0, judged)
+        self._call_for_memory(report, level)
         self._open(report, judged, closing, moved)
+
+    def _call_for_memory(self, report: Report, level: Level) -> None:
+        """Of forms that call for memory: what they form."""
+        with_memory = [bool((runner.record or {}).get("vismem")) for runner in (self.reference, self.candidate)]
+        if all(with_memory):
+            reference, candidate = cast(InvokingRunner, self.reference), cast(InvokingRunner, self.candidate)
+            report.checks += compare_invocations(reference, candidate, self.cases, level, self.progress)
+            if isinstance(self.reference, TorchRunner) and not self.reference.formers_adapted:
+                report.notes.append(
+                    "the formers' adapters are as they were inserted and add nothing: what is computed with them was "
+                    "not judged"
+                )
+        elif any(with_memory):
+            report.notes.append(
+                "memory that the model calls for was not judged, one of the two has none: it was kept from calling"
+            )
 
     def _open(self, report: Report, judged: Comparison, closing: Mapping[str, float], moved: bool) -> None:
         """Compare again with the gates opened that are closed in both: a closed gate hides whatever is behind it."""

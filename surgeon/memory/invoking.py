@@ -84,24 +84,28 @@ def add_vismem(base_model: Any, text_model: str, tower: type[Tower] | None) -> N
     decoder = base_model.get_submodule(text_model)
     record = getattr(base_model.config, RECORD)["vismem"]
     base_model.add_module(VisMem.kind, VisMem.of(base_model, decoder, record, tower))
-    decoder.__class__ = invoking_text_model_class(type(decoder))
+    plain: Any = type(decoder)
+    decoder.__class__ = invoking_text_model_class(plain)
 
 
 def images_by_row(
     base_model: Any, tower: type[Tower] | None, kwargs: dict[str, Any], visual_token_mask: Tensor
 ) -> list[list[ImageInputs]] | None:
-    """Each row's images of a call with pixel values; None where no former looks at them."""
-    if tower is None or kwargs.get("pixel_values") is None:
+    """Each row's images of a call with pixel values; None where no former looks at them, or there is a video among
+    them, which none looks at: a row that has one calls for long memory alone."""
+    if tower is None or kwargs.get("pixel_values") is None or kwargs.get("pixel_values_videos") is not None:
         return None
     return tower.images_by_row(base_model, kwargs, visual_token_mask)
 
 
 @cache
-def invoking_base_model_class(base: Any, text_model: str, norm_placement: str, keys: tuple[str, ...], *parts: Any) -> Any:
+def invoking_base_model_class(
+    base: Any, text_model: str, norm_placement: str, keys: tuple[str, ...], *parts: Any
+) -> Any:
     """`patched_base_model_class` of a model that calls for memory. `parts`: its grafts' classes, and the tower that its
     short former looks through, where it has one."""
     tower, grafts = _apart(parts)
-    patched = patched_base_model_class(base, text_model, norm_placement, keys, *grafts)
+    patched: Any = patched_base_model_class(base, text_model, norm_placement, keys, *grafts)
     parameters = [name for name in inspect.signature(base.forward).parameters if name != "self"]
 
     class InvokingBaseModel(_WithVisMem, patched):
@@ -152,7 +156,7 @@ def invoking_model_class(base: Any, text_model: str, norm_placement: str, keys: 
     """`patched_model_class` of a model that calls for memory; arguments as `invoking_base_model_class`, text_model from
     here."""
     tower, grafts = _apart(parts)
-    patched = patched_model_class(base, text_model, norm_placement, keys, *grafts)
+    patched: Any = patched_model_class(base, text_model, norm_placement, keys, *grafts)
     within = text_model.removeprefix(f"{base.base_model_prefix}.")
 
     class Invoking(InvokingGeneration, _WithVisMem, patched):
@@ -167,7 +171,7 @@ def invoking_model_class(base: Any, text_model: str, norm_placement: str, keys: 
             self.post_init()
 
         @property
-        def memory_tokens(self) -> MemoryTokens:
+        def memory_tokens(self) -> MemoryTokens:  # type: ignore[override]  # it is only read
             return MemoryTokens.of(getattr(self.config, RECORD)["vismem"])
 
         def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerationMode
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import GenerationMode
 
 from surgeon.memory.memory_tokens import KINDS, MAX_INVOCATIONS, MODES, SHORT, MemoryTokens, Mode
 

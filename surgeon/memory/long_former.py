@@ -1,4 +1,4 @@
-"""VisMem's long former: the decoder's last layers go over what was seen and said, and what they hold becomes latents."""
+"""VisMem's long former: the decoder's last layers go over what was seen and said, and make latents of it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

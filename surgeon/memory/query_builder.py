@@ -33,9 +33,13 @@ class QueryBuilder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     @property
+    def num_queries(self) -> int:
+        return len(self.query_init)
+
+    @property
     def max_hidden_states(self) -> int:
         """How many it takes beside its queries."""
-        return POSITIONS - len(self.query_init)
+        return POSITIONS - self.num_queries
 
     def forward(self, hidden_states: Tensor, padding: Tensor | None = None) -> Tensor:
         """hidden_states [B, L, d], L at most `max_hidden_states`; padding bool [B, L], True where a row has none ->
@@ -43,7 +47,9 @@ class QueryBuilder(nn.Module):
         batch, length, _ = hidden_states.shape
         queries = self.query_init.expand(batch, -1, -1)
         x = torch.cat((self.enter(hidden_states), queries), 1)
-        x = x + self.positions.index_select(0, torch.arange(x.shape[1], device=x.device))  # no slice: exported, L varies
+        x = x + self.positions.index_select(
+            0, torch.arange(x.shape[1], device=x.device)
+        )  # no slice: exported, L varies
         mask = self._mask(length, x.shape[1], padding, x.device)
         for layer in self.layers:
             x = layer(x, mask)

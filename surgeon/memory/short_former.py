@@ -34,18 +34,23 @@ class ShortFormer(nn.Module):
         width, slots = tower.width(config), num_latents * tower.slots_per_vector(config)
         self.query_map = nn.Linear(config.get_text_config().hidden_size, width, bias=False)
         self.memory_init = nn.Parameter(torch.empty(slots, width))
-        blocks = {str(index): block for index, block in enumerate(base_model.get_submodule(tower.blocks).children())}
+        blocks = {str(index): block for index, block in enumerate(self._blocks(base_model))}
         self.adapters = Adapters.of(blocks, tower.targets if targets is None else targets, rank, alpha)
 
     def forward(self, base_model: Any, images: Sequence[ImageInputs], queries: Tensor) -> Tensor:
         """images: of one request, at least one; queries [K, d] -> latents [N, d]."""
         blocks = [
             adapted(block, self.adapters.get_submodule(str(index)))
-            for index, block in enumerate(base_model.get_submodule(self.tower.blocks).children())
+            for index, block in enumerate(self._blocks(base_model))
         ]
         behind = torch.cat((self.query_map(queries), self.memory_init))
         encoded = self.tower.encode(base_model, blocks, images, behind)
         return self.tower.project(base_model, encoded[len(queries) :])
+
+    def _blocks(self, base_model: Any) -> list[nn.Module]:
+        """Those that the visual embeddings come from."""
+        blocks = list(base_model.get_submodule(self.tower.blocks).children())
+        return blocks[: self.tower.depth(base_model.config)]
 
     def initialisers(self, std: float) -> dict[str, Initialiser]:
         """Parameter name -> its value at insertion, the adapters' aside."""

@@ -76,8 +76,8 @@ class VisMem(Inserted):
         return latents
 
     def seen_and_said(self, visual_states: Tensor, text_states: Tensor) -> Tensor:
-        """H, [L, d]: of the text the latest, and of the images as many, evenly spaced, as the query builder still takes.
-        """
+        """H, [L, d]: of the text the latest, and of the images as many, evenly spaced, as the query builder takes
+        beside it."""
         text_states = text_states[-self.window :]
         most = self.query_builder.max_hidden_states - self.window
         if len(visual_states) > most:
@@ -100,5 +100,3 @@ class VisMem(Inserted):
 def evenly_spaced(count: int, number: int) -> Tensor:
     """`number` of the places 0 to count - 1, the first and the last among them; int64 [number]."""
     return torch.arange(number) * (count - 1) // (number - 1)
-
-

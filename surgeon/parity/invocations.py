@@ -84,17 +84,17 @@ def compare_invocations(
     actual = candidate.called_trace(prompts, steps, schedule, expected.tokens)
     difference = compare_logits(_flat(expected.step_logits), _flat(actual.step_logits))
     calls = sum(map(len, schedule))
-    said = f"{calls} forced in {len(prompts)} rows of {case.name!r}: max abs {difference.max_abs:.3g}"
-    checks = [Check("invocations", said, level.failures(difference))]
+    said = f"{calls} invocations in {len(prompts)} row(s) of {case.name!r}: max abs {difference.max_abs:.3g}"
+    checks = [Check("forced", said, level.failures(difference))]
     if progress is not None:
         progress("comparing invocations", 1, 2)
     pair = [runner.answers(prompts, steps, "always") for runner in (reference, candidate)]
     same = [_essence(a) == _essence(b) for a, b in zip(*pair, strict=True)]
     calls = sum(len(answer.invocations) for answer in pair[0])
-    said = f"{calls} chosen by the model in {len(prompts)} rows: {sum(same)} of them with the same tokens and calls"
+    said = f"{calls} invocations that the model chose: {sum(same)} of {len(prompts)} row(s) answer and call alike"
     exact = level.bit_equal or level.name == "fp32"
     failures = [] if all(same) or not exact else [f"row {same.index(False)} answers or calls otherwise"]
-    checks.append(Check("free invocations", said, failures))
+    checks.append(Check("free", said, failures))
     if progress is not None:
         progress("comparing invocations", 2, 2)
     return checks

@@ -14,6 +14,7 @@ from surgeon import models
 from surgeon.dtypes import PRECISIONS, precision_of
 from surgeon.generation import Generation
 from surgeon.inputs import Inputs, ModelInputs, Prompt, Side
+from surgeon.memory.lora import LowRank
 from surgeon.memory.patched import RECORD
 from surgeon.memory_use import MemoryTokens, Mode, memory_tokens_of
 from surgeon.parity.invocations import CalledTrace, Schedule
@@ -111,6 +112,12 @@ class TorchRunner:
         finally:
             for name, gate in gates.items():
                 gate.copy_(before[name])
+
+    @property
+    def formers_adapted(self) -> bool:
+        """Whether an adapter of what forms memory adds anything."""
+        adapters = (module for module in self.model.modules() if isinstance(module, LowRank))
+        return any(bool(module.lora_B.weight.any()) for module in adapters)
 
     @property
     def head_rows(self) -> int:

@@ -32,6 +32,11 @@ class Tower(ABC):
 
     @staticmethod
     @abstractmethod
+    def depth(config: Any) -> int:
+        """How many of its blocks, from the first on, the visual embeddings come from."""
+
+    @staticmethod
+    @abstractmethod
     def slots_per_vector(config: Any) -> int:
         """How many vectors in a row become one visual embedding: as many as patches do."""
 

@@ -21,6 +21,10 @@ class QwenTower(Tower):
         return int(config.vision_config.hidden_size)
 
     @staticmethod
+    def depth(config: Any) -> int:
+        return int(config.vision_config.depth)
+
+    @staticmethod
     def slots_per_vector(config: Any) -> int:
         return int(config.vision_config.spatial_merge_size**2)
 

@@ -26,7 +26,6 @@ class ThumbnailTower(Tower):
 
     @staticmethod
     def depth(config: Any) -> int:
-        """How many of its blocks the features come from."""
         return int(config.vision_config.num_hidden_layers)
 
     @classmethod
@@ -40,7 +39,7 @@ class ThumbnailTower(Tower):
     ) -> Tensor:
         embedded = cls.embed(base_model, torch.cat([image["pixel_values"] for image in images])).flatten(0, 1)
         x = torch.cat((embedded, behind.to(embedded)))[None]
-        for block in blocks[: cls.depth(base_model.config)]:
+        for block in blocks:
             x = block(x, *cls.block_arguments)
         return x[0, len(embedded) :]
 
