@@ -91,14 +91,14 @@ def generate(
     if isinstance(images, str | Path | Image.Image):
         images = (images,)
     generator = open_generator(model, provider)
+    wanted: dict[str, Any] = {"memory": memory, "max_invocations": max_invocations}
     (generation,) = generator.generate(
         [Prompt(prompt, tuple(images), system)],
         max_new_tokens,
         sampling,
         on_text,
         positions,
-        memory=memory,
-        max_invocations=max_invocations,
+        **{name: value for name, value in wanted.items() if value is not None},
     )
     return generation
 

@@ -22,7 +22,7 @@ class VisMemOptions(PassOptions):
     long: int = Field(default=16, gt=0, le=1024, description="latents of a long memory, of what was seen and said")
     short_former: Literal["vision", "language"] = Field(
         default="vision",
-        description="what forms short memory: the vision tower (as in the paper) or the decoder (as in its released code)",
+        description="what forms short memory: the vision tower, as in the paper, or the decoder, as its code does",
     )
     layers: LayerChoice = Field(default="last:4", description=f"{LAYERS}, or last:N; those that form long memory")
     rank: int = Field(default=16, gt=0, le=4096, description="of the formers' low-rank adapters")

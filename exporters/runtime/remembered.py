@@ -1,4 +1,4 @@
-"""What a request remembers so that memory can be formed, as `surgeon.memory.invoked_memory` does in torch; one row's."""
+"""What a request remembers of a row so that memory can be formed, as `surgeon.memory.invoked_memory` does in torch."""
 
 from dataclasses import dataclass, field
 

@@ -14,14 +14,13 @@ LOGITS = np.random.default_rng(0).normal(size=(1, 12)).astype(np.float32) * 2
 
 
 def frequencies(sampling: Sampling, draws: int = 20_000) -> np.ndarray:
-    generator = sampling.generator()
-    tokens = sample(np.repeat(LOGITS, draws, 0), sampling, generator)
+    tokens = sample(np.repeat(LOGITS, draws, 0), sampling, sampling.generators(draws))
     return np.bincount(tokens, minlength=LOGITS.shape[1]) / draws
 
 
 def test_greedy_takes_the_first_of_the_largest() -> None:
     logits = np.array([[0.0, 3.0, 1.0], [2.0, 2.0, -5.0]], dtype=np.float32)
-    tokens = sample(logits, Sampling(), Sampling().generator())
+    tokens = sample(logits, Sampling(), Sampling().generators(len(logits)))
     assert tokens.tolist() == [1, 0] and tokens.dtype == np.int64
 
 
@@ -52,13 +51,13 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: int) -
     """Four tokens of a quarter each, whose sums are exact: a set that sums to p is enough."""
     logits = np.repeat(np.zeros((1, 4), dtype=np.float32), 200, 0)
     sampling = Sampling(temperature=1.0, top_p=top_p)
-    assert set(sample(logits, sampling, sampling.generator()).tolist()) == set(range(kept))
+    assert set(sample(logits, sampling, sampling.generators(len(logits))).tolist()) == set(range(kept))
 
 
 def test_a_seed_repeats_and_another_does_not() -> None:
     logits = np.repeat(LOGITS, 50, 0)
     first, again, other = (
-        sample(logits, s, s.generator()).tolist()
+        sample(logits, s, s.generators(len(logits))).tolist()
         for s in (Sampling(1.0, seed=3), Sampling(1.0, seed=3), Sampling(1.0, seed=4))
     )
     assert first == again != other
@@ -68,13 +67,13 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     sampling = Sampling(temperature=1.0)
     alone = np.concatenate((LOGITS, np.zeros_like(LOGITS)))
     among = np.concatenate((LOGITS, -LOGITS * 5))
-    tokens = [sample(logits, sampling, sampling.generator())[0] for logits in (alone, among)]
+    tokens = [sample(logits, sampling, sampling.generators(len(logits)))[0] for logits in (alone, among)]
     assert tokens[0] == tokens[1]
 
 
 def test_a_tiny_temperature_is_greedy() -> None:
     logits = np.array([[1.0, 3.0, 2.9999]], dtype=np.float32)
-    assert sample(logits, Sampling(temperature=1e-310), Sampling(temperature=1e-310).generator()).tolist() == [1]
+    assert sample(logits, Sampling(temperature=1e-310), Sampling(temperature=1e-310).generators(1)).tolist() == [1]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -84,14 +83,14 @@ def test_overflowed_logits_are_an_error(bad: float, temperature: float) -> None:
     logits[1, 4] = bad
     sampling = Sampling(temperature)
     with pytest.raises(SurgeonError, match=r"row\(s\) \[1\] are not finite"):
-        sample(logits, sampling, sampling.generator())
+        sample(logits, sampling, sampling.generators(len(logits)))
 
 
 def test_minus_infinity_forbids_a_token() -> None:
     logits = LOGITS.copy()
     logits[0, LOGITS.argmax()] = -np.inf
     sampling = Sampling(temperature=1.0)
-    tokens = sample(np.repeat(logits, 500, 0), sampling, sampling.generator())
+    tokens = sample(np.repeat(logits, 500, 0), sampling, sampling.generators(500))
     assert LOGITS.argmax() not in tokens
 
 
