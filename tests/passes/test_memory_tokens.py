@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import passes
@@ -17,7 +18,7 @@ from command import process, run
 from passes.memory_tokens import MOST, PUBLISHED, MemoryTokens
 from patching import apply
 from surgeon.checkpoint.reader import Checkpoint
-from surgeon.errors import OptionError, SurgeonError
+from surgeon.errors import CheckpointError, OptionError, SurgeonError
 from surgeon.patch import patch, plan
 from surgeon.recipe import FILE_NAME, Recipe
 from surgeon.saving import save
@@ -194,6 +195,74 @@ def test_the_written_recipe_makes_the_same_bytes(small: Path, tmp_path: Path) ->
     assert first == second
     apply(small, tmp_path / "other", f"{TOKENS}:tokens=<x>,<y>,init=separator", seed=8)
     assert not torch.equal(tensors(tmp_path / "other")[TABLES[0]], tensors(tmp_path / "first")[TABLES[0]])
+
+
+def test_a_flat_config_says_the_new_size_where_it_said_the_old(tmp_path: Path) -> None:
+    """As Qwen2.5-VL was published: the text model's values stand at the top."""
+    source = tiny_checkpoint(tmp_path / "source", "qwen2_5_vl", vocab_size=640)
+
+    def flatten(config: dict[str, Any]) -> None:
+        text = config.pop("text_config")
+        config.update({key: value for key, value in text.items() if key != "model_type"})
+
+    edit(source / "config.json", flatten)
+    apply(source, tmp_path / "out", TOKENS)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vocab_size"] == 644 and "text_config" not in config
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "out").get_input_embeddings().weight.shape[0] == 644
+
+
+def test_a_head_and_embeddings_stored_twice_stay_equal(small: Path, tmp_path: Path) -> None:
+    """Tied, and in the files all the same: with other noise in one of them transformers would untie the two."""
+    source = Path(shutil.copytree(small, tmp_path / "source"))
+    name = next(file for file in source.glob("model-*") if "embed_tokens" in str(load_file(file).keys()))
+    content = load_file(name)
+    save_file({**content, TABLES[1]: content[TABLES[0]].clone()}, name, {"format": "pt"})
+    edit(source / "model.safetensors.index.json", lambda c: c["weight_map"].update({TABLES[1]: name.name}))
+    report = apply(source, tmp_path / "out", TOKENS)
+    assert sorted(report.tables) == sorted(TABLES)
+    after = tensors(tmp_path / "out")
+    assert torch.equal(after[TABLES[0]], after[TABLES[1]])
+    check_rows(source, tmp_path / "out", report.tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["tokens"].update({"<mem>": 644}), "gives '<mem>' the id 644, and vocab_size is 644"),
+        (lambda r: r["tokens"].update({"<mem>": 639}), "two of tokens have one id"),
+        (lambda r: r["tokens"].update({"<mem>": "1"}), "surgeon.tokens.<mem>: "),
+        (lambda r: r.update(tokens={}), "surgeon.tokens"),
+        (lambda r: r.pop("source_vocab_size"), "tokens and source_vocab_size come together"),
+        (lambda r: [r.pop("tokens"), r.pop("source_vocab_size")], "neither grafts nor tile positions nor tokens"),
+    ],
+)
+def test_records_that_cannot_be_are_refused(
+    small: Path, tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    apply(small, tmp_path / "out", TOKENS)
+    edit(tmp_path / "out" / "config.json", lambda config: change(config["surgeon"]))
+    with pytest.raises(CheckpointError) as caught:
+        surgeon.load(tmp_path / "out")
+    assert message in str(caught.value)
+
+
+def test_a_patched_model_type_with_tokens_alone_is_refused(small: Path, tmp_path: Path) -> None:
+    apply(small, tmp_path / "out", TOKENS)
+    edit(tmp_path / "out" / "config.json", lambda config: config.update(model_type="surgeon_qwen3_vl"))
+    with pytest.raises(CheckpointError, match="has neither grafts nor tile positions"):
+        surgeon.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("init", "text"), [("mean", "never the largest"), ("separator", "answers may hold it")])
+def test_the_card_says_which_tokens_there_are(small: Path, tmp_path: Path, init: str, text: str) -> None:
+    apply(small, tmp_path / "out", f"{TOKENS}:init={init}")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## Tokens" in card and "| `<ms_I>` | 639 | grown |" in card and text in card
+    assert "trust_remote_code=True" not in card and "resize_token_embeddings" in card
+    apply(tmp_path / "out", tmp_path / "two", "pvm:layers=1,latent=32")
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert "## Tokens" not in card and "trust_remote_code=True" in card
 
 
 def test_saved_and_loaded_again_rows_and_record_stay(small: Path, tmp_path: Path) -> None:
