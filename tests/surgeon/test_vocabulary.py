@@ -102,6 +102,23 @@ def test_a_vocabulary_without_a_list_of_added_tokens_gets_one(source: Path, tmp_
         apply(directory, tmp_path / "out", f"memory-tokens:tokens={','.join(TOKENS)}")
 
 
+@pytest.mark.parametrize("special_map", [False, True])
+def test_a_sentencepiece_model_alone_is_extended(source: Path, tmp_path: Path, special_map: bool) -> None:
+    pytest.importorskip("sentencepiece")
+    from sentencepiece_models import sentencepiece_model
+
+    directory = Path(shutil.copytree(source, tmp_path / "source", ignore=shutil.ignore_patterns("tokenizer*")))
+    (directory / "tokenizer.model").write_bytes(sentencepiece_model("llama"))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    edit(directory / "tokenizer_config.json", lambda c: c.update(tokenizer_class="LlamaTokenizer", **named))
+    if special_map:
+        edit(directory / "special_tokens_map.json", lambda c: c.update(named))
+    with Checkpoint.open(directory) as checkpoint:
+        vocabulary = Vocabulary(checkpoint)
+        assert vocabulary.extended(TOKENS) == {token: 500 + number for number, token in enumerate(TOKENS)}
+        assert vocabulary.token_id("\n") is None and vocabulary.token_id(".") is not None
+
+
 def test_ids_are_those_that_transformers_gives(source: Path) -> None:
     with Checkpoint.open(source) as checkpoint:
         vocabulary = Vocabulary(checkpoint)
