@@ -41,7 +41,7 @@ def read_config(config: dict[str, Any], *, plain: bool = False) -> PretrainedCon
         raise _unusable(described, error) from error
     described.check_sizes(parsed)
     if recorded:
-        check_record(described, parsed)
+        check_record(described, parsed, model_type_of(config))
     return parsed
 
 

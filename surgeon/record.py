@@ -160,26 +160,25 @@ def has_record(config: dict[str, Any]) -> bool:
     """Whether a config.json records what was done to a plain model. Raises CheckpointError where its model_type says
     that it is patched and its record does not."""
     model_type = str(config.get("model_type"))
-    patched = model_type.startswith(MODEL_TYPE_PREFIX)
-    if not patched and config.get(RECORD) is None:
+    if not model_type.startswith(MODEL_TYPE_PREFIX) and config.get(RECORD) is None:
         return False
     if not config.get(RECORD):
         raise CheckpointError(
             f"config.json is of model_type {model_type!r}, and its record {RECORD!r} is "
             f"{'empty' if RECORD in config else 'missing'}, so its grafts are not known; {_REMEDY}"
         )
-    if patched and isinstance(config[RECORD], dict) and not asks_for_patched_class(config[RECORD]):
+    return True
+
+
+def check_record(described: Family, config: PretrainedConfig, model_type: str) -> None:
+    """Raises CheckpointError, with the key, where what a patched config records is no record of this tool's, or none
+    that a model of these sizes can have. `model_type`: as config.json has it."""
+    record = check(Record, getattr(config, RECORD), RECORD)
+    if model_type.startswith(MODEL_TYPE_PREFIX) and not asks_for_patched_class(getattr(config, RECORD)):
         raise CheckpointError(
             f"config.json is of model_type {model_type!r}, and its record {RECORD!r} has neither grafts nor tile "
             f"positions; {_REMEDY}"
         )
-    return True
-
-
-def check_record(described: Family, config: PretrainedConfig) -> None:
-    """Raises CheckpointError, with the key, where what a patched config records is no record of this tool's, or none
-    that a model of these sizes can have."""
-    record = check(Record, getattr(config, RECORD), RECORD)
     if not (record.grafts or record.positions or record.tokens or record.vismem):
         raise CheckpointError(f"config.json: {RECORD} records neither grafts nor tile positions nor tokens; {_REMEDY}")
     _check_tokens(record, described.text_config(config).vocab_size)

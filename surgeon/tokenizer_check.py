@@ -64,7 +64,9 @@ def _check_token(tokenizer: Any, token: str, token_id: int) -> None:
     if inside.count(token_id) != 3:
         raise CheckpointError(f"{token!r} is not one token inside text then")
     if tokenizer.decode([token_id]).strip() != token:
-        raise CheckpointError(f"the id of {token!r} is decoded as {tokenizer.decode([token_id])!r} then")
+        raise CheckpointError(
+            f"the id of {token!r} is decoded as {tokenizer.decode([token_id])!r} then; name the token in ASCII"
+        )
     if tokenizer.decode([token_id], skip_special_tokens=True).strip():
         raise CheckpointError(f"{token!r} is not hidden by skip_special_tokens then")
 
