@@ -28,7 +28,7 @@ def invoke(runtime: "Runtime", state: State, row: int, kind: Kind) -> np.ndarray
     runtime.check_room(state, [np.zeros(count if each == row else 0) for each in range(state.batch_size)])
     remembered = state.remembered[row]
     start = time.perf_counter()
-    latents = _form(runtime, remembered, kind)
+    latents = form(runtime, remembered, kind)
     remembered.forming_seconds.append(time.perf_counter() - start)
 
     ids = np.full(count, runtime.memory_tokens.placeholder, dtype=np.int64)
@@ -50,7 +50,7 @@ def invoke(runtime: "Runtime", state: State, row: int, kind: Kind) -> np.ndarray
     return last
 
 
-def _form(runtime: "Runtime", remembered: Remembered, kind: Kind) -> np.ndarray:
+def form(runtime: "Runtime", remembered: Remembered, kind: Kind) -> np.ndarray:
     """The latents of one invocation, fp32 [1, N, d]."""
     vismem = runtime.manifest.vismem
     assert vismem is not None
