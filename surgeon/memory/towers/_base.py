@@ -54,7 +54,7 @@ class Tower(ABC):
         cls, base_model: Any, blocks: Sequence[nn.Module], images: Sequence[ImageInputs], behind: Tensor
     ) -> Tensor:
         """images: of one request, at least one; behind [n, d_v], which gets no position -> [n, d_v], as they come out
-        of the last of `blocks`. These are the tower's own blocks, or views of them with adapters."""
+        of the last of `blocks`. These are the first `depth` of the tower's own, or views of them with adapters."""
 
     @classmethod
     @abstractmethod

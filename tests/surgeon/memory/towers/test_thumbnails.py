@@ -142,7 +142,7 @@ def test_features_of_another_layer(model_type: str, vision: dict[str, Any], laye
     kwargs, images = one_request(model, square_images(model, 6, 6))
     with torch.no_grad():
         embedded = tower.embed(model.model, images[0]["pixel_values"])[0]
-        blocks = list(model.model.get_submodule(tower.blocks))
+        blocks = list(model.model.get_submodule(tower.blocks))[: tower.depth(model.config)]
         encoded = tower.encode(model.model, blocks, images[:1], embedded)
         features = model.model.get_image_features(**kwargs).pooler_output[0]
         if model_type == "internvl":
