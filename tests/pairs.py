@@ -21,7 +21,7 @@ from exporters.onnx.manifest import Manifest
 from patching import apply
 from surgeon import models
 from surgeon.inputs import Inputs, ModelInputs, Side
-from surgeon.memory.graft import Graft
+from surgeon.memory.inserted import Inserted
 from surgeon.memory.patched import RECORD
 from surgeon.memory.visibility import Visibility
 from surgeon.positions import Positions, choose_positions, record_of
@@ -30,6 +30,7 @@ MAX_LENGTH = 256
 PLAIN: tuple[str, ...] = ()
 PVM = ("pvm:layers=1,2,latent=32",)
 MIXIN = ("mixin:layers=0,2,num_heads=3,intermediate=48,rope_theta=5000",)  # turns unlike the backbone
+VISMEM = ("memory-tokens", "vismem:query=4,short=3,long=5,layers=1,2,rank=4,window=64")
 Row = list[str | Image.Image]
 
 
@@ -186,7 +187,7 @@ def record_visibility(checkpoint: Path, visibility: Visibility) -> None:
 def open_gates(checkpoint: Path) -> None:
     """Grafts as after training: gates open, matrices of a size that makes attention choose."""
     model = models.load(checkpoint)
-    grafts = [(name, module) for name, module in model.named_modules() if isinstance(module, Graft)]
+    grafts = [(name, module) for name, module in model.named_modules() if isinstance(module, Inserted)]
     gates = {f"{name}.{gate}": 0.8 - 0.3 * i for name, graft in grafts for i, gate in enumerate(graft.gates)}
     own = {f"{name}.{parameter}" for name, graft in grafts for parameter, _ in graft.named_parameters()}
     generator = torch.Generator().manual_seed(0)
@@ -195,7 +196,9 @@ def open_gates(checkpoint: Path) -> None:
         if not own & tensors.keys():
             continue
         for name in sorted(own & tensors.keys()):
-            noise = torch.randn(tensors[name].shape, generator=generator) * 0.2
+            # of what forms memory, one matrix behind the other: more would make noise of rounding
+            scale = 0.1 if ".vismem." in name else 0.2
+            noise = torch.randn(tensors[name].shape, generator=generator) * scale
             tensors[name] = torch.full_like(tensors[name], gates[name]) if name in gates else tensors[name] + noise
         path.unlink()  # never write into a file that may share its bytes
         save_file(tensors, path, {"format": "pt"})
