@@ -5,6 +5,7 @@ What grafts need is at or below the base model, because trainers and servers cal
 
 import functools
 import inspect
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -28,6 +29,8 @@ RECORD = "surgeon"
 tiled images `layout` (`side`, `thumbnail`), `positions` (`scheme`, `tile_order`) and `allocation`; see `tiled` and
 `rope_dhr`."""
 MODEL_TYPE_PREFIX = "surgeon_"
+INSERTED = ("vismem",)
+"""The modules that passes put into the base model itself."""
 
 
 @cache
@@ -227,4 +230,14 @@ def _register_key_conversion(plain: tuple[str, ...], patched: str) -> None:
     mappings = map(conversion_mapping.get_checkpoint_conversion_mapping, plain)
     mapping = next((mapping for mapping in mappings if mapping is not None), None)
     if mapping is not None:
+        for each in mapping:
+            _spare_inserted(each)
         conversion_mapping.register_checkpoint_conversion_mapping(patched, mapping, overwrite=True)
+
+
+def _spare_inserted(conversion: Any) -> None:
+    """Keep a renaming off the modules that a pass put into the base model, which no older layout of keys had: some take
+    everything but the vision tower for the decoder's."""
+    pattern = conversion.compiled_sources.pattern
+    if "^" in pattern:
+        conversion.compiled_sources = re.compile(rf"(?!(?:model\.)?(?:{'|'.join(INSERTED)})\.)(?:{pattern})")
