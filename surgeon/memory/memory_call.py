@@ -83,6 +83,8 @@ class MemoryCall:
                         break  # it is formed of this call, and what follows it is run once more
                     current = by_place[place]
                 if token != self.tokens.placeholder:
+                    if token not in self.tokens.invoke.values():
+                        current = None
                     continue
                 k = -1 if current is None else place - current.place - 1
                 if current is None or k >= len(current.latents):
@@ -154,6 +156,7 @@ class MemoryCall:
     def _remember(self, hidden_states: Tensor, memory: InvokedMemory) -> None:
         for row, images in enumerate(self.images or ()):
             memory.images[row] = (*memory.images[row], *images)
+            memory.image_places[row] = (*memory.image_places[row], *[memory.length] * len(images))
         for row, new in enumerate(self._new):
             memory.invocations[row] = (*memory.invocations[row], *new)
         memory.add(hidden_states, self._is_text(), self.visual_token_mask, self.window)
