@@ -21,9 +21,9 @@ from surgeon.memory.memory_call import MemoryCall
 from surgeon.memory.memory_tokens import MemoryTokens
 from surgeon.memory.patched import RECORD, patched_base_model_class, patched_model_class
 from surgeon.memory.pickled import named_after
-from surgeon.memory.tiled import has_images, resolve_tiles
+from surgeon.memory.tiled import has_images
 from surgeon.memory.towers._base import ImageInputs, Tower
-from surgeon.memory.vismem import VisMem
+from surgeon.memory.vismem import Lent, VisMem
 
 IMAGES, IMAGE_ROWS = "memory_images", "memory_image_rows"
 """What `generate` hands to the first call: each row's images, and which of them each row of the batch has, int64 [B];
@@ -123,7 +123,6 @@ def invoking_base_model_class(base: Any, text_model: str, norm_placement: str, k
             if visual is None and with_images:
                 visual = self.visual_token_mask(ids, embeds)
             visual = visual if with_images or ids is None else None
-            kwargs = resolve_tiles(self, getattr(self.config, RECORD), visual, kwargs)
             if not with_images:
                 images = None
             elif images is not None:
@@ -135,7 +134,7 @@ def invoking_base_model_class(base: Any, text_model: str, norm_placement: str, k
                 ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
             call = MemoryCall(
                 tokens=MemoryTokens.of(getattr(self.config, RECORD)["vismem"]),
-                form=functools.partial(self.vismem, self, self.get_submodule(text_model)),
+                form=functools.partial(self.vismem, Lent(self), Lent(self.get_submodule(text_model))),
                 window=self.vismem.window,
                 input_ids=ids,
                 visual_token_mask=visual,
