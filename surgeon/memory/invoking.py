@@ -21,8 +21,10 @@ from surgeon.memory.memory_call import MemoryCall
 from surgeon.memory.memory_tokens import MemoryTokens
 from surgeon.memory.patched import RECORD, patched_base_model_class, patched_model_class
 from surgeon.memory.pickled import named_after
+from surgeon.memory.text_model import patched_text_model_class
 from surgeon.memory.tiled import has_images
 from surgeon.memory.towers._base import ImageInputs, Tower
+from surgeon.memory.visibility import Visibility
 from surgeon.memory.vismem import Lent, VisMem
 
 IMAGES, IMAGE_ROWS = "memory_images", "memory_image_rows"
@@ -31,11 +33,12 @@ transformers takes the pixels out of its keywords, and repeats rows of tensors a
 
 
 @cache
-def invoking_text_model_class(base: Any) -> Any:
-    """`base`, a patched decoder."""
+def invoking_text_model_class(base: Any, visibility: Visibility) -> Any:
+    """`patched_text_model_class` of a model that calls for memory."""
+    patched: Any = patched_text_model_class(base, visibility)
 
-    class InvokingTextModel(base):
-        made_by = (invoking_text_model_class, (base,))
+    class InvokingTextModel(patched):
+        made_by = (invoking_text_model_class, (base, visibility))
 
         def forward(
             self,
@@ -84,7 +87,7 @@ def add_vismem(base_model: Any, text_model: str, tower: type[Tower] | None) -> N
     decoder = base_model.get_submodule(text_model)
     record = getattr(base_model.config, RECORD)["vismem"]
     base_model.add_module(VisMem.kind, VisMem.of(base_model, decoder, record, tower))
-    decoder.__class__ = invoking_text_model_class(type(decoder))
+    decoder.__class__ = invoking_text_model_class(*type(decoder).made_by[1])
 
 
 def images_by_row(
