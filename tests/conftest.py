@@ -18,6 +18,7 @@ from torchvision_beside_cpu_torch import make_importable
 
 if TYPE_CHECKING:
     from pairs import Pair
+    from vismem_models import VisMemPair
 
 # Models here are tiny, and workers share the cores: threads of their own would wait for each other, three times as
 # long. Workers and commands inherit it.
@@ -113,3 +114,21 @@ def quick_exports() -> Iterator[None]:
 
     with traced_once(Path(os.environ[_KERNELS]) / "traces"):
         yield
+
+
+@pytest.fixture(scope="session")
+def vismem_pair(shared: Callable[..., Path]) -> Callable[..., "VisMemPair"]:
+    """vismem_pair(model_type, short_former, **options of tiny_checkpoint): a plain checkpoint beside one that calls for
+    memory, each made and loaded once. No test changes them."""
+    from vismem_models import VisMemPair, recipe
+
+    pairs: dict[str, VisMemPair] = {}
+
+    def get(model_type: str, short_former: str = "vision", **options: Any) -> VisMemPair:
+        name = f"vismem {model_type} {short_former} {sorted(options.items())}"
+        if name not in pairs:
+            passes = recipe(short_former)
+            pairs[name] = VisMemPair(shared(name, lambda path: VisMemPair.create(path, model_type, *passes, **options)))
+        return pairs[name]
+
+    return get

@@ -1,4 +1,4 @@
-"""What the authors of PVM and CoMemo published, under this tool's names, for tests."""
+"""What the authors of PVM, CoMemo and VisMem published, under this tool's names, for tests."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import copy_tokenizer, tiny_config, write_processors
 from surgeon.memory.mixin import Mixin
+from surgeon.memory.query_builder import QueryBuilder
 from surgeon.memory.rotary import Rope
 
 DATA = Path(__file__).parent / "data"
@@ -75,3 +76,32 @@ def published_mixin() -> tuple[Mixin, dict[str, torch.Tensor]]:
     weights["k_proj.weight"], weights["v_proj.weight"] = tensors["weight.cross_attn.to_kv.weight"].chunk(2)
     block.load_state_dict(weights)
     return block, tensors
+
+
+PUBLISHED_QUERY_BUILDER_NAMES = {
+    "encoder.layers.": "layers.",
+    "self_attn.in_proj_": "qkv.",
+    "self_attn.out_proj": "out",
+    "linear1": "up",
+    "linear2": "down",
+    "norm1": "attention_norm",
+    "norm2": "mlp_norm",
+    "q_init": "query_init",
+    "pos_emb": "positions",
+}
+
+
+def published_query_builder() -> tuple[QueryBuilder, dict[str, torch.Tensor]]:
+    """VisMem's query builder under this tool's names, and the tensors stored with it: inputs and outputs."""
+    tensors = load_file(DATA / "query_builder.safetensors")
+
+    def name(published: str) -> str:
+        for theirs, ours in PUBLISHED_QUERY_BUILDER_NAMES.items():
+            published = published.replace(theirs, ours)
+        return "norm" + published.removeprefix("ln") if published.startswith("ln.") else published
+
+    weights = {name(key.removeprefix("weight.")): t for key, t in tensors.items() if key.startswith("weight.")}
+    weights["positions"] = weights["positions"][0]
+    builder = QueryBuilder(64, len(weights["query_init"]))
+    builder.load_state_dict(weights)
+    return builder, tensors

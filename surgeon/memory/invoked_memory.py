@@ -47,6 +47,7 @@ class InvokedMemory(CacheLayerMixin):
     def _forget(self) -> None:
         self.length = 0  # columns so far
         self.images: list[tuple[ImageInputs, ...]] = []
+        self.image_places: list[tuple[int, ...]] = []  # the first column of the call that brought each
         self.invocations: list[tuple[Invocation, ...]] = []
         self.visual_states: Tensor | None = None  # [B, V, d]
         self.visual_places: Tensor | None = None  # int64 [B, V], -1 where a row has no more
@@ -73,6 +74,7 @@ class InvokedMemory(CacheLayerMixin):
         """A call of so many rows begins. Raises ValueError where the request has another number."""
         if not self.is_initialized:
             self.images, self.invocations = [()] * batch_size, [()] * batch_size
+            self.image_places = [()] * batch_size
             self.is_initialized = True
         if len(self.images) != batch_size:
             raise ValueError(f"the cache is of {len(self.images)} rows and the call of {batch_size}")
@@ -127,6 +129,7 @@ class InvokedMemory(CacheLayerMixin):
             self.visual_states, self.visual_places = self.visual_states[on_device], self.visual_places[on_device]
         order: Sequence[int] = rows.tolist()
         self.images = [self.images[row] for row in order]
+        self.image_places = [self.image_places[row] for row in order]
         self.invocations = [self.invocations[row] for row in order]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -154,8 +157,16 @@ class InvokedMemory(CacheLayerMixin):
             self.recent_is_text = [tensor[:, : max(0, tensor.shape[1] - removed)] for tensor in self.recent_is_text]
         if self.visual_places is not None:
             self.visual_places = torch.where(self.visual_places < length, self.visual_places, -1)
+        self._crop_images(length)
         self.invocations = [tuple(each for each in row if each.place < length) for row in self.invocations]
         self.length = length
+
+    def _crop_images(self, length: int) -> None:
+        """Forget the images of calls from `length` on, and all of a row that has no visual token left."""
+        for row, places in enumerate(self.image_places):
+            left = self.visual_places is not None and bool((self.visual_places[row] >= 0).any())
+            count = sum(place < length for place in places) if left else 0
+            self.images[row], self.image_places[row] = self.images[row][:count], places[:count]
 
     def offload(self) -> None:
         """Small: it stays where it is."""

@@ -21,9 +21,11 @@ from surgeon.memory.memory_call import MemoryCall
 from surgeon.memory.memory_tokens import MemoryTokens
 from surgeon.memory.patched import RECORD, patched_base_model_class, patched_model_class
 from surgeon.memory.pickled import named_after
-from surgeon.memory.tiled import has_images, resolve_tiles
+from surgeon.memory.text_model import patched_text_model_class
+from surgeon.memory.tiled import has_images
 from surgeon.memory.towers._base import ImageInputs, Tower
-from surgeon.memory.vismem import VisMem
+from surgeon.memory.visibility import Visibility
+from surgeon.memory.vismem import Lent, VisMem
 
 IMAGES, IMAGE_ROWS = "memory_images", "memory_image_rows"
 """What `generate` hands to the first call: each row's images, and which of them each row of the batch has, int64 [B];
@@ -31,11 +33,12 @@ transformers takes the pixels out of its keywords, and repeats rows of tensors a
 
 
 @cache
-def invoking_text_model_class(base: Any) -> Any:
-    """`base`, a patched decoder."""
+def invoking_text_model_class(base: Any, visibility: Visibility) -> Any:
+    """`patched_text_model_class` of a model that calls for memory."""
+    patched: Any = patched_text_model_class(base, visibility)
 
-    class InvokingTextModel(base):
-        made_by = (invoking_text_model_class, (base,))
+    class InvokingTextModel(patched):
+        made_by = (invoking_text_model_class, (base, visibility))
 
         def forward(
             self,
@@ -84,8 +87,8 @@ def add_vismem(base_model: Any, text_model: str, tower: type[Tower] | None) -> N
     decoder = base_model.get_submodule(text_model)
     record = getattr(base_model.config, RECORD)["vismem"]
     base_model.add_module(VisMem.kind, VisMem.of(base_model, decoder, record, tower))
-    plain: Any = type(decoder)
-    decoder.__class__ = invoking_text_model_class(plain)
+    patched: Any = type(decoder)
+    decoder.__class__ = invoking_text_model_class(*patched.made_by[1])
 
 
 def images_by_row(
@@ -127,7 +130,6 @@ def invoking_base_model_class(
             if visual is None and with_images:
                 visual = self.visual_token_mask(ids, embeds)
             visual = visual if with_images or ids is None else None
-            kwargs = resolve_tiles(self, getattr(self.config, RECORD), visual, kwargs)
             if not with_images:
                 images = None
             elif images is not None:
@@ -139,7 +141,7 @@ def invoking_base_model_class(
                 ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
             call = MemoryCall(
                 tokens=MemoryTokens.of(getattr(self.config, RECORD)["vismem"]),
-                form=functools.partial(self.vismem, self, self.get_submodule(text_model)),
+                form=functools.partial(self.vismem, Lent(self), Lent(self.get_submodule(text_model))),
                 window=self.vismem.window,
                 input_ids=ids,
                 visual_token_mask=visual,

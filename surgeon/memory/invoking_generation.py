@@ -91,6 +91,9 @@ class InvokingGeneration:
         criteria = super()._get_stopping_criteria(generation_config=generation_config, **kwargs)  # type: ignore[misc]
         visible = generation_config.memory_visible_length - generation_config.memory_prompt_length
         limit = VisibleLength(self.memory_tokens, generation_config.memory_prompt_length, visible)
+        if getattr(generation_config, "_pad_token_tensor", None) is not None:
+            # rows end one by one, and transformers pads those that did where a criterion has ends of its own
+            limit.eos_token_id = getattr(generation_config, "_eos_token_tensor", None)
         return StoppingCriteriaList([*criteria, limit])
 
 
@@ -160,6 +163,9 @@ class ForcedMemoryTokens(LogitsProcessor):
 
 class VisibleLength(StoppingCriteria):
     """A row ends when the caller sees as many tokens as were asked for."""
+
+    eos_token_id: Tensor | None
+    """Set where rows that ended can be padded."""
 
     def __init__(self, tokens: MemoryTokens, prompt_length: int, max_new_tokens: int) -> None:
         self.tokens, self.prompt_length, self.max_new_tokens = tokens, prompt_length, max_new_tokens

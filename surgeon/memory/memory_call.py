@@ -31,7 +31,8 @@ class MemoryCall:
     visual_token_mask: Tensor | None
     """bool [B, S]; None without images."""
     attention_mask: Tensor | None
-    """[B, past + S], zero at padding."""
+    """[B, past + S], zero at padding; or which keys each token sees, [B, 1, S, at least past + S], as `generate` makes
+    it for a static cache: bool, or zero where it does."""
     images: Sequence[Sequence[ImageInputs]] | None
     """Each row's that come with the call."""
     _new: list[list[Invocation]] = field(default_factory=list)
@@ -83,6 +84,8 @@ class MemoryCall:
                         break  # it is formed of this call, and what follows it is run once more
                     current = by_place[place]
                 if token != self.tokens.placeholder:
+                    if token not in self.tokens.invoke.values():
+                        current = None
                     continue
                 k = -1 if current is None else place - current.place - 1
                 if current is None or k >= len(current.latents):
@@ -120,7 +123,7 @@ class MemoryCall:
         since = max(self._since(row, memory), place + 1 - self.window)
         until = slice(0, column + 1)
         columns = torch.arange(memory.length, place + 1, device=hidden_states.device)
-        is_text = self._is_text()[row, until]
+        is_text = self._is_text(memory.length)[row, until]
         said = [*memory.said(row, since), hidden_states[until][is_text & (columns >= since)]]
         seen = memory.seen(row)
         if self.visual_token_mask is not None:
@@ -142,18 +145,24 @@ class MemoryCall:
         known = self._known(row, memory)
         return known[-1].place + len(known[-1].latents) + 1 if known else 0
 
-    def _is_text(self) -> Tensor:
-        """Which tokens of the call count as said: neither visual nor padding nor placeholders, bool [B, S]."""
+    def _is_text(self, past: int) -> Tensor:
+        """Which tokens of the call count as said: neither visual nor padding nor placeholders, bool [B, S]. past: how many columns
+        were before it."""
         is_text = self.input_ids != self.tokens.placeholder
         if self.visual_token_mask is not None:
             is_text = is_text & ~self.visual_token_mask
-        if self.attention_mask is not None and self.attention_mask.ndim == 2:
-            is_text = is_text & self.attention_mask[:, -is_text.shape[1] :].bool()
+        mask, length = self.attention_mask, is_text.shape[1]
+        if mask is not None and mask.ndim == 2:
+            is_text = is_text & mask[:, -length:].bool()
+        elif mask is not None:  # what the last token does not see is padding
+            seen = mask[:, 0, -1, past : past + length]
+            is_text = is_text & (seen if seen.dtype == torch.bool else seen == 0)
         return is_text
 
     def _remember(self, hidden_states: Tensor, memory: InvokedMemory) -> None:
         for row, images in enumerate(self.images or ()):
             memory.images[row] = (*memory.images[row], *images)
+            memory.image_places[row] = (*memory.image_places[row], *[memory.length] * len(images))
         for row, new in enumerate(self._new):
             memory.invocations[row] = (*memory.invocations[row], *new)
-        memory.add(hidden_states, self._is_text(), self.visual_token_mask, self.window)
+        memory.add(hidden_states, self._is_text(memory.length), self.visual_token_mask, self.window)

@@ -15,6 +15,19 @@ from surgeon.memory.short_former import ShortFormer
 from surgeon.memory.towers._base import ImageInputs, Tower
 
 
+class Lent:
+    """A module as an argument of another's call: what dispatches models (accelerate) moves all arguments to where the
+    called module computes, and this one is to stay where it is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "to" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._module, name)
+
+
 class VisMem(Inserted):
     """Query builder and formers, a child of the base model. Nothing of it runs unless the model calls for memory, and
     what it adapts is adapted within the call alone.

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
-import surgeon.patch
+import surgeon.patched_weights
 from cli import COMMANDS, cli, module_of
 from command import ROOT, entries, run
 
@@ -54,7 +54,7 @@ def test_what_breaks_half_way_is_one_line_and_leaves_nothing(
     def broken(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr(surgeon.patch, "write_safetensors", broken)
+    monkeypatch.setattr(surgeon.patched_weights, "write_safetensors", broken)
     result = run("patch", source, tmp_path / "out", "--pass", "pvm:layers=1")
     assert (result.exit_code, result.stdout) == (code, "")
     assert result.stderr.startswith(line) and result.stderr.count("\n") == 1

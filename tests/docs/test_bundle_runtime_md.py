@@ -148,7 +148,7 @@ def test_the_defaults() -> None:
 
 def test_links_lead_somewhere() -> None:
     anchors = {}
-    for name in ("bundle", "bundle-runtime", "bundle-tiles"):
+    for name in ("bundle", "bundle-runtime", "bundle-tiles", "vismem"):
         titles = re.findall(r"^#+ (.*)$", (DOCS / f"{name}.md").read_text(), re.MULTILINE)
         anchors[f"{name}.md"] = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     for name in anchors:
