@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pairs import MIXIN, PLAIN, PVM
+from pairs import MIXIN, PLAIN, PVM, VISMEM
 from surgeon.memory.visibility import Visibility
 
 DHR = ("rope-dhr",)
@@ -22,7 +22,7 @@ class Case:
 
 
 CASES = (
-    Case("qwen3_vl", PVM, "float16", "causal"),
+    Case("qwen3_vl", (*PVM, *VISMEM), "float16", "causal"),
     Case("qwen2_5_vl", ONE_OF_EACH, "bfloat16", "causal"),
     Case("internvl", MIXIN + PVM + DHR, "bfloat16", "all"),
     Case("ovis2", MIXIN, "float16", "causal"),

@@ -28,7 +28,7 @@ EVERY = [
 ]
 COMPARED = [*CASES, *(pytest.param(case, marks=pytest.mark.long) for case in EVERY if case not in CASES)]
 """What engines are built of in test_build.py, and the rest."""
-SIZES = {"B": 2, "S": 3, "T": 2, "M": 5, "W": 2}
+SIZES = {"B": 2, "S": 3, "T": 2, "M": 5, "W": 2, "L": 9}
 
 
 @pytest.mark.parametrize("case", COMPARED, ids=str)

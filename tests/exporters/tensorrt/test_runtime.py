@@ -20,7 +20,7 @@ from exporters.tensorrt.errors import EngineError
 from exporters.tensorrt.library import gpu, installed_version
 from exporters.tensorrt.profiles import Limits, Range
 from exporters.tensorrt.runtime import EngineRuntime
-from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, Pair, image
+from pairs import MAX_LENGTH, MIXIN, PLAIN, PVM, VISMEM, Pair, image
 from rehearsal import CpuDevice, make_engines
 from surgeon.inputs import ModelInputs, Prompt
 from surgeon.memory.visibility import Visibility
@@ -282,3 +282,16 @@ def test_the_library_has_what_the_device_calls() -> None:
         for name in names:
             assert hasattr(owner, name), f"{owner.__name__}.{name}"
     assert trt.ILogger.INTERNAL_ERROR < trt.ILogger.ERROR < trt.ILogger.WARNING
+
+
+def test_engines_form_memory_as_bundles_do(export: Export, make: Make) -> None:
+    """In pieces of prefill, by profiles of their own, captured steps in between."""
+    pair = export("qwen3_vl", VISMEM)
+    engines, bundle = make(pair), BundleRuntime(pair.bundle, threads=1)
+    answers, expected = (
+        runtime.generate(PROMPTS, 12, memory="always", max_invocations=3) for runtime in (engines, bundle)
+    )
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+    calls = [[(call.token, call.kind) for call in answer.invocations] for answer in answers]
+    assert calls == [[(call.token, call.kind) for call in answer.invocations] for answer in expected]
+    assert all(calls) and {kind for row in calls for _, kind in row} == {"short", "long"}
