@@ -73,12 +73,16 @@ def is_named(path: str, target: str) -> bool:
     return path == target or path.endswith(f".{target}")
 
 
+class UnknownTargetError(ValueError):
+    """A target that no linear layer has."""
+
+
 def check_targets(blocks: Sequence[nn.Module], targets: Sequence[str]) -> None:
-    """Raises ValueError for a target that no linear layer of the blocks has, with those that there are."""
+    """Raises UnknownTargetError for a target that no linear layer of the blocks has, with those that there are."""
     paths = sorted({path for block in blocks for path, _ in linear_layers(block)})
     unmatched = [target for target in targets if not any(is_named(path, target) for path in paths)]
     if unmatched or not targets:
-        raise ValueError(
+        raise UnknownTargetError(
             f"no linear layer is called {', '.join(unmatched) or 'anything'}; there are {', '.join(paths) or 'none'}"
         )
 
