@@ -53,7 +53,7 @@ class VisMemRecord(_Strict):
         if len(set(self.layers)) < len(self.layers) or max(self.layers) >= text.num_hidden_layers:
             return f"layers {self.layers} are not layers of a decoder of {text.num_hidden_layers}"
         if self.window + self.query > POSITIONS - 2:
-            return f"window {self.window} and query {self.query} leave a query's {POSITIONS} positions no room for images"
+            return f"window {self.window} and query {self.query} leave no room for images in {POSITIONS} positions"
         if width % NUM_HEADS:
             return f"the query builder's width {width} is not divisible by its {NUM_HEADS} heads"
         if self.position_axes != axes:

@@ -128,9 +128,7 @@ def vismem_pair(shared: Callable[..., Path]) -> Callable[..., "VisMemPair"]:
         name = f"vismem {model_type} {short_former} {sorted(options.items())}"
         if name not in pairs:
             passes = recipe(short_former)
-            pairs[name] = VisMemPair(
-                shared(name, lambda path: VisMemPair.create(path, model_type, *passes, **options))
-            )
+            pairs[name] = VisMemPair(shared(name, lambda path: VisMemPair.create(path, model_type, *passes, **options)))
         return pairs[name]
 
     return get

@@ -70,7 +70,12 @@ class VisMemPair:
 
     @classmethod
     def create(
-        cls, directory: Path, model_type: str, *passes: str, trained: Callable[[Any], object] = randomise_vismem, **options: Any
+        cls,
+        directory: Path,
+        model_type: str,
+        *passes: str,
+        trained: Callable[[Any], object] = randomise_vismem,
+        **options: Any,
     ) -> "VisMemPair":
         source = tiny_checkpoint(directory / "source", model_type, **options)
         apply(source, directory / "patched", *(passes or recipe()))

@@ -87,9 +87,7 @@ TRACED = re.compile(r"(short|long) memory behind token (\d+) of (\d+): \d+\.\d m
 
 
 @needs_tokenizer
-def test_memory_that_is_called_for_is_hidden_and_traced(
-    vismem_pair: Callable[..., VisMemPair], tmp_path: Path
-) -> None:
+def test_memory_that_is_called_for_is_hidden_and_traced(vismem_pair: Callable[..., VisMemPair], tmp_path: Path) -> None:
     pair = vismem_pair("qwen3_vl")
     checkpoint = pair.directory / "trained"
     image = tmp_path / "a.png"

@@ -43,10 +43,13 @@ def record_of(checkpoint: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("passes", "expected"),
     [
-        (["vismem"], "pass vismem needs the token '<ms_I>', which no pass has added: put --pass memory-tokens before it"),
+        (
+            ["vismem"],
+            "pass vismem needs the token '<ms_I>', which no pass has added: put --pass memory-tokens before it",
+        ),
         (
             ["memory-tokens:tokens=<a>,<b>,<c>,<d>,<e>", "vismem"],
-            "pass vismem needs the token '<ms_I>', which no pass has added; the checkpoint's are <a>, <b>, <c>, <d>, <e>:",
+            "needs the token '<ms_I>', which no pass has added; the checkpoint's are <a>, <b>, <c>, <d>, <e>:",
         ),
         (["vismem", "memory-tokens"], "put --pass memory-tokens before it"),
         (
@@ -66,15 +69,16 @@ def record_of(checkpoint: Path) -> dict[str, Any]:
             ["memory-tokens", "vismem:short_former=language,vision_targets=qkv"],
             "pass vismem: vision_targets is of short_former=vision; leave it out",
         ),
-        (["memory-tokens", "vismem:query=8,window=1785"], "window=1785 leaves a query of 2048 positions too little room"),
+        (
+            ["memory-tokens", "vismem:query=8,window=1785"],
+            "window=1785 leaves a query of 2048 positions too little room",
+        ),
         (["memory-tokens", "vismem:layers=2,4"], "vismem"),
         (["memory-tokens", "vismem:layers=last:5"], "vismem"),
         (["memory-tokens", "vismem", "vismem"], "pass vismem is already applied; patch the unpatched checkpoint"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(
-    plain: Path, tmp_path: Path, passes: list[str], expected: str
-) -> None:
+def test_what_cannot_be_is_refused_in_one_line(plain: Path, tmp_path: Path, passes: list[str], expected: str) -> None:
     before = entries(plain)
     with pytest.raises(PreconditionError) as error:
         apply(plain, tmp_path / "out", *passes)
@@ -137,7 +141,12 @@ def test_defaults(plain: Path, tmp_path: Path) -> None:
 
 
 def test_tokens_of_other_names_have_the_parts_that_they_are_named_for(plain: Path, tmp_path: Path) -> None:
-    apply(plain, tmp_path / "out", "memory-tokens:tokens=<a>,<b>,<c>,<d>,<e>", "vismem:tokens=<e>,<d>,<c>,<b>,<a>,layers=1")
+    apply(
+        plain,
+        tmp_path / "out",
+        "memory-tokens:tokens=<a>,<b>,<c>,<d>,<e>",
+        "vismem:tokens=<e>,<d>,<c>,<b>,<a>,layers=1",
+    )
     tokens, memory = record_of(tmp_path / "out")["tokens"], models.load(tmp_path / "out").memory_tokens
     assert (memory.invoke["short"], memory.end["short"]) == (tokens["<e>"], tokens["<d>"])
     assert (memory.invoke["long"], memory.end["long"]) == (tokens["<c>"], tokens["<b>"])
@@ -147,8 +156,13 @@ def test_tokens_of_other_names_have_the_parts_that_they_are_named_for(plain: Pat
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_recipe_gives_the_same_files_again(model_type: str, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", model_type)
-    apply(source, tmp_path / "out", "memory-tokens:init=separator", f"{VISMEM},targets=q_proj,down_proj".replace(
-        "targets=q_proj,down_proj", "alpha=3.5"), seed=5)
+    apply(
+        source,
+        tmp_path / "out",
+        "memory-tokens:init=separator",
+        f"{VISMEM},targets=q_proj,down_proj".replace("targets=q_proj,down_proj", "alpha=3.5"),
+        seed=5,
+    )
     recipe = yaml.safe_load((tmp_path / "out" / FILE_NAME).read_text())
     assert recipe["passes"] == record_of(tmp_path / "out")["passes"]
     assert run("patch", source, tmp_path / "again", "-r", tmp_path / "out" / FILE_NAME).exit_code == 0
@@ -207,9 +221,15 @@ def change(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("layers", value=[1, 1]), "surgeon.vismem: layers [1, 1]"),
         (change("layers", value=[1, 4]), "surgeon.vismem: layers [1, 4]"),
         (change("layers", value=[-1]), "surgeon.vismem.layers"),
-        (change("targets", value=["nothing"]), "surgeon.vismem: targets: no linear layer is called nothing; there are mlp."),
+        (
+            change("targets", value=["nothing"]),
+            "surgeon.vismem: targets: no linear layer is called nothing; there are mlp.",
+        ),
         (change("targets", value="q_proj"), "surgeon.vismem.targets"),
-        (change("vision_targets", value=["nothing"]), "surgeon.vismem: targets: no linear layer is called nothing; there are attn."),
+        (
+            change("vision_targets", value=["nothing"]),
+            "surgeon.vismem: targets: no linear layer is called nothing; there are attn.",
+        ),
         (change("alpha", value=2.5), None),
         (change("window", value=4096), "surgeon.vismem: window 4096"),
         (change("window", value=2043), "surgeon.vismem: window 2043"),

@@ -1,4 +1,4 @@
-"""What is done to a request's cache is done to what it remembers for its memories; and whole models copied and saved."""
+"""What is done to a request's cache is done to what it remembers for its memories; models copied and saved."""
 
 import copy
 import os
@@ -123,7 +123,9 @@ def test_what_is_cropped_is_fed_again(pair: VisMemPair, expected: Tensor, remove
     before = [len(own) for own in memory.invocations]
     cache.crop(-removed)
     assert memory.length == length - removed
-    left = [sum(token in pair.tokens.invoke.values() for token in row[: max(0, len(row) - removed)]) for row in said(pair)]
+    left = [
+        sum(token in pair.tokens.invoke.values() for token in row[: max(0, len(row) - removed)]) for row in said(pair)
+    ]
     assert [len(own) for own in memory.invocations] == left and (removed < 8 or left != before)
     if removed < 8:
         again = continued(pair, whole, [0, 1, 2], cache, length - removed)
@@ -217,6 +219,8 @@ def test_where_surgeon_is_not_installed(vismem_pair: Callable[..., VisMemPair], 
         names.append(model_type)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, "-P", "-c", LOAD, *(str(tmp_path / name) for name in names)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("loaded")] == names

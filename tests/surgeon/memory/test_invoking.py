@@ -126,8 +126,10 @@ def test_one_forward_over_everything_is_decoding(
     assert_equal(output.logits[present], stepwise[present])
     if use_cache:
         for row in range(len(PROMPTS)):
-            assert_equal(torch.cat(latents_of(output.past_key_values, row) or [torch.zeros(0)]),
-                         torch.cat(latents_of(cache, row) or [torch.zeros(0)]))
+            assert_equal(
+                torch.cat(latents_of(output.past_key_values, row) or [torch.zeros(0)]),
+                torch.cat(latents_of(cache, row) or [torch.zeros(0)]),
+            )
 
 
 @pytest.mark.parametrize("bounds", [(3,), (2, 3, 5), (12, 13), (7, 19, 20, 25)])
@@ -167,7 +169,15 @@ def test_formers_are_given_the_last_hidden_states(vismem_pair: Pairs, model_type
     pair = vismem_pair(model_type)
     tokens = pair.tokens
     prompt = pair.kwargs(SEEING)
-    answer = [7, *span(tokens, "short"), *[11 + n % 50 for n in range(words)], 8, *span(tokens, "long"), *span(tokens, "short"), 9]
+    answer = [
+        7,
+        *span(tokens, "short"),
+        *[11 + n % 50 for n in range(words)],
+        8,
+        *span(tokens, "long"),
+        *span(tokens, "short"),
+        9,
+    ]
     whole, length = extended(prompt, [answer]), prompt["input_ids"].shape[1]
     calls: list[tuple[Any, ...]] = []
     hook = formed_of(pair.model, calls)
@@ -238,13 +248,19 @@ def test_memory_of_one_request_changes_no_other(vismem_pair: Pairs, model_type: 
                     logits.append(output.logits)
         assert len(latents_of(caches[0], 0)) == 2
         assert torch.equal(ordinary(pair.tokens, torch.cat(logits, 1)), ordinary(pair.tokens, expected))
-        images = {name: value for name, value in pair.kwargs(SEEING).items() if "ids" not in name and "mask" not in name}
+        images = {
+            name: value for name, value in pair.kwargs(SEEING).items() if "ids" not in name and "mask" not in name
+        }
         features = [model.model.get_image_features(**images).pooler_output for model in (pair.model, pair.source)]
     for own, plain in zip(*(each if isinstance(each, list | tuple) else [each] for each in features), strict=True):
         assert torch.equal(own, plain)
     for name, parameter in pair.source.named_parameters():
         same = pair.model.get_parameter(name)
-        rows = [row for row in range(len(parameter)) if row not in pair.tokens.ids] if "embed" in name or "head" in name else ...
+        rows = (
+            [row for row in range(len(parameter)) if row not in pair.tokens.ids]
+            if "embed" in name or "head" in name
+            else ...
+        )
         assert torch.equal(same[rows], parameter[rows]), name
 
 
@@ -263,7 +279,9 @@ def test_a_second_turn_with_a_second_image(vismem_pair: Pairs, model_type: str, 
     turn = extended(first, [said])
     whole = extended(extended(turn, second["input_ids"].tolist()), [answer])
     if "mm_token_type_ids" in whole:
-        whole["mm_token_type_ids"] = torch.isin(whole["input_ids"], torch.tensor(pair.model.config.image_token_id)).long()
+        whole["mm_token_type_ids"] = torch.isin(
+            whole["input_ids"], torch.tensor(pair.model.config.image_token_id)
+        ).long()
     images = {name: value for name, value in both.items() if "ids" not in name and "mask" not in name}
     whole |= images
     prompt_length, turn_length = first["input_ids"].shape[1], turn["input_ids"].shape[1]
@@ -276,7 +294,10 @@ def test_a_second_turn_with_a_second_image(vismem_pair: Pairs, model_type: str, 
     own_images = {name: value for name, value in second.items() if "ids" not in name and "mask" not in name}
     logits = [first_logits]
     with torch.no_grad():
-        columns = [slice(turn_length, second_end), *(slice(n, n + 1) for n in range(second_end, whole["input_ids"].shape[1]))]
+        columns = [
+            slice(turn_length, second_end),
+            *(slice(n, n + 1) for n in range(second_end, whole["input_ids"].shape[1])),
+        ]
         for number, part in enumerate(columns):
             call = step_kwargs(whole, positions, part) | (own_images if number == 0 else {})
             output = pair.model(**call, past_key_values=cache, use_cache=True)

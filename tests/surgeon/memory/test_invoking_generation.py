@@ -98,9 +98,7 @@ def test_auto_is_when_the_model_says_so(pair: VisMemPair) -> None:
     assert memory is not None
     plain = answers(pair, kwargs, pair.source, suppress_tokens=[*pair.tokens.ids, *images])
     assert visible(pair, ids[2])[:LENGTH] == plain[2]
-    for row, (prompt, places) in enumerate(
-        [(SEEING, [(2, "short"), (5, "long")]), (WORDS, [(4, "long")]), (TWO, [])]
-    ):
+    for row, (prompt, places) in enumerate([(SEEING, [(2, "short"), (5, "long")]), (WORDS, [(4, "long")]), (TWO, [])]):
         answer = ids[row][: _end_of(pair, ids[row])]
         assert invoked(pair, answer) == places and len(visible(pair, answer)) == LENGTH
         assert not any(ids[row][len(answer) :])
@@ -156,7 +154,6 @@ def test_always_calls_for_the_likelier_kind(pair: VisMemPair) -> None:
     assert invoked(pair, answer) == [(0, "short" if short > long else "long")]
 
 
-
 def test_no_more_than_max_invocations(pair: VisMemPair) -> None:
     kwargs = pair.kwargs(SEEING, TWO)
     greedy_for_memory: list[dict[int, Kind]] = [{n: "short" for n in range(LENGTH)}, {n: "long" for n in range(LENGTH)}]
@@ -168,9 +165,7 @@ def test_no_more_than_max_invocations(pair: VisMemPair) -> None:
             assert invoked(pair, answer[:end]) == [(n, kind) for n in range(count)]
 
 
-def test_rows_without_images_have_no_short_memory(
-    pair: VisMemPair, vismem_pair: Callable[..., VisMemPair]
-) -> None:
+def test_rows_without_images_have_no_short_memory(pair: VisMemPair, vismem_pair: Callable[..., VisMemPair]) -> None:
     for each, kind in ((pair, None), (vismem_pair("qwen3_vl", "language"), "short")):
         for prompts in ((WORDS,), (SEEING, WORDS)):
             kwargs = each.kwargs(*prompts)
@@ -181,7 +176,9 @@ def test_rows_without_images_have_no_short_memory(
         # with beams the rows are each prompt's, several times
         kwargs = each.kwargs(SEEING, WORDS)
         ids = each.model.generate(**kwargs, **GREEDY, num_beams=2, memory="always", max_invocations=1)
-        kinds = [invoked(each, answer[: _end_of(each, answer)]) for answer in ids[:, kwargs["input_ids"].shape[1] :].tolist()]
+        kinds = [
+            invoked(each, answer[: _end_of(each, answer)]) for answer in ids[:, kwargs["input_ids"].shape[1] :].tolist()
+        ]
         assert all(len(own) == 1 for own in kinds) and (kind or kinds[1] == [(0, "long")])
 
 
@@ -215,7 +212,11 @@ def test_assisted_decoding_is_refused(pair: VisMemPair, how: str) -> None:
 @pytest.mark.parametrize("how", ["max_new_tokens", "max_length"])
 def test_lengths_are_of_what_the_caller_sees(pair: VisMemPair, how: str) -> None:
     kwargs = pair.kwargs(SEEING)
-    limit = {"max_new_tokens": 5} if how == "max_new_tokens" else {"max_new_tokens": None, "max_length": kwargs["input_ids"].shape[1] + 5}
+    limit = (
+        {"max_new_tokens": 5}
+        if how == "max_new_tokens"
+        else {"max_new_tokens": None, "max_length": kwargs["input_ids"].shape[1] + 5}
+    )
     wishes = wanting(pair, kwargs, {0: "long", 4: "short", 5: "long"})
     (answer,) = answers(pair, kwargs, logits_processor=wishes, **limit)
     assert invoked(pair, answer) == [(0, "long"), (4, "short")] and len(visible(pair, answer)) == 5

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from surgeon.memory.memory_tokens import KINDS, LONG, SHORT, Kind, MemoryTokens
 
-TOKENS = MemoryTokens(invoke={"short": 10, "long": 12}, end={"short": 11, "long": 13}, placeholder=14, latents={"short": 2, "long": 4})
+TOKENS = MemoryTokens(
+    invoke={"short": 10, "long": 12}, end={"short": 11, "long": 13}, placeholder=14, latents={"short": 2, "long": 4}
+)
 WORD = 5
 ALPHABET = (WORD, 10, 11, 12, 13, 14, 14, 14)
 
@@ -28,7 +30,11 @@ def next_by_automaton(tokens: MemoryTokens, row: list[int]) -> int:
     return tokens.placeholder if placeholders < tokens.latents[kind] else tokens.end[kind]
 
 
-@given(st.integers(1, 12).flatmap(lambda n: st.lists(st.lists(st.sampled_from(ALPHABET), min_size=n, max_size=n), min_size=1, max_size=6)))
+@given(
+    st.integers(1, 12).flatmap(
+        lambda n: st.lists(st.lists(st.sampled_from(ALPHABET), min_size=n, max_size=n), min_size=1, max_size=6)
+    )
+)
 def test_what_is_forced_is_what_an_automaton_says(rows: list[list[int]]) -> None:
     assert TOKENS.forced(torch.tensor(rows)).tolist() == [next_by_automaton(TOKENS, row) for row in rows]
 

@@ -108,9 +108,7 @@ def all_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @every_former
-def test_gradients_are_those_of_finite_differences(
-    vismem_pair: Pairs, short_former: str, all_in_fp64: None
-) -> None:
+def test_gradients_are_those_of_finite_differences(vismem_pair: Pairs, short_former: str, all_in_fp64: None) -> None:
     """Along a direction of each part's parameters, through both memories, the second of which is formed of the
     first."""
     pair = vismem_pair("internvl", short_former)
@@ -202,7 +200,9 @@ def test_lora_beside_the_whole_memory(trained: tuple[VisMemPair, Any]) -> None:
     pair, model = trained
     kwargs = batch(pair)
     names = set(dict(graft_parameters(model)))
-    config = LoraConfig(r=4, target_modules=r".*language_model\.layers\.\d+\.self_attn\.[qv]_proj", modules_to_save=["vismem"])
+    config = LoraConfig(
+        r=4, target_modules=r".*language_model\.layers\.\d+\.self_attn\.[qv]_proj", modules_to_save=["vismem"]
+    )
     tuned = get_peft_model(model, config).double()
     own = dict(graft_parameters(tuned))
     assert len(own) == len(names) and all(parameter.requires_grad for parameter in own.values())
