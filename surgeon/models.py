@@ -14,6 +14,7 @@ from surgeon.families import Family, family
 from surgeon.grafts import asks_for_patched_class, class_makers, is_patched, model_parts
 from surgeon.importers import refuse_importable
 from surgeon.memory.decoder_layer import check_parts
+from surgeon.memory.lora import UnknownTargetError
 from surgeon.memory.patched import RECORD, patched_config_class
 from surgeon.record import check_record, has_record
 from surgeon.remote_code import with_remote_code
@@ -90,6 +91,8 @@ def build_meta(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> 
     lvlm_class: Any = model_class(described, config)
     try:
         model: PreTrainedModel = _on_meta(lvlm_class, config, dtype)
+    except UnknownTargetError as error:  # which layers there are is known to the model alone
+        raise CheckpointError(f"config.json: {RECORD}.vismem: targets: {error}") from error
     except Exception as error:
         if not is_patched(config) or not _builds(described, config, dtype):
             raise _unusable(described, error) from error

@@ -52,8 +52,8 @@ class VisMemRecord(_Strict):
             return f"token_ids {ids} are not five of {text.vocab_size} ids"
         if len(set(self.layers)) < len(self.layers) or max(self.layers) >= text.num_hidden_layers:
             return f"layers {self.layers} are not layers of a decoder of {text.num_hidden_layers}"
-        if self.window + self.query >= POSITIONS:
-            return f"window {self.window} and query {self.query} are more than a query's {POSITIONS} positions"
+        if self.window + self.query > POSITIONS - 2:
+            return f"window {self.window} and query {self.query} leave no room for images in {POSITIONS} positions"
         if width % NUM_HEADS:
             return f"the query builder's width {width} is not divisible by its {NUM_HEADS} heads"
         if self.position_axes != axes:

@@ -50,7 +50,7 @@ def randomise_vismem(model: PreTrainedModel, seed: int = 0) -> None:
         tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
         for table in tables:
             spread = table.weight[:64].std()
-            table.weight[rows] = torch.randn(len(rows), table.weight.shape[1], generator=generator) * spread
+            table.weight[rows] = torch.randn(len(rows), table.weight.shape[1], generator=generator).to(spread) * spread
 
 
 def image(width: int, height: int, seed: int = 0) -> Image.Image:

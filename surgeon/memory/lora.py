@@ -13,31 +13,35 @@ from torch import Tensor, nn
 
 from surgeon.memory.inserted import Constant, Initialiser, Normal
 
+SUFFIX = "_low_rank"
+
 
 class LowRank(nn.Module):
-    """What an adapter adds to a linear layer: x -> scale * B A x."""
+    """What an adapter adds to a linear layer: x -> scale * B A x. Its matrices have no name of PEFT's: that trains
+    whatever is called lora_, whosever it is."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float) -> None:
         super().__init__()
-        self.lora_A = nn.Linear(in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, out_features, bias=False)
+        self.reduce = nn.Linear(in_features, rank, bias=False)
+        self.expand = nn.Linear(rank, out_features, bias=False)
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        added: Tensor = self.lora_B(self.lora_A(x)) * self.scale
+        added: Tensor = self.expand(self.reduce(x)) * self.scale
         return added
 
     def initialisers(self) -> dict[str, Initialiser]:
         """As PEFT's: A drawn, with the standard deviation of its uniform distribution; B zero, so nothing is added."""
         return {
-            "lora_A.weight": Normal((3 * self.lora_A.in_features) ** -0.5),
-            "lora_B.weight": Constant(0.0),
+            "reduce.weight": Normal((3 * self.reduce.in_features) ** -0.5),
+            "expand.weight": Constant(0.0),
         }
 
 
 class Adapters(nn.Module):
-    """A node of the tree that has the names of the modules it adapts; its leaves are `LowRank`."""
+    """A node of the tree that has the names of the modules it adapts; its leaves are `LowRank`, and `SUFFIX` is behind
+    the names of the layers that they adapt, so that who looks for these (PEFT's target_modules) does not meet them."""
 
     @classmethod
     def of(cls, blocks: Mapping[str, nn.Module], targets: Sequence[str], rank: int, alpha: float) -> "Adapters":
@@ -53,7 +57,7 @@ class Adapters(nn.Module):
                     node = branch
                     for parent in parents:
                         node = node._child(parent)
-                    node.add_module(leaf, LowRank(linear.in_features, linear.out_features, rank, alpha / rank))
+                    node.add_module(leaf + SUFFIX, LowRank(linear.in_features, linear.out_features, rank, alpha / rank))
         return tree
 
     def _child(self, name: str) -> "Adapters":
@@ -69,12 +73,16 @@ def is_named(path: str, target: str) -> bool:
     return path == target or path.endswith(f".{target}")
 
 
+class UnknownTargetError(ValueError):
+    """A target that no linear layer has."""
+
+
 def check_targets(blocks: Sequence[nn.Module], targets: Sequence[str]) -> None:
-    """Raises ValueError for a target that no linear layer of the blocks has, with those that there are."""
+    """Raises UnknownTargetError for a target that no linear layer of the blocks has, with those that there are."""
     paths = sorted({path for block in blocks for path, _ in linear_layers(block)})
     unmatched = [target for target in targets if not any(is_named(path, target) for path in paths)]
     if unmatched or not targets:
-        raise ValueError(
+        raise UnknownTargetError(
             f"no linear layer is called {', '.join(unmatched) or 'anything'}; there are {', '.join(paths) or 'none'}"
         )
 
@@ -94,7 +102,7 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Module, low_rank: LowRank) -> None:
         super().__init__()
         self.base, self.low_rank = base, low_rank
-        self.in_features, self.out_features = low_rank.lora_A.in_features, low_rank.lora_B.out_features
+        self.in_features, self.out_features = low_rank.reduce.in_features, low_rank.expand.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
@@ -110,7 +118,8 @@ def adapted(module: nn.Module, adapters: nn.Module) -> Any:
     view: Any = object.__new__(type(module))
     view.__dict__.update(module.__dict__)
     children = dict(module._modules)
-    for name, child in adapters.named_children():
+    for adapter_name, child in adapters.named_children():
+        name = adapter_name.removesuffix(SUFFIX)
         original = children[name]
         assert original is not None
         children[name] = adapted(original, child)
@@ -131,4 +140,4 @@ def _hooked(view: Any, hook: Any) -> Any:
 
 def low_rank_product(low_rank: LowRank) -> Tensor:
     """What an adapter adds to its layer's weight, [out_features, in_features]."""
-    return F.linear(low_rank.lora_B.weight, low_rank.lora_A.weight.T) * low_rank.scale
+    return F.linear(low_rank.expand.weight, low_rank.reduce.weight.T) * low_rank.scale

@@ -146,8 +146,8 @@ class MemoryCall:
         return known[-1].place + len(known[-1].latents) + 1 if known else 0
 
     def _is_text(self, past: int) -> Tensor:
-        """Which tokens of the call count as said: neither visual nor padding nor placeholders, bool [B, S]. past: how
-        many columns were before it."""
+        """Which tokens of the call count as said: neither visual nor padding nor placeholders, bool [B, S].
+        past: how many columns were before it."""
         is_text = self.input_ids != self.tokens.placeholder
         if self.visual_token_mask is not None:
             is_text = is_text & ~self.visual_token_mask

@@ -1,6 +1,8 @@
 """`surgeon generate` answers as transformers does, and refuses what is no image."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from surgeon import models
 from surgeon.generation import Sampling
 from surgeon.inputs import Prompt
 from surgeon.torch_generate import TorchGenerator
+from vismem_models import VisMemPair, span
 
 
 @pytest.mark.skipif(not has_tokenizer(), reason="needs the demo checkpoint's tokenizer")
@@ -77,3 +80,79 @@ def test_an_image_that_is_not_one(tmp_path: Path, name: str, content: bytes | No
     if content is not None:
         (tmp_path / name).write_bytes(content)
     assert_refused(run("generate", DEMO, "--image", tmp_path / name, "--prompt", "Describe the picture."), expected)
+
+
+needs_tokenizer = pytest.mark.skipif(not has_tokenizer(), reason="needs the demo checkpoint's tokenizer")
+TRACED = re.compile(r"(short|long) memory behind token (\d+) of (\d+): \d+\.\d ms")
+
+
+@needs_tokenizer
+def test_memory_that_is_called_for_is_hidden_and_traced(vismem_pair: Callable[..., VisMemPair], tmp_path: Path) -> None:
+    pair = vismem_pair("qwen3_vl")
+    checkpoint = pair.directory / "trained"
+    image = tmp_path / "a.png"
+    Image.new("RGB", (96, 64), (200, 30, 30)).save(image)
+    arguments = ("generate", checkpoint, "--image", image, "--prompt", "What is it?", "--max-new-tokens", 10)
+    answer = json.loads(run(*arguments, "--memory", "always", "--json").stdout)
+    assert len(answer["token_ids"]) == 10 and not set(answer["token_ids"]) & set(pair.tokens.ids)
+    assert answer["invocations"][0]["token"] == 0 and answer["invocations"][0]["seconds"] > 0
+
+    # as a process, streamed: the text alone on stdout, one line for each call for memory on stderr
+    streamed = process(*arguments, "--memory", "always", "--trace")
+    assert (streamed.returncode, streamed.stdout) == (0, answer["text"] + "\n")
+    traced = [TRACED.fullmatch(line) for line in streamed.stderr.splitlines()]
+    assert [match and (match[1], int(match[2]), match[3]) for match in traced] == [
+        (each["kind"], each["token"], "10") for each in answer["invocations"]
+    ]
+
+    # the same by transformers' own search: what was hidden is there
+    prepared = pair.inputs.prepare([Prompt("What is it?", (image,))])
+    model = models.load(checkpoint)
+    options = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0}
+    ids = model.generate(**prepared.model_kwargs(model.dtype), **options, memory="always")
+    expected = ids[0, prepared.input_ids.shape[1] :].tolist()
+    assert answer["token_ids"] == [token for token in expected if token not in pair.tokens.ids]
+    kind = answer["invocations"][0]["kind"]
+    assert expected[: len(span(pair.tokens, kind))] == span(pair.tokens, kind)
+
+    off = json.loads(run(*arguments, "--memory", "off", "--json").stdout)
+    none = json.loads(run(*arguments, "--memory", "always", "--max-invocations", 0, "--json").stdout)
+    assert off["invocations"] == [] and off["token_ids"] == none["token_ids"] != answer["token_ids"]
+    assert "no call for memory" in run(*arguments, "--memory", "off", "--trace").stderr
+
+
+@needs_tokenizer
+def test_memory_is_refused_where_there_is_none(source: Path) -> None:
+    arguments = ("generate", source, "--prompt", "Hello", "--max-new-tokens", 2)
+    for options in (("--memory", "always"), ("--max-invocations", 3)):
+        assert_refused(run(*arguments, *options), "has no memory that it could call for: patch a checkpoint with")
+    plain = json.loads(run(*arguments, "--json").stdout)
+    for mode in ("auto", "off"):
+        assert json.loads(run(*arguments, "--memory", mode, "--json").stdout) == plain
+    assert run(*arguments, "--memory", "never").exit_code == run(*arguments, "--max-invocations", -1).exit_code == 2
+
+
+@needs_tokenizer
+@pytest.mark.parametrize("part", ["prompt", "system"])
+def test_a_text_that_spells_a_memory_token_is_refused(vismem_pair: Callable[..., VisMemPair], part: str) -> None:
+    checkpoint = vismem_pair("qwen3_vl").directory / "trained"
+    for token in ("<ms_I>", "<ml_E>", "<mem>"):
+        texts = {"prompt": "Hello", "system": "Be brief.", part: f"Say {token}now"}
+        arguments = [argument for name, text in texts.items() for argument in (f"--{name}", text)]
+        assert_refused(run("generate", checkpoint, *arguments), f"the prompt's text spells the memory token {token}, ")
+
+
+@needs_tokenizer
+def test_rows_of_a_batch_are_answered_as_alone(vismem_pair: Callable[..., VisMemPair]) -> None:
+    """Sampled too: what a row draws depends neither on the others nor on what is forced; an image in one row alone."""
+    generator = TorchGenerator(vismem_pair("qwen3_vl").model, vismem_pair("qwen3_vl").inputs)
+    prompts = [Prompt("A star is a"), Prompt("What is it?", (Image.new("RGB", (96, 64), (9, 99, 9)),))]
+    for sampling in (Sampling(), Sampling(1.2, top_k=40, seed=5)):
+        both = generator.generate(prompts, 8, sampling, memory="always", max_invocations=2)
+        first, _ = both
+        (alone,) = generator.generate(prompts[:1], 8, sampling, memory="always", max_invocations=2)
+        assert first.token_ids == alone.token_ids
+        assert [(each.token, each.kind) for each in first.invocations] == [(0, "long")] + [
+            (each.token, each.kind) for each in alone.invocations[1:]
+        ]
+        assert all(each.seconds > 0 for answer in both for each in answer.invocations)

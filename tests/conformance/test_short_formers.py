@@ -19,7 +19,7 @@ from checkpoints import has_tokenizer, tiny_checkpoint, tiny_model
 from short_formers import NUM_LATENTS, WITH_TOWER, one_request, square_images, tiny_former, tiny_queries, tower_of
 from surgeon import models
 from surgeon.inputs import Inputs, Prompt
-from surgeon.memory.lora import LowRank, linear_layers, low_rank_product
+from surgeon.memory.lora import SUFFIX, LowRank, linear_layers, low_rank_product
 from surgeon.memory.short_former import ShortFormer
 from surgeon.memory.towers._thumbnails import ThumbnailTower
 
@@ -101,7 +101,7 @@ def test_adapters_are_as_if_merged_into_the_weights(model_type: str) -> None:
     count = 0
     for path, low_rank in former.adapters.named_modules():
         if isinstance(low_rank, LowRank):
-            index, _, within = path.partition(".")
+            index, _, within = path.removesuffix(SUFFIX).partition(".")
             with torch.no_grad():
                 blocks[int(index)].get_submodule(within).weight += low_rank_product(low_rank)
             count += 1

@@ -89,11 +89,14 @@ def test_auto_is_when_the_model_says_so(pair: VisMemPair) -> None:
     kwargs = pair.kwargs(SEEING, WORDS, TWO)
     length = kwargs["input_ids"].shape[1]
     wishes = wanting(pair, kwargs, {2: "short", 5: "long"}, {4: "long"}, {})
-    output = pair.model.generate(**kwargs, **GREEDY, logits_processor=wishes, return_dict_in_generate=True)
+    images = [pair.model.config.image_token_id]  # an answer has none
+    output = pair.model.generate(
+        **kwargs, **GREEDY, suppress_tokens=images, logits_processor=wishes, return_dict_in_generate=True
+    )
     ids = output.sequences[:, length:].tolist()
     memory = InvokedMemory.of(output.past_key_values)
     assert memory is not None
-    plain = answers(pair, kwargs, pair.source, suppress_tokens=list(pair.tokens.ids))
+    plain = answers(pair, kwargs, pair.source, suppress_tokens=[*pair.tokens.ids, *images])
     assert visible(pair, ids[2])[:LENGTH] == plain[2]
     for row, (prompt, places) in enumerate([(SEEING, [(2, "short"), (5, "long")]), (WORDS, [(4, "long")]), (TWO, [])]):
         answer = ids[row][: _end_of(pair, ids[row])]
@@ -105,7 +108,7 @@ def test_auto_is_when_the_model_says_so(pair: VisMemPair) -> None:
         forward = plain_forward(pair, extended(alone, [answer]), [each.latents for each in memory.invocations[row]])
         start = alone["input_ids"].shape[1] - 1
         likeliest = forward.logits[start:-1].clone()
-        likeliest[:, list(pair.tokens.ids)] = -torch.inf
+        likeliest[:, [*pair.tokens.ids, *images]] = -torch.inf
         for token, best in zip(answer, likeliest.argmax(-1).tolist(), strict=True):
             assert token in pair.tokens.ids or token == best
     assert [len(each) for each in memory.invocations] == [2, 1, 0]

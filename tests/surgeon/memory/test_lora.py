@@ -9,7 +9,7 @@ from accelerate import cpu_offload
 from torch import Tensor, nn
 
 from checkpoints import tiny_model
-from surgeon.memory.lora import Adapters, LowRank, adapted, check_targets, is_named, low_rank_product
+from surgeon.memory.lora import SUFFIX, Adapters, LowRank, adapted, check_targets, is_named, low_rank_product
 
 RANK, ALPHA = 3, 6.0
 
@@ -43,8 +43,8 @@ def merged(block: nn.Module, adapters: nn.Module) -> nn.Module:
     with torch.no_grad():
         for path, low_rank in adapters.named_modules():
             if isinstance(low_rank, LowRank):
-                delta = (ALPHA / RANK) * low_rank.lora_B.weight @ low_rank.lora_A.weight
-                block.get_submodule(path).weight += delta  # type: ignore[operator]
+                delta = (ALPHA / RANK) * low_rank.expand.weight @ low_rank.reduce.weight
+                block.get_submodule(path.removesuffix(SUFFIX)).weight += delta  # type: ignore[operator]
                 torch.testing.assert_close(low_rank_product(low_rank), delta)
     return block
 
@@ -88,8 +88,8 @@ def test_just_inserted_it_adds_nothing() -> None:
     for module in adapters.modules():
         if isinstance(module, LowRank):
             initialisers = module.initialisers()
-            nn.init.normal_(module.lora_A.weight, 0, initialisers["lora_A.weight"].std)  # type: ignore[union-attr]
-            nn.init.constant_(module.lora_B.weight, initialisers["lora_B.weight"].value)  # type: ignore[union-attr]
+            nn.init.normal_(module.reduce.weight, 0, initialisers["reduce.weight"].std)  # type: ignore[union-attr]
+            nn.init.constant_(module.expand.weight, initialisers["expand.weight"].value)  # type: ignore[union-attr]
     assert torch.equal(adapted(block, adapters.get_submodule("block"))(x), block(x))
 
 
