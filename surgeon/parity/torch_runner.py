@@ -116,8 +116,8 @@ class TorchRunner:
     @property
     def formers_adapted(self) -> bool:
         """Whether an adapter of what forms memory adds anything."""
-        adapters = (module for module in self.model.modules() if isinstance(module, LowRank))
-        return any(bool(module.lora_B.weight.any()) for module in adapters)
+        adapters = [module for module in self.model.modules() if isinstance(module, LowRank)]
+        return any(bool(weight.any()) for module in adapters for weight in module.expand.parameters())
 
     @property
     def head_rows(self) -> int:
