@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import surgeon.generation
 from checkpoints import DEMO, has_tokenizer
 from command import assert_refused, process, run
 from surgeon import models
@@ -156,3 +157,16 @@ def test_rows_of_a_batch_are_answered_as_alone(vismem_pair: Callable[..., VisMem
             (each.token, each.kind) for each in alone.invocations[1:]
         ]
         assert all(each.seconds > 0 for answer in both for each in answer.invocations)
+
+
+@needs_tokenizer
+def test_what_is_forced_is_not_drawn(vismem_pair: Callable[..., VisMemPair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One draw for each token that the caller sees, and for each invocation."""
+    draws: list[float] = []
+    draw = surgeon.generation._draw
+    monkeypatch.setattr(surgeon.generation, "_draw", lambda *arguments: draws.append(arguments[2]) or draw(*arguments))
+    generator = TorchGenerator(vismem_pair("qwen3_vl").model, vismem_pair("qwen3_vl").inputs)
+    (answer,) = generator.generate(
+        [Prompt("A star is a")], 8, Sampling(1.2, seed=5), memory="always", max_invocations=1
+    )
+    assert len(answer.invocations) == 1 and len(answer.token_ids) == 8 and len(draws) == 9

@@ -279,26 +279,46 @@ def test_several_answers_to_a_prompt(pair: VisMemPair) -> None:
     assert sampled == [single[0]] * 3 + [single[1]] * 3
 
 
-@pytest.mark.parametrize("returned", [1, 3])
+class Tempting(LogitsProcessor):
+    """Makes a memory a little likelier than the likeliest token behind every third token of the vocabulary: beams call
+    at different steps, and change places while one of them is within an invocation."""
+
+    def __init__(self, pair: VisMemPair) -> None:
+        self.pair = pair
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            invoke = self.pair.tokens.invoke["long" if token % 2 else "short"]
+            if token % 3 == 0 and token not in self.pair.tokens.ids and scores[row, invoke] > -torch.inf:
+                scores[row, invoke] = scores[row].max() + 0.1
+        return scores
+
+
+@pytest.mark.parametrize("returned", [1, 4])
 def test_latents_go_with_their_beams(pair: VisMemPair, returned: int) -> None:
     """One forward over what a beam search found has the scores that it reported: every beam had its own latents."""
     kwargs = pair.kwargs(SEEING, TWO)
     length = kwargs["input_ids"].shape[1]
-    wishes = wanting(pair, kwargs, *[{1: "short", 4: "long"}] * 3, *[{2: "long", 3: "short"}] * 3)
-    options = {**GREEDY, "num_beams": 3, "num_return_sequences": returned, "length_penalty": 0.0}
+    never = [pair.model.config.image_token_id, 3]
+    options = {**GREEDY, "num_beams": 4, "num_return_sequences": returned, "length_penalty": 0.0, "eos_token_id": 3}
     output = pair.model.generate(
-        **kwargs, **options, logits_processor=wishes, return_dict_in_generate=True, output_scores=True
+        **kwargs,
+        **options,
+        suppress_tokens=never,
+        logits_processor=LogitsProcessorList([Tempting(pair)]),
+        return_dict_in_generate=True,
+        output_scores=True,
     )
     transitions = pair.model.compute_transition_scores(
         output.sequences, output.scores, output.beam_indices, normalize_logits=False
     )
     torch.testing.assert_close(transitions.sum(1), output.sequences_scores)
     assert len({tuple(row) for row in output.sequences.tolist()}) == 2 * returned
+    counts = []
     for number, sequence in enumerate(output.sequences[:, length:].tolist()):
-        row = number // returned
         answer = sequence[: _end_of(pair, sequence)]
-        assert invoked(pair, answer) == ([(1, "short"), (4, "long")] if row == 0 else [(2, "long"), (3, "short")])
-        prompt = pair.kwargs((SEEING, TWO)[row])
+        counts.append(len(invoked(pair, answer)))
+        prompt = pair.kwargs((SEEING, TWO)[number // returned])
         whole = extended(prompt, [answer])
         with torch.no_grad():
             replayed = pair.model(**whole, position_ids=positions_of(pair.model, whole)).logits[0]
@@ -307,6 +327,13 @@ def test_latents_go_with_their_beams(pair: VisMemPair, returned: int) -> None:
         for place, token in enumerate(answer):
             if token not in pair.tokens.ids:
                 torch.testing.assert_close(transitions[number, place], scores[place, token], atol=1e-4, rtol=0)
+    assert sum(counts) > 2 * returned
+    # and beams changed places while one of them was within an invocation
+    beams = output.beam_indices[:, 1:] - output.beam_indices[:, :-1]
+    forced = torch.tensor(
+        [[token == pair.tokens.placeholder for token in row] for row in output.sequences[:, length + 1 :].tolist()]
+    )
+    assert bool((beams[:, : forced.shape[1]] * forced != 0).any())
 
 
 def test_a_static_cache(pair: VisMemPair) -> None:
@@ -338,9 +365,31 @@ def test_a_later_turn_by_generate(pair: VisMemPair) -> None:
     later = {**kwargs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     later["mm_token_type_ids"] = (ids == pair.model.config.image_token_id).long()
     wishes = wanting(pair, later, {0: "long", 2: "short"})
-    alone = answers(pair, later, logits_processor=wishes)
+    options = {"logits_processor": wishes, "max_invocations": 2}  # the first turn's do not count
+    alone = answers(pair, later, **options)
     assert invoked(pair, alone[0]) == [(0, "long"), (2, "short")]
-    assert answers(pair, later, logits_processor=wishes, past_key_values=first.past_key_values) == alone
+    assert answers(pair, later, **options, past_key_values=first.past_key_values) == alone
+
+
+def test_a_later_turn_knows_which_rows_have_seen_an_image(pair: VisMemPair) -> None:
+    """One row's came in the first turn, the other's in the second."""
+    first = pair.kwargs(SEEING, WORDS)
+    cache = pair.model(**first, use_cache=True).past_key_values
+    second = pair.kwargs(WORDS, SEEING)
+    later = {
+        name: torch.cat((first[name], second[name]), 1) for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+    }
+    later |= {name: torch.cat((first[name], second[name])) for name in ("pixel_values", "image_grid_thw")}
+    for prompts, kwargs in (((0, 1), later), ((0,), None)):
+        if kwargs is None:  # a turn without images, of the row that had none
+            words = torch.tensor([[20, 21, 22]] * 2)
+            kwargs = extended(first, words.tolist())
+            cache = pair.model(**first, use_cache=True).past_key_values
+        wishes = wanting(pair, kwargs, {1: "short"}, {1: "short"})
+        ids = answers(pair, kwargs, logits_processor=wishes, past_key_values=cache)
+        for row, answer in enumerate(ids):
+            places = invoked(pair, answer[: _end_of(pair, answer)])
+            assert places == ([(1, "short")] if row in prompts else [])
 
 
 def test_a_streamer_is_given_every_token(pair: VisMemPair) -> None:
