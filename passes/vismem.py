@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
+from surgeon.errors import OptionError
 from surgeon.graft_pass import LAYERS, MOST
 from surgeon.layer_choice import LayerChoice, resolve_layers
 from surgeon.pipeline import Pass, PassOptions, PassResult, PostconditionError, PreconditionError, make_pass
@@ -68,6 +69,11 @@ class VisMemPass(Pass):
     def requires(self, graph: "LvlmGraph") -> None:
         if graph.record.get("vismem"):
             raise PreconditionError("pass vismem is already applied; patch the unpatched checkpoint")
+        if graph.source_vocabulary is None:
+            raise OptionError(
+                "pass vismem reads the checkpoint's tokenizer, which is no part of a model in memory: patch the "
+                "checkpoint (surgeon patch)"
+            )
         self._require_tokens(graph)
         self._layers(graph)
         self._require_a_tower(graph)

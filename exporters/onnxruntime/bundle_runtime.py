@@ -86,7 +86,7 @@ class BundleRuntime(Runtime):
     def _session(self, name: str, extra_outputs: Sequence[str] = ()) -> Session:
         graph_file = self.manifest.graphs.get(name)
         if graph_file is None:
-            raise BundleError(f"{self.path} has no graph {name}: export it without --graph, which left it out")
+            raise BundleError(f"{self.path} has no graph {name}: export it again with all of its graphs")
         overrides = self.overrides if name == "decoder" else {}
         return Session(self.path / graph_file.file, self.options, extra_outputs, graph_file, overrides)
 

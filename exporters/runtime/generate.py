@@ -8,7 +8,7 @@ import torch
 
 from surgeon.generation import Answers, Generation, OnText, Sampling, sample
 from surgeon.inputs import Message, Prompt
-from surgeon.memory.invoking_generation import AllowedMemoryTokens, Settings
+from surgeon.memory.invoking_generation import AllowedMemoryTokens, Settings, only
 from surgeon.positions import Positions
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ class _Calls:
             settings = self.settings if room else Settings(self.settings.mode, 0)
             allowed = AllowedMemoryTokens(self.tokens, settings, 0, blind)
             ids = torch.tensor([self.ids[row]], dtype=torch.int64)
-            logits[row] = allowed(ids, torch.from_numpy(logits[row : row + 1]))[0].numpy()
+            scores = allowed(ids, torch.from_numpy(logits[row : row + 1]))
+            logits[row] = (scores if allowed.called is None else only(allowed.called, scores))[0].numpy()
 
     def answer(self, state: "State", answers: Answers, tokens: np.ndarray, logits: np.ndarray) -> None:
         """The tokens [B] were fed, logits [B, V] are what came of them: those of rows that called for memory are
@@ -84,5 +85,6 @@ class _Calls:
             if kind is None:
                 continue
             logits[row] = self.runtime.invoke(state, row, kind)
+            self.ids[row].append(self.tokens.end[kind])
             answers.timed(row, state.remembered[row].forming_seconds[-1])
             answers.limit(row, self.runtime.max_length - int(state.lengths[row]))

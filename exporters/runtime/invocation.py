@@ -5,7 +5,7 @@ takes them all at once, with the same cache afterwards.
 """
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -97,3 +97,26 @@ def nothing_remembered(manifest: Manifest, rows: int) -> list[Remembered]:
     if vismem is None:
         return []
     return [Remembered(vismem.window, POSITIONS - vismem.query - vismem.window) for _ in range(rows)]
+
+
+def former_shapes(manifest: Manifest) -> dict[str, tuple[Any, Any]]:
+    """What the graphs that form memory are, and what the record says of them, by the words of a message."""
+    vismem = manifest.vismem
+    if vismem is None:
+        return {}
+    expected = {
+        "query_builder": ("queries", vismem.query),
+        "short_former": ("latents", vismem.short),
+        "long_former": ("latents", vismem.long),
+    }
+    compared: dict[str, tuple[Any, Any]] = {}
+    for name, (output, count) in expected.items():
+        graph = manifest.graphs.get(name)
+        if graph is not None:
+            counts = [port.shape[1] for port in graph.outputs if port.name == output]
+            compared[f"graphs.{name} ({output})"] = (counts, [count])
+    if (short := manifest.graphs.get("short_former")) is not None:
+        reads_states = any(port.name == "hidden_states" for port in short.inputs)
+        former = "language" if reads_states else "vision"
+        compared["graphs.short_former"] = (former, vismem.short_former)
+    return compared

@@ -13,7 +13,7 @@ class Remembered:
     """Hidden states of a row's images and of its latest text, and its images. Columns count the row's own tokens."""
 
     window: int
-    """Columns of text that a query is built of at most."""
+    """Tokens of text that a query is built of at most."""
     most_visual: int
     """Hidden states of images that a query is built of at most."""
     length: int = 0
@@ -33,8 +33,8 @@ class Remembered:
         columns = self.length + np.arange(len(hidden_states))
         if is_visual.any():
             self.visual.append(hidden_states[is_visual])
-        kept = is_text & (columns >= columns[-1] + 1 - self.window)
-        if kept.any():
+        kept = np.flatnonzero(is_text)[-self.window :]
+        if len(kept):
             self.text.append(hidden_states[kept])
             self.text_columns.append(columns[kept])
         self.length += len(hidden_states)
@@ -53,11 +53,11 @@ class Remembered:
                 visual[evenly_spaced(len(visual), self.most_visual)] if len(visual) > self.most_visual else visual
             )
         if self.text:
-            parts.append(self.text[0][self.text_columns[0] >= max(self.since, self.length - self.window)])
+            parts.append(self.text[0][self.text_columns[0] >= self.since])
         return np.concatenate(parts)
 
     def _join(self) -> None:
         if self.text:
-            columns = np.concatenate(self.text_columns)
-            kept = columns >= self.length - self.window
-            self.text, self.text_columns = [np.concatenate(self.text)[kept]], [columns[kept]]
+            latest = slice(-self.window, None)
+            self.text = [np.concatenate(self.text)[latest]]
+            self.text_columns = [np.concatenate(self.text_columns)[latest]]

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from exporters.onnx.manifest import PROCESSOR, Manifest
 from exporters.onnx.rope import num_position_axes
 from exporters.runtime.generate import answer
-from exporters.runtime.invocation import invoke, nothing_remembered, remember, remember_prompt
+from exporters.runtime.invocation import former_shapes, invoke, nothing_remembered, remember, remember_prompt
 from exporters.runtime.placement import ImageFeatures, MemoryInputs, Placement, padded
 from exporters.runtime.state import State, Tokens, Wanted, rows_of, stack
 from surgeon.errors import BundleError, CheckpointError, InputError, SurgeonError, TooLongError
@@ -342,6 +342,7 @@ def _check_agreement(manifest: Manifest, model_family: Family, config: Pretraine
         "visibility": (manifest.visibility, visibility_of(record)),
         "vismem": (manifest.vismem and manifest.vismem.model_dump(), record.get("vismem")),
     }
+    compared |= former_shapes(manifest)
     for key, (recorded, expected) in compared.items():
         if recorded != expected:
             raise BundleError(

@@ -16,6 +16,7 @@ from passes import registry
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import InputError, OptionError, SurgeonError
 from surgeon.families import family
+from surgeon.live import graft_parameters
 from surgeon.parity.added_tokens import AddedTokens
 from surgeon.parity.cases import Case, default_cases, own_case
 from surgeon.parity.invocations import InvokingRunner, compare_invocations
@@ -195,7 +196,7 @@ class _Pair:
         changed = set(difference.changed)
         grafts = self.reference.graft_tensors()
         self.tuned = {gate for gate, own in grafts.items() if changed & set(own)}
-        in_grafts = {name for own in grafts.values() for name in own}
+        in_grafts = {name for name, _ in graft_parameters(self.reference.model)}
         rows = ", but for the rows of added tokens" if added else ""
         which = "the other tensors" if changed or difference.missing else f"all {count(difference.compared, 'tensor')}"
         alike = "value for value"

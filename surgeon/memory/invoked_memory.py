@@ -53,6 +53,7 @@ class InvokedMemory(CacheLayerMixin):
         self.visual_places: Tensor | None = None  # int64 [B, V], -1 where a row has no more
         self.recent: list[Tensor] = []  # [B, s, d] each, the latest columns
         self.recent_is_text: list[Tensor] = []  # bool [B, s] each
+        self.recent_columns: list[Tensor] = []  # int64 [s] each: which they are, counted as the cache's are
         self.is_initialized = False
 
     @classmethod
@@ -80,16 +81,19 @@ class InvokedMemory(CacheLayerMixin):
             raise ValueError(f"the cache is of {len(self.images)} rows and the call of {batch_size}")
 
     def add(self, hidden_states: Tensor, is_text: Tensor, is_visual: Tensor | None, window: int) -> None:
-        """The columns of a call are over: hidden_states [B, S, d]; is_text, is_visual bool [B, S]. Of text the last
-        `window` columns are kept."""
+        """The columns of a call are over: hidden_states [B, S, d]; is_text, is_visual bool [B, S]. Of every row's text
+        the last `window` tokens are kept."""
         if is_visual is not None:
             places = torch.arange(is_visual.shape[1], device=is_visual.device) + self.length
             self._add_visual(*rows_of(hidden_states, is_visual, places))
-        self.recent.append(hidden_states[:, -window:].clone() if hidden_states.shape[1] > window else hidden_states)
-        self.recent_is_text.append(is_text[:, -window:])
-        self.length += hidden_states.shape[1]
-        if len(self.recent) > _PIECES:
-            self._join(window)
+        length = hidden_states.shape[1]
+        self.recent.append(hidden_states)
+        self.recent_is_text.append(is_text)
+        self.recent_columns.append(torch.arange(self.length, self.length + length, device=hidden_states.device))
+        self.length += length
+        if length > 1 or len(self.recent) > _PIECES:
+            self._join()
+            self._keep_columns(needed(self.recent_is_text[0], window))
 
     def _add_visual(self, states: Tensor, places: Tensor) -> None:
         if self.visual_states is not None and self.visual_places is not None:
@@ -97,11 +101,26 @@ class InvokedMemory(CacheLayerMixin):
             places = torch.cat((self.visual_places, places), 1)
         self.visual_states, self.visual_places = states, places
 
-    def _join(self, window: int | None = None) -> None:
+    def _join(self) -> None:
+        if len(self.recent) > 1:
+            self.recent = [torch.cat(self.recent, 1)]
+            self.recent_is_text = [torch.cat(self.recent_is_text, 1)]
+            self.recent_columns = [torch.cat(self.recent_columns)]
+
+    def _keep_columns(self, kept: Tensor) -> None:
+        """Of the one piece that there is, the columns in kept, bool [s]."""
+        self.recent, self.recent_is_text = [self.recent[0][:, kept]], [self.recent_is_text[0][:, kept]]
+        self.recent_columns = [self.recent_columns[0][kept]]
+
+    def hide(self, padding: Tensor) -> None:
+        """Columns that turned out to be padding, bool [B, length]: they are no text, and no image's."""
+        self._join()
         if self.recent:
-            columns = slice(None) if window is None else slice(-window, None)
-            self.recent = [torch.cat(self.recent, 1)[:, columns]]
-            self.recent_is_text = [torch.cat(self.recent_is_text, 1)[:, columns]]
+            hidden = padding[:, self.recent_columns[0].to(padding.device)]
+            self.recent_is_text = [self.recent_is_text[0] & ~hidden.to(self.recent_is_text[0].device)]
+        if self.visual_places is not None:
+            hidden = padding.to(self.visual_places.device).gather(1, self.visual_places.clamp(min=0))
+            self.visual_places = torch.where(hidden, -1, self.visual_places)
 
     def seen(self, row: int) -> list[Tensor]:
         """Hidden states of a row's images, [V, d], or nothing."""
@@ -114,9 +133,7 @@ class InvokedMemory(CacheLayerMixin):
         self._join()
         if not self.recent:
             return []
-        states, is_text = self.recent[0][row], self.recent_is_text[0][row]
-        columns = torch.arange(self.length - len(states), self.length, device=states.device)
-        return [states[is_text & (columns >= since)]]
+        return [self.recent[0][row, self.recent_is_text[0][row] & (self.recent_columns[0] >= since)]]
 
     # -- what a cache does to its layers -----------------------------------------------------------------------
     def _select(self, rows: Tensor) -> None:
@@ -151,10 +168,8 @@ class InvokedMemory(CacheLayerMixin):
         """As `VisualMemory.crop`. Text that had been dropped from the window before does not come back."""
         length = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(self.length, tokens_to_remove)
         self._join()
-        removed = self.length - length
-        if removed:
-            self.recent = [tensor[:, : max(0, tensor.shape[1] - removed)] for tensor in self.recent]
-            self.recent_is_text = [tensor[:, : max(0, tensor.shape[1] - removed)] for tensor in self.recent_is_text]
+        if self.recent:
+            self._keep_columns(self.recent_columns[0] < length)
         if self.visual_places is not None:
             self.visual_places = torch.where(self.visual_places < length, self.visual_places, -1)
         self._crop_images(length)
@@ -188,6 +203,12 @@ class InvokedMemory(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def needed(is_text: Tensor, window: int) -> Tensor:
+    """Which columns hold one of the last `window` text tokens of a row: is_text bool [B, S] -> bool [S]."""
+    later = is_text.flip(1).long().cumsum(1).flip(1)  # how many there are from each column on
+    return (is_text & (later <= window)).any(0)
 
 
 def rows_of(states: Tensor, mask: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,12 +92,21 @@ def add_vismem(base_model: Any, text_model: str, tower: type[Tower] | None) -> N
 
 
 def images_by_row(
-    base_model: Any, tower: type[Tower] | None, kwargs: dict[str, Any], visual_token_mask: Tensor
+    base_model: Any,
+    tower: type[Tower] | None,
+    kwargs: dict[str, Any],
+    visual_token_mask: Tensor,
+    input_ids: Tensor | None,
 ) -> list[list[ImageInputs]] | None:
-    """Each row's images of a call with pixel values; None where no former looks at them, or there is a video among
-    them, which none looks at: a row that has one calls for long memory alone."""
-    if tower is None or kwargs.get("pixel_values") is None or kwargs.get("pixel_values_videos") is not None:
+    """Each row's images of a call with pixel values; None where no former looks at them. None looks at a video: a row
+    that has no other image calls for long memory alone. input_ids [B, S], those of visual_token_mask."""
+    if tower is None or kwargs.get("pixel_values") is None:
         return None
+    if kwargs.get("pixel_values_videos") is not None:
+        if input_ids is None:
+            return None
+        visual_token_mask = visual_token_mask & (input_ids == base_model.config.image_token_id)
+        kwargs = {name: value for name, value in kwargs.items() if name != "pixel_values_videos"}
     return tower.images_by_row(base_model, kwargs, visual_token_mask)
 
 
@@ -135,7 +144,7 @@ def invoking_base_model_class(
             elif images is not None:
                 images = [images[row] for row in rows.tolist()]
             elif visual is not None:
-                images = images_by_row(self, tower, kwargs, visual)
+                images = images_by_row(self, tower, kwargs, visual, ids)
             if ids is None:  # embeddings alone are of text and images, no memory token is among them
                 assert embeds is not None
                 ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
@@ -182,7 +191,7 @@ def invoking_model_class(base: Any, text_model: str, norm_placement: str, keys: 
                 cache = kwargs.get("past_key_values")
                 past_length = 0 if cache is None else int(cache.get_seq_length())
                 visual = self.base_model.visual_token_mask(tensor, None)[:, past_length:]
-                kwargs[IMAGES] = images_by_row(self.base_model, tower, kwargs, visual)
+                kwargs[IMAGES] = images_by_row(self.base_model, tower, kwargs, visual, tensor[:, past_length:])
                 kwargs[IMAGE_ROWS] = torch.arange(len(tensor), device=tensor.device)
             return tensor, name, kwargs
 

@@ -60,14 +60,23 @@ class InvokingGeneration:
             )
         super()._validate_generation_mode(generation_mode, generation_config, kwargs)  # type: ignore[misc]
 
-    def _prepare_generated_length(self, generation_config: Any, input_ids_length: int, **kwargs: Any) -> Any:
+    def _prepare_generated_length(
+        self, generation_config: Any, input_ids_length: int, inputs_tensor: Any = None, **kwargs: Any
+    ) -> Any:
         generation_config = super()._prepare_generated_length(  # type: ignore[misc]
-            generation_config=generation_config, input_ids_length=input_ids_length, **kwargs
+            generation_config=generation_config,
+            input_ids_length=input_ids_length,
+            inputs_tensor=inputs_tensor,
+            **kwargs,
         )
         settings = _settings(generation_config)
         generation_config.memory_visible_length = generation_config.max_length
         generation_config.memory_prompt_length = input_ids_length
-        generation_config.max_length += settings.max_invocations * self.memory_tokens.longest
+        tokens = self.memory_tokens
+        open_ones = (
+            inputs_tensor is not None and inputs_tensor.ndim == 2 and bool((tokens.forced(inputs_tensor) >= 0).any())
+        )
+        generation_config.max_length += (settings.max_invocations + open_ones) * tokens.longest
         return generation_config
 
     def _get_logits_processor(
@@ -84,8 +93,7 @@ class InvokingGeneration:
         least = max((generation_config.min_length or 0) - input_ids_seq_length, generation_config.min_new_tokens or 0)
         blind = None if model_kwargs is None else self.rows_without_images(model_kwargs)
         allowed = AllowedMemoryTokens(tokens, settings, input_ids_seq_length, blind, eos, least)
-        # nothing that another processor does may change what is forced
-        return LogitsProcessorList([allowed, *others, ForcedMemoryTokens(tokens)])
+        return LogitsProcessorList([allowed, *others, ForcedMemoryTokens(tokens, allowed)])
 
     def _get_stopping_criteria(self, generation_config: Any, **kwargs: Any) -> Any:
         criteria = super()._get_stopping_criteria(generation_config=generation_config, **kwargs)  # type: ignore[misc]
@@ -117,6 +125,8 @@ class AllowedMemoryTokens(LogitsProcessor):
         """`blind`: rows that can have no short memory, bool [B]."""
         self.tokens, self.settings, self.prompt_length = tokens, settings, prompt_length
         self.blind, self.eos, self.min_new_tokens = blind, eos, min_new_tokens
+        self.called: Tensor | None = None
+        """int64 [B]: the invoke token that each row is to go on with in this step, -1 where it is free."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids [B, S], scores [B, V] -> [B, V]."""
@@ -132,10 +142,7 @@ class AllowedMemoryTokens(LogitsProcessor):
         scores[:, invoke] = torch.where(may_invoke[:, None], invoking, -torch.inf)
         if self.settings.mode == "always":
             wanted = may_invoke & self._at_a_separator(input_ids, answers)
-            likelier = torch.nn.functional.one_hot(invoking.argmax(1), len(KINDS)).bool()
-            only = torch.full_like(scores, -torch.inf)
-            only[:, invoke] = torch.where(likelier, 0.0, -torch.inf).to(scores.dtype)
-            scores = torch.where(wanted[:, None], only, scores)
+            self.called = torch.where(wanted, invoke[invoking.argmax(1)], -1)
         if self.eos is not None and self.min_new_tokens:
             short = visible_length(tokens, answers) < self.min_new_tokens
             eos = self.eos.to(scores.device)
@@ -143,22 +150,39 @@ class AllowedMemoryTokens(LogitsProcessor):
         return scores
 
     def _at_a_separator(self, input_ids: Tensor, answers: Tensor) -> Tensor:
+        """The beginning, and behind a separator; of several one behind the other the first, memory between them or
+        not."""
+        separators = torch.tensor(self.tokens.separators, device=input_ids.device)
         if not answers.shape[1]:
             return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        return torch.isin(answers[:, -1], torch.tensor(self.tokens.separators, device=input_ids.device))
+        at_separator = torch.isin(answers[:, -1], separators)
+        if answers.shape[1] == 1:
+            return at_separator
+        ends = torch.tensor(list(self.tokens.end.values()), device=input_ids.device)
+        return at_separator & ~torch.isin(answers[:, -2], torch.cat((separators, ends)))
 
 
 class ForcedMemoryTokens(LogitsProcessor):
-    """Within an invocation: the one token that comes next."""
+    """The one token that comes next: within an invocation, and where `always` calls for one. Behind all others, so
+    that nothing that another processor does changes it."""
 
-    def __init__(self, tokens: MemoryTokens) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: MemoryTokens, allowed: AllowedMemoryTokens) -> None:
+        """allowed: the processor in front of all others, of the same generation."""
+        self.tokens, self.allowed = tokens, allowed
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids [B, S], scores [B, V] -> [B, V]."""
         forced = self.tokens.forced(input_ids)
-        only = torch.full_like(scores, -torch.inf).scatter_(1, forced.clamp(min=0)[:, None].to(scores.device), 0.0)
-        return torch.where((forced >= 0)[:, None].to(scores.device), only, scores)
+        if self.allowed.called is not None:
+            forced = torch.where(forced >= 0, forced, self.allowed.called.to(forced.device))
+        return only(forced, scores)
+
+
+def only(forced: Tensor, scores: Tensor) -> Tensor:
+    """Scores [B, V] of which the rows that have a token in `forced`, int64 [B], allow no other."""
+    forced = forced.to(scores.device)
+    certain = torch.full_like(scores, -torch.inf).scatter_(1, forced.clamp(min=0)[:, None], 0.0)
+    return torch.where((forced >= 0)[:, None], certain, scores)
 
 
 class VisibleLength(StoppingCriteria):

@@ -37,7 +37,7 @@ class LongFormer(nn.Module):
 
     def forward(self, decoder: Any, hidden_states: Tensor, queries: Tensor) -> Tensor:
         """hidden_states [L, d], queries [K, d] -> latents [N, d]."""
-        x = torch.cat((hidden_states, queries, self.memory_init))[None]
+        x = torch.cat((hidden_states, queries, self.memory_init.to(hidden_states)))[None]
         places = torch.arange(x.shape[1], device=x.device)[None]
         axes = places if self.position_axes == 1 else places.expand(self.position_axes, -1, -1)
         angles = decoder.rotary_emb(x, axes)

@@ -28,8 +28,8 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        added: Tensor = self.expand(self.reduce(x)) * self.scale
-        return added
+        added: Tensor = self.expand(self.reduce(x.to(self.reduce.weight.dtype))) * self.scale
+        return added.to(x.dtype)
 
     def initialisers(self) -> dict[str, Initialiser]:
         """As PEFT's: A drawn, with the standard deviation of its uniform distribution; B zero, so nothing is added."""

@@ -25,14 +25,14 @@ class MemoryCall:
     tokens: MemoryTokens
     form: Form
     window: int
-    """Columns of text that a query is built of at most."""
+    """Tokens of text that a query is built of at most."""
     input_ids: Tensor
     """int64 [B, S]."""
     visual_token_mask: Tensor | None
     """bool [B, S]; None without images."""
-    attention_mask: Tensor | None
+    attention_mask: Any
     """[B, past + S], zero at padding; or which keys each token sees, [B, 1, S, at least past + S], as `generate` makes
-    it for a static cache: bool, or zero where it does."""
+    it for a static cache: bool, or zero where it does; or a dict of those, by kind of attention; or None."""
     images: Sequence[Sequence[ImageInputs]] | None
     """Each row's that come with the call."""
     _new: list[list[Invocation]] = field(default_factory=list)
@@ -55,6 +55,10 @@ class MemoryCall:
                 )
             self._new = [[] for _ in inputs_embeds]
             ids = self.input_ids.tolist() if bool(self.tokens.is_one(self.input_ids).any()) else []
+            self._check_can_run_again(ids, cache)
+            seen = self._seen(slice(0, memory.length)) if ids or self.input_ids.shape[1] > 1 else None
+            if seen is not None:
+                memory.hide(~seen)  # a row that ended before the others was padded then, and says so only now
             while True:
                 outputs = decode(self._with_latents(inputs_embeds, ids, memory))
                 if not self._form(outputs.last_hidden_state, ids, memory):
@@ -120,7 +124,7 @@ class MemoryCall:
     ) -> Invocation:
         """The memory that the token at `column` calls for; hidden_states [S, d], the row's in this call."""
         start, place = time.perf_counter(), memory.length + column
-        since = max(self._since(row, memory), place + 1 - self.window)
+        since = self._since(row, memory)
         until = slice(0, column + 1)
         columns = torch.arange(memory.length, place + 1, device=hidden_states.device)
         is_text = self._is_text(memory.length)[row, until]
@@ -135,7 +139,7 @@ class MemoryCall:
             seen.append(hidden_states[until][self.visual_token_mask[row, until]])
         images = [*memory.images[row], *(self.images[row] if self.images is not None else ())]
         empty = hidden_states[:0]
-        latents = self.form(kind, torch.cat((empty, *seen)), torch.cat((empty, *said)), images)
+        latents = self.form(kind, torch.cat((empty, *seen)), torch.cat((empty, *said))[-self.window :], images)
         if latents.is_cuda:
             torch.cuda.synchronize(latents.device)
         return Invocation(place, kind, latents, time.perf_counter() - start)
@@ -151,13 +155,30 @@ class MemoryCall:
         is_text = self.input_ids != self.tokens.placeholder
         if self.visual_token_mask is not None:
             is_text = is_text & ~self.visual_token_mask
-        mask, length = self.attention_mask, is_text.shape[1]
-        if mask is not None and mask.ndim == 2:
-            is_text = is_text & mask[:, -length:].bool()
-        elif mask is not None:  # what the last token does not see is padding
-            seen = mask[:, 0, -1, past : past + length]
-            is_text = is_text & (seen if seen.dtype == torch.bool else seen == 0)
-        return is_text
+        seen = self._seen(slice(past, past + is_text.shape[1]))
+        return is_text if seen is None else is_text & seen
+
+    def _seen(self, columns: slice) -> Tensor | None:
+        """Which of the sequence's columns are no padding, bool [B, n]; None where the call does not say."""
+        mask: Any = self.attention_mask
+        if isinstance(mask, dict):  # padding is the same in all
+            mask = mask.get("full_attention", next(iter(mask.values())))
+        if mask is None:
+            return None
+        if mask.ndim == 2:
+            return mask[:, columns].bool() if mask.shape[1] >= columns.stop else None
+        seen = mask[:, 0, -1, columns]  # what the last token does not see is padding
+        return seen if seen.dtype == torch.bool else seen == 0
+
+    def _check_can_run_again(self, ids: Sequence[Sequence[int]], cache: Cache | None) -> None:
+        """Raises ValueError where a call holds an invocation and what follows it, and its cache cannot be cut back."""
+        invoke = self.tokens.invoke.values()
+        within = any(token in invoke for own in ids for token in own[:-1])
+        if within and cache is not None and not all(hasattr(layer, "crop") for layer in cache.layers):
+            raise ValueError(
+                "a static cache cannot be cut back, so a call may not hold an invocation and what follows it: feed the "
+                "tokens up to each invoke token by themselves, or use a dynamic cache"
+            )
 
     def _remember(self, hidden_states: Tensor, memory: InvokedMemory) -> None:
         for row, images in enumerate(self.images or ()):

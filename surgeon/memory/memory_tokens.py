@@ -62,6 +62,8 @@ class MemoryTokens:
 
     def forced(self, input_ids: Tensor) -> Tensor:
         """The token that each row of ids [B, S] has to go on with, int64 [B]; -1 where it is free."""
+        if not input_ids.shape[1]:  # after embeddings alone
+            return input_ids.new_full(input_ids.shape[:1], -1)
         tail = input_ids[:, -self.longest :].flip(1)  # the latest first
         is_placeholder = tail == self.placeholder
         count = is_placeholder.long().cumprod(1).sum(1)

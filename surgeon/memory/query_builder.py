@@ -46,15 +46,14 @@ class QueryBuilder(nn.Module):
         [B, K, d]."""
         batch, length, _ = hidden_states.shape
         queries = self.query_init.expand(batch, -1, -1)
-        x = torch.cat((self.enter(hidden_states), queries), 1)
-        x = x + self.positions.index_select(
-            0, torch.arange(x.shape[1], device=x.device)
-        )  # no slice: exported, L varies
+        x = torch.cat((self.enter(hidden_states.to(queries.dtype)), queries), 1)
+        # no slice: in an exported graph L varies
+        x = x + self.positions.index_select(0, torch.arange(x.shape[1], device=x.device))
         mask = self._mask(length, x.shape[1], padding, x.device)
         for layer in self.layers:
             x = layer(x, mask)
         output: Tensor = self.leave(self.norm(x[:, length:]))
-        return output
+        return output.to(hidden_states.dtype)
 
     def _mask(self, length: int, total: int, padding: Tensor | None, device: torch.device) -> Tensor:
         """bool [1 or B, 1, L + K, L + K], True where a row of it sees a column: H sees H, the queries see all."""

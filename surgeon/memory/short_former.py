@@ -43,7 +43,7 @@ class ShortFormer(nn.Module):
             adapted(block, self.adapters.get_submodule(str(index)))
             for index, block in enumerate(self._blocks(base_model))
         ]
-        behind = torch.cat((self.query_map(queries), self.memory_init))
+        behind = torch.cat((self.query_map(queries.to(self.query_map.weight.dtype)), self.memory_init))
         encoded = self.tower.encode(base_model, blocks, images, behind)
         return self.tower.project(base_model, encoded[len(queries) :])
 
