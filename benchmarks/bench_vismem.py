@@ -111,7 +111,7 @@ def parameters_7b(width: int | None) -> dict[str, int]:
 def main() -> None:
     argument_parser = parser(__doc__.splitlines()[0], "vismem")
     argument_parser.add_argument("--threads", type=int, default=2)
-    argument_parser.add_argument("--steps", type=int, default=32)
+    argument_parser.add_argument("--steps", type=int, default=8)
     argument_parser.add_argument("--repetitions", type=int, default=9)
     options = argument_parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -146,8 +146,9 @@ def _decoding(report: Report, form_name: str, sides: dict[str, Any], options: An
     """Decoding without invocations, against the unpatched model."""
     for side in sides.values():
         side.decode(4)
-    tasks = {n: lambda s=s: sum(sorted(s.decode(options.steps).times)[: options.steps // 2]) for n, s in sides.items()}  # type: ignore[misc]
-    times = interleaved(tasks, options.repetitions)
+    # short turns, of each the fastest step: whatever else runs on the machine only ever adds to one
+    tasks = {n: lambda s=s: min(s.decode(options.steps).times) for n, s in sides.items()}  # type: ignore[misc]
+    times = interleaved(tasks, 5 * options.repetitions)
     ratio = ratios(times["patched"], times["unpatched"])
     report.check(f"{form_name}: decoding without invocations, patched / unpatched", ratio, "<=", SLOWER, "x")
 

@@ -96,7 +96,7 @@ def _trace(generation: "Generation") -> str:
         f"{each.kind} memory behind token {each.token} of {len(generation.token_ids)}: {each.seconds * 1e3:.1f} ms"
         for each in generation.invocations
     ]
-    return "\n".join(lines or ["no call for memory"])
+    return "\n".join(lines or ["the model called for no memory"])
 
 
 COMMAND = generate

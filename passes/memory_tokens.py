@@ -61,7 +61,7 @@ class MemoryTokensOptions(PassOptions):
     tokens: Annotated[list[str], BeforeValidator(_parse_tokens)] = Field(
         default=list(PUBLISHED),
         description="what is added, commas between them; by default VisMem's: invocation and end of its short and long "
-        "memory, and the token of a memory's query",
+        "memory, and the placeholder of latents",
     )
     init: Annotated[str, BeforeValidator(_parse_init)] = Field(
         default="mean",
