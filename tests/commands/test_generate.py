@@ -119,7 +119,7 @@ def test_memory_that_is_called_for_is_hidden_and_traced(vismem_pair: Callable[..
     off = json.loads(run(*arguments, "--memory", "off", "--json").stdout)
     none = json.loads(run(*arguments, "--memory", "always", "--max-invocations", 0, "--json").stdout)
     assert off["invocations"] == [] and off["token_ids"] == none["token_ids"] != answer["token_ids"]
-    assert "no call for memory" in run(*arguments, "--memory", "off", "--trace").stderr
+    assert "called for no memory" in run(*arguments, "--memory", "off", "--trace").stderr
 
 
 @needs_tokenizer
