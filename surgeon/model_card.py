@@ -305,10 +305,13 @@ def _validation(patch: Patch) -> list[str]:
             commands(command("validate", ["OUT", "BUNDLE"])),
         ]
     tuned = ", `--grafts-tuned` where grafts that the source had already were" if patch.before.get("grafts") else ""
+    states = ["the gates of the new grafts are closed"] if patch.new_grafts else []
+    states += ["memory is kept from calling"] if patch.record.get("vismem") else []
+    while_so = f" while {' and '.join(states)}" if states else ""
     return [
-        f"{read_back} To prove that every tensor of the source is here, and that the logits are the source's while the "
-        "gates of the new grafts are closed:",
+        f"{read_back} To prove that every tensor of the source is here, and that the logits are the source's"
+        f"{while_so}:",
         commands(command("validate", [patch.source.name, "OUT"])),
-        "That holds before the grafts are tuned and after. Add `--backbone-tuned` where the backbone was tuned "
+        "That holds before what was added is tuned and after. Add `--backbone-tuned` where the backbone was tuned "
         f"too{tuned}.",
     ]
