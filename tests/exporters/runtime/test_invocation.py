@@ -24,7 +24,8 @@ PROMPTS = [
     Prompt("Compare them.", (image(64, 64, 1), image(96, 128, 3))),
 ]
 SCHEDULE: list[dict[int, Kind]] = [{0: SHORT, 2: LONG}, {1: LONG, 3: LONG}, {4: LONG, 5: SHORT}]
-FAMILIES = ("qwen3_vl", "qwen2_5_vl", "internvl", "llava_onevision", "ovis2")
+OFTEN, SELDOM = ("qwen3_vl", "internvl"), ("qwen2_5_vl", "llava_onevision", "ovis2")
+FAMILIES = [*OFTEN, *(pytest.param(model_type, marks=pytest.mark.long) for model_type in SELDOM)]
 STEPS = 7
 TOLERANCE = 1e-4
 """fp32 against fp32: the same arithmetic in another order, over logits of about 10."""
