@@ -1,6 +1,7 @@
 """Memory that the model calls for: a bundle forms and feeds what transformers does."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -150,3 +151,20 @@ def test_a_later_turn_is_remembered(pair: Pair) -> None:
     remembered = state.remembered[0]
     assert sum(map(len, remembered.visual)) > seen and len(remembered.images) == 2
     assert remembered.length == int(state.lengths[0])
+
+
+def test_separators_behind_separators_and_behind_memory_call_for_nothing(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every token ends a sentence, one call at the beginning is all that `always` makes."""
+    runtime = BundleRuntime(pair.bundle, threads=1)
+    assert runtime.memory_tokens is not None
+    every = tuple(range(pair.manifest.sizes.vocab_size))
+    ordinary = [token for token in every if token not in runtime.memory_tokens.ids]
+    runtime.memory_tokens = replace(runtime.memory_tokens, separators=tuple(ordinary))
+    monkeypatch.setitem(pair.model.config.surgeon["vismem"], "separators", ordinary)
+    answers = [
+        runtime.generate(PROMPTS, 6, memory="always"),
+        TorchGenerator(pair.model, pair.inputs).generate(PROMPTS, 6, memory="always"),
+    ]
+    assert [[call.token for call in answer.invocations] for batch in answers for answer in batch] == [[0]] * 6
