@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from exporters.onnxruntime import BundleRuntime
 from exporters.validation.runners import BundleRunner
-from pairs import MAX_LENGTH, MIXIN, PVM, VISMEM, Pair, image
+from pairs import MAX_LENGTH, MIXIN, PVM, VISMEM, Pair, image, make_pair
 from surgeon.errors import InputError, OptionError, TooLongError
 from surgeon.generation import Generation, Sampling
 from surgeon.inputs import Prompt
@@ -168,3 +169,12 @@ def test_separators_behind_separators_and_behind_memory_call_for_nothing(
         TorchGenerator(pair.model, pair.inputs).generate(PROMPTS, 6, memory="always"),
     ]
     assert [[call.token for call in answer.invocations] for batch in answers for answer in batch] == [[0]] * 6
+
+
+def test_long_memory_of_a_decoder_whose_rotary_embedding_is_scaled(tmp_path: Path) -> None:
+    """YaRN turns by other frequencies and multiplies cos and sin by a number of its own."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
+    recipe = (VISMEM[0], f"{VISMEM[1]},short_former=language")
+    pair = make_pair(tmp_path, "internvl", recipe, torch.float32, text_type="llama", rope_parameters=rope)
+    assert pair.model.model.language_model.rotary_emb.attention_scaling > 1.1
+    check_forced(pair)
